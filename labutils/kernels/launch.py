@@ -1,0 +1,116 @@
+"""Launch configurations: block sizes, warps and pipeline stages per kernel, head dimension, dtype and GPU."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.runtime.errors import OutOfResources
+
+KERNELS = ("v1", "forward", "delta", "dkdv", "dq")
+SMALLEST_BLOCK = 16  # tl.dot takes no smaller tile
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How one kernel is launched.
+
+    Attributes:
+        block_m: rows (queries) per tile. block_n: columns (keys) per tile. Powers of two, 16 or more.
+        num_warps: warps of 32 threads per program.
+        num_stages: depth of the software pipeline of the inner loop: tiles in flight at once.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+    @staticmethod
+    def block_d(head_dim: int) -> int:
+        """Columns of a tile that hold one head: a power of two, since `tl.arange` makes no other."""
+        return max(SMALLEST_BLOCK, triton.next_power_of_2(head_dim))
+
+
+# By (kernel, BLOCK_D up to) for float16 and bfloat16. Ampere and later; chosen on an H200, see the columns' order in
+# LaunchConfig. Small tiles with 4 warps let several programs share a multiprocessor, and while one computes
+# exponentials the tensor cores work for another.
+_SIXTEEN_BIT = {
+    ("v1", 64): LaunchConfig(64, 64, 4, 2),
+    ("v1", 128): LaunchConfig(64, 32, 4, 2),
+    ("forward", 64): LaunchConfig(128, 64, 4, 3),
+    ("forward", 128): LaunchConfig(128, 64, 8, 3),
+    ("delta", 128): LaunchConfig(64, 64, 4, 1),
+    ("dkdv", 64): LaunchConfig(64, 64, 4, 2),
+    ("dkdv", 128): LaunchConfig(64, 64, 4, 2),
+    ("dq", 64): LaunchConfig(64, 64, 4, 2),
+    ("dq", 128): LaunchConfig(64, 64, 4, 2),
+}
+# float32 products run on the plain units, with operands in registers: 32 x 32 is what does not spill.
+_FLOAT32 = {(kernel, 128): LaunchConfig(32, 32, 4, 2) for kernel in KERNELS}
+# Turing: Triton emits no tensor-core instruction for it, so tiles must stay as small as for float32.
+_TURING = {(kernel, 128): LaunchConfig(32, 32, 4, 1) for kernel in KERNELS}
+# The interpreter's cost is per tile, hardly per element.
+_INTERPRETER_BLOCK = 128
+
+
+@functools.cache
+def _capability(device_index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device_index)
+
+
+def pick_config(
+    kernel: str, head_dim: int, dtype: torch.dtype, causal: bool, device: torch.device, *, longest: int
+) -> LaunchConfig:
+    """The launch configuration for a kernel on a device.
+
+    Args:
+        kernel: one of `KERNELS`.
+        head_dim: D. dtype: of q. causal: whether the causal mask is on.
+        device: where the tensors are; the CPU means the interpreter.
+        longest: the longer of N_q and N_k; the interpreter takes no tile larger than it needs.
+
+    Raises:
+        RuntimeError: the GPU is older than compute capability 7.5.
+    """
+    if device.type == "cpu":
+        block = min(_INTERPRETER_BLOCK, max(SMALLEST_BLOCK, triton.next_power_of_2(longest)))
+        return LaunchConfig(block, block)
+    capability = _capability(device.index or 0)
+    if capability < (7, 5):
+        raise RuntimeError(
+            f"GPU {device.index or 0} has compute capability {capability[0]}.{capability[1]}: Triton compiles for 7.5 "
+            "or higher. Set LABUTILS_DEVICE=cpu to run in the interpreter, or use "
+            "torch.nn.functional.scaled_dot_product_attention, which has kernels for older GPUs."
+        )
+    table = _FLOAT32 if dtype == torch.float32 else _TURING if capability < (8, 0) else _SIXTEEN_BIT
+    block_d = LaunchConfig.block_d(head_dim)
+    fitting = [limit for name, limit in table if name == kernel and limit >= block_d]
+    return table[kernel, min(fitting)]
+
+
+def launch(kernel, grid: tuple[int], config: LaunchConfig, *args, **constants) -> None:
+    """Starts a kernel on the device of its first argument. An empty grid starts nothing.
+
+    Raises:
+        RuntimeError: the configuration needs more shared memory or registers than this GPU has.
+    """
+    if grid[0] == 0:
+        return
+    blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    blocks = {name: size for name, size in blocks.items() if name in kernel.arg_names}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    device = args[0].device
+    try:
+        if device.type == "cpu":
+            kernel[grid](*args, **constants, **blocks)
+        else:
+            with torch.cuda.device(device):  # Triton launches on the current device, whatever holds the tensors
+                kernel[grid](*args, **constants, **blocks, **options)
+    except OutOfResources as error:
+        raise RuntimeError(
+            f"{error}. This GPU is too small for {config}: pass a `config` with smaller blocks or fewer stages, or use "
+            "a smaller head dimension."
+        ) from error

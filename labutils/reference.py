@@ -1,0 +1,406 @@
+"""Attention in plain PyTorch: the oracles that kernels are judged by, and the steps from softmax to tiled attention.
+
+Everything here is written to be read and to be right, not to be fast. Shapes are flash-attn's: q (B, N_q, H, D),
+k and v (B, N_k, H_kv, D) with H_kv a divisor of H, out (B, N_q, H, D), lse (B, H, N_q).
+
+The rule by which a result is right (`judge`, `check_attention`, `check_gradients`) is that of flash-attn's own tests:
+its error against exact attention may be at most twice the error that the textbook formula makes in the same dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Standard attention
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def causal_mask(n_q: int, n_k: int, device: torch.device | str | None = None) -> torch.Tensor:
+    """Boolean mask (N_q, N_k), True where query i may see key j: j <= i + N_k - N_q.
+
+    The diagonal ends in the bottom right corner: the last query sees every key, as in decoding with a cache. With
+    N_q > N_k the first N_q - N_k queries see nothing.
+    """
+    return torch.ones(n_q, n_k, dtype=torch.bool, device=device).tril(diagonal=n_k - n_q)
+
+
+def _scores(q: torch.Tensor, k: torch.Tensor, causal: bool, softmax_scale: float | None) -> torch.Tensor:
+    """softmax_scale * Q Kᵀ with -inf where a query may not look: (B, H, N_q, N_k)."""
+    group = q.shape[2] // k.shape[2]
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    q = q.transpose(1, 2)  # (B, N, H, D) -> (B, H, N, D)
+    k = k.transpose(1, 2).repeat_interleave(group, dim=1)
+    scores = (q @ k.mT) * scale
+    if causal:
+        scores = scores.masked_fill(~causal_mask(q.shape[2], k.shape[2], q.device), -math.inf)
+    return scores
+
+
+def naive_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """softmax(softmax_scale * Q Kᵀ) V with the whole N_q x N_k matrix in memory, in the dtype of the inputs.
+
+    Args:
+        q: (B, N_q, H, D). k, v: (B, N_k, H_kv, D).
+        causal: mask aligned to the bottom right, see `causal_mask`.
+        softmax_scale: D ** -0.5 where not given.
+        return_lse: also return the log-sum-exp of each row's scores (B, H, N_q), natural logarithm.
+
+    A query that sees no key gives zeros, and -inf as its log-sum-exp. Differentiable.
+    """
+    scores = _scores(q, k, causal, softmax_scale)
+    probabilities = scores.softmax(dim=-1)
+    if causal and q.shape[1] > k.shape[1]:  # softmax of a row of -inf is NaN; attention to nothing is zero
+        blind = ~causal_mask(q.shape[1], k.shape[1], q.device).any(dim=1)
+        probabilities = probabilities.masked_fill(blind[:, None], 0.0)
+    value = v.transpose(1, 2).repeat_interleave(q.shape[2] // k.shape[2], dim=1)
+    out = (probabilities @ value).transpose(1, 2)  # (B, H, N, D) -> (B, N, H, D)
+    if return_lse:
+        return out, scores.logsumexp(dim=-1)
+    return out
+
+
+def exact_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """The oracle: `naive_attention` on the inputs in float64, result in float64. Arguments as there."""
+    return naive_attention(
+        q.double(), k.double(), v.double(), causal=causal, softmax_scale=softmax_scale, return_lse=return_lse
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Softmax, from the definition to one pass
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def safe_softmax(x: torch.Tensor) -> torch.Tensor:
+    """Softmax over the last dimension with the maximum taken out first: three passes over x.
+
+    exp(x) overflows float32 from x = 89 on and float16 from 12 on; exp(x - max) never does, and the common factor
+    exp(-max) cancels in the quotient.
+    """
+    m = x.amax(dim=-1, keepdim=True)  # pass 1
+    l = (x - m).exp().sum(dim=-1, keepdim=True)  # pass 2  # noqa: E741
+    return (x - m).exp() / l  # pass 3
+
+
+def online_softmax_trace(x: torch.Tensor, block: int) -> list[dict[str, torch.Tensor | int]]:
+    """The running maximum m and sum l of one pass over the last dimension of x, after each block.
+
+    Returns:
+        One dict per block: `start` and `stop` of the block, `m` and `l` (shape of x without its last dimension), and
+        `rescale`, the factor exp(m_old - m_new) that the old sum was multiplied by.
+
+    Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (arXiv 1805.02867), Algorithm 3.
+    """
+    if block < 1:
+        raise ValueError(f"block={block}: a block holds at least one element.")
+    m = torch.full(x.shape[:-1], -math.inf, dtype=x.dtype, device=x.device)
+    l = torch.zeros_like(m)  # noqa: E741
+    steps: list[dict[str, torch.Tensor | int]] = []
+    for start in range(0, x.shape[-1], block):
+        part = x[..., start : start + block]
+        m_new = torch.maximum(m, part.amax(dim=-1))
+        rescale = _exp_difference(m, m_new)
+        # l counted multiples of exp(m_old); in multiples of exp(m_new) it is exp(m_old - m_new) times as large
+        l = l * rescale + _exp_difference(part, m_new[..., None]).sum(dim=-1)  # noqa: E741
+        m = m_new
+        steps.append({"start": start, "stop": start + part.shape[-1], "m": m, "l": l, "rescale": rescale})
+    return steps
+
+
+def online_softmax(x: torch.Tensor, block: int = 4) -> torch.Tensor:
+    """Softmax over the last dimension with m and l found in one pass over blocks, and a second pass to divide."""
+    last = online_softmax_trace(x, block)[-1]
+    return _exp_difference(x, last["m"][..., None]) / last["l"][..., None]
+
+
+def _exp_difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """exp(a - b) where b >= a, with exp(-inf - -inf) = 0: nothing seen so far weighs nothing."""
+    return torch.where(torch.isneginf(a), 0.0, (a - b).exp())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tiled attention in the loop orders of the two papers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def tiled_attention_v1(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    block_m: int = 64,
+    block_n: int = 64,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention in the order of FlashAttention-1: blocks of K and V outside, blocks of Q inside.
+
+    O, l and m live in full-length arrays ("HBM") and each inner step reads, rescales and writes their block; O is kept
+    normalised after every step. Computes in float32 or better, returns the dtype of q.
+
+    Source: arXiv 2205.14135, Algorithm 1.
+    """
+    q_, k_, v_, scale = _prepare_tiles(q, k, v, softmax_scale)
+    batch, heads, n_q, _ = q_.shape
+    n_k = k_.shape[2]
+    out = torch.zeros_like(q_)
+    m = torch.full((batch, heads, n_q), -math.inf, dtype=q_.dtype, device=q.device)
+    l = torch.zeros_like(m)  # noqa: E741
+    for start_n in range(0, n_k, block_n):
+        cols = slice(start_n, min(start_n + block_n, n_k))
+        for start_m in range(0, n_q, block_m):
+            rows = slice(start_m, min(start_m + block_m, n_q))
+            if causal and cols.start > rows.stop - 1 + n_k - n_q:
+                continue  # every score of this tile is above the diagonal
+            s = _tile_scores(q_, k_, rows, cols, scale, causal)  # S_ij = scale * Q_i K_jᵀ
+            m_old, l_old = m[..., rows], l[..., rows]
+            m_new = torch.maximum(m_old, s.amax(dim=-1))
+            alpha = _exp_difference(m_old, m_new)
+            p = _exp_difference(s, m_new[..., None])  # P_ij = exp(S_ij - m_new)
+            l_new = alpha * l_old + p.sum(dim=-1)
+            divisor = torch.where(l_new == 0, 1.0, l_new)[..., None]  # a row that has seen no key yet stays zero
+            # O_i = (l_old e^(m_old - m_new) O_i + P_ij V_j) / l_new
+            out[:, :, rows] = ((alpha * l_old)[..., None] * out[:, :, rows] + p @ v_[:, :, cols]) / divisor
+            m[..., rows], l[..., rows] = m_new, l_new
+    return _finish_tiles(q, out, m, l, return_lse)
+
+
+def tiled_attention_v2(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    block_m: int = 64,
+    block_n: int = 64,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention in the order of FlashAttention-2: blocks of Q outside, blocks of K and V inside.
+
+    O, l and m of one block of rows stay with the outer step ("on chip") until the row is done; O is divided by l once,
+    at the end, and one number per row, the log-sum-exp, is all that the backward pass needs of the softmax. The outer
+    steps do not touch each other's rows, so a GPU runs them at the same time.
+
+    Source: arXiv 2307.08691, Algorithm 1.
+    """
+    q_, k_, v_, scale = _prepare_tiles(q, k, v, softmax_scale)
+    batch, heads, n_q, _ = q_.shape
+    n_k = k_.shape[2]
+    out = torch.zeros_like(q_)
+    m_all = torch.full((batch, heads, n_q), -math.inf, dtype=q_.dtype, device=q.device)
+    l_all = torch.zeros_like(m_all)
+    for start_m in range(0, n_q, block_m):
+        rows = slice(start_m, min(start_m + block_m, n_q))
+        acc = torch.zeros_like(q_[:, :, rows])
+        m = torch.full_like(m_all[..., rows], -math.inf)
+        l = torch.zeros_like(m)  # noqa: E741
+        for start_n in range(0, n_k, block_n):
+            cols = slice(start_n, min(start_n + block_n, n_k))
+            if causal and cols.start > rows.stop - 1 + n_k - n_q:
+                break  # this tile and all to its right are above the diagonal
+            s = _tile_scores(q_, k_, rows, cols, scale, causal)  # S_ij = scale * Q_i K_jᵀ
+            m_new = torch.maximum(m, s.amax(dim=-1))
+            alpha = _exp_difference(m, m_new)
+            p = _exp_difference(s, m_new[..., None])  # P_ij = exp(S_ij - m_new)
+            l = alpha * l + p.sum(dim=-1)  # noqa: E741
+            acc = alpha[..., None] * acc + p @ v_[:, :, cols]  # O_i, not yet divided
+            m = m_new
+        out[:, :, rows] = acc / torch.where(l == 0, 1.0, l)[..., None]
+        m_all[..., rows], l_all[..., rows] = m, l
+    return _finish_tiles(q, out, m_all, l_all, return_lse)
+
+
+def _prepare_tiles(q, k, v, softmax_scale):
+    group = q.shape[2] // k.shape[2]
+    working = torch.promote_types(q.dtype, torch.float32)
+    scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    q_ = q.to(working).transpose(1, 2)  # (B, N, H, D) -> (B, H, N, D)
+    k_, v_ = (t.to(working).transpose(1, 2).repeat_interleave(group, dim=1) for t in (k, v))
+    return q_, k_, v_, scale
+
+
+def _tile_scores(q, k, rows: slice, cols: slice, scale: float, causal: bool) -> torch.Tensor:
+    s = (q[:, :, rows] @ k[:, :, cols].mT) * scale
+    if causal:
+        visible = causal_mask(q.shape[2], k.shape[2], q.device)[rows, cols]
+        s = s.masked_fill(~visible, -math.inf)
+    return s
+
+
+def _finish_tiles(q, out, m, l, return_lse):  # noqa: E741
+    out = out.transpose(1, 2).to(q.dtype)  # (B, H, N, D) -> (B, N, H, D)
+    return (out, m + l.log()) if return_lse else out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rule
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the 2 x rule says of one tensor. True in a condition where the tensor passes."""
+
+    name: str
+    passed: bool
+    error: float
+    """max |out - ref|; NaN or inf where the tensor holds such values that the reference does not."""
+    allowed: float
+    """factor * max |low - ref| + atol."""
+    where: tuple[int, ...]
+    """Index of the largest error."""
+    note: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """error / allowed; up to 1 passes."""
+        return self.error / self.allowed
+
+    def __bool__(self) -> bool:
+        return self.passed
+
+    def __str__(self) -> str:
+        verdict = "right" if self.passed else "WRONG"
+        place = f"largest at {self.name}[{', '.join(map(str, self.where))}]" if self.where else ""
+        text = f"{self.name}: {verdict}, error {self.error:.2e}, allowed {self.allowed:.2e} ({self.ratio:.2f} of it)"
+        return "; ".join(part for part in (text, place, self.note) if part)
+
+    def raise_if_failed(self) -> None:
+        """Raises AssertionError with the verdict's text where the tensor failed."""
+        if not self.passed:
+            raise AssertionError(str(self))
+
+
+def judge(
+    out: torch.Tensor,
+    ref: torch.Tensor,
+    low: torch.Tensor,
+    *,
+    factor: float = 2.0,
+    atol: float = 1e-5,
+    name: str = "out",
+) -> Verdict:
+    """The 2 x rule: max |out - ref| <= factor * max |low - ref| + atol.
+
+    Args:
+        out: the result to judge.
+        ref: the exact result, float64, same shape.
+        low: the textbook formula computed in the dtype of `out`, same shape.
+        factor: 2 for outputs; flash-attn's tests take 3 for gradients.
+        atol: keeps the rule fair where the textbook formula happens to be exact.
+        name: what to call the tensor in the verdict.
+
+    Infinite values must stand in the same places as in `ref`; a NaN anywhere fails.
+
+    Raises:
+        ValueError: the shapes differ.
+
+    Source: Dao-AILab/flash-attention, tests/test_flash_attn.py; the reference there is float32, here float64.
+    """
+    if not out.shape == ref.shape == low.shape:
+        raise ValueError(
+            f"{name}: shapes differ: out {tuple(out.shape)}, ref {tuple(ref.shape)}, low {tuple(low.shape)}."
+        )
+    if out.numel() == 0:
+        return Verdict(name, True, 0.0, atol, (), "empty")
+    out, ref, low = (t.detach().double() for t in (out, ref, low))
+    allowed = factor * _distance(low, ref).nan_to_num(nan=0.0, posinf=0.0).max().item() + atol
+    distance = _distance(out, ref)
+    note = ""
+    if out.isnan().any():
+        distance = torch.where(out.isnan(), math.inf, 0.0)
+        note = f"{int(out.isnan().sum())} of {out.numel()} values are NaN"
+    flat = int(distance.argmax())
+    error = distance.flatten()[flat].item()
+    where = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), distance.shape))
+    return Verdict(name, error <= allowed, error, allowed, where, note)
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """|a - b|, with 0 where both are the same infinity (lse of a row that sees nothing is -inf in both)."""
+    return torch.where(a == b, 0.0, (a - b).abs())
+
+
+def check_attention(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    factor: float = 2.0,
+    lse: torch.Tensor | None = None,
+) -> Verdict:
+    """Judges the output of an attention forward pass by the 2 x rule against `exact_attention`.
+
+    Args:
+        out: (B, N_q, H, D), the result to judge. q, k, v: its inputs, in the dtype it was computed in.
+        causal, softmax_scale: as given to the kernel.
+        factor: see `judge`.
+        lse: (B, H, N_q); where given it is judged too, and the worse of both verdicts is returned.
+    """
+    with torch.no_grad():
+        ref, ref_lse = exact_attention(q, k, v, causal=causal, softmax_scale=softmax_scale, return_lse=True)
+        low, low_lse = naive_attention(q, k, v, causal=causal, softmax_scale=softmax_scale, return_lse=True)
+    verdict = judge(out, ref, low, factor=factor)
+    if lse is None:
+        return verdict
+    lse_verdict = judge(lse, ref_lse, low_lse, factor=factor, name="lse")
+    return max(verdict, lse_verdict, key=lambda v: v.ratio)
+
+
+def check_gradients(
+    gradients: Sequence[torch.Tensor],
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: bool = False,
+    softmax_scale: float | None = None,
+    factor: float = 3.0,
+) -> list[Verdict]:
+    """Judges (dq, dk, dv) by the same rule, against autograd through `exact_attention`.
+
+    Args:
+        gradients: dq (B, N_q, H, D), dk and dv (B, N_k, H_kv, D).
+        dout: (B, N_q, H, D), gradient of the loss by the output.
+        q, k, v, causal, softmax_scale: as in the forward pass.
+        factor: 3, as in flash-attn's tests.
+
+    Returns:
+        A verdict each for dq, dk and dv.
+    """
+
+    def grads(inputs):
+        inputs = [t.detach().requires_grad_() for t in inputs]
+        result = naive_attention(*inputs, causal=causal, softmax_scale=softmax_scale)
+        return torch.autograd.grad(result, inputs, dout.to(result.dtype))
+
+    exact, low = grads([t.double() for t in (q, k, v)]), grads((q, k, v))
+    names = ("dq", "dk", "dv")
+    return [judge(g, e, p, factor=factor, name=n) for g, e, p, n in zip(gradients, exact, low, names, strict=True)]

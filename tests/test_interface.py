@@ -1,0 +1,124 @@
+"""flash-attn's interface: what it computes, what it differentiates, and what it refuses."""
+
+import pytest
+import torch
+
+from labutils import runtime
+from labutils.interface import flash_attn_func, flash_attn_v1_func
+from labutils.reference import check_attention, check_gradients
+
+DEVICE = runtime.device
+
+
+def make(shape=(1, 20, 2, 16), kv_shape=None, dtype=torch.float32, device=DEVICE):
+    g = torch.Generator().manual_seed(0)
+    kv_shape = kv_shape or shape
+    return [torch.randn(s, generator=g).to(device, dtype) for s in (shape, kv_shape, kv_shape)]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_trains(causal):
+    q, k, v = (t.requires_grad_() for t in make((2, 24, 4, 16), (2, 30, 2, 16)))
+    out = flash_attn_func(q, k, v, causal=causal)
+    check_attention(out, q, k, v, causal=causal).raise_if_failed()
+    dout = torch.randn_like(out)
+    out.backward(dout)
+    for verdict in check_gradients([t.grad for t in (q, k, v)], dout, q, k, v, causal=causal):
+        verdict.raise_if_failed()
+
+
+def test_only_the_gradients_that_are_asked_for():
+    q, k, v = make()
+    q.requires_grad_()
+    flash_attn_func(q, k, v).sum().backward()
+    assert q.grad is not None and k.grad is None and v.grad is None
+
+
+def test_returns_lse_like_flash_attn():
+    q, k, v = make()
+    out, lse, probabilities = flash_attn_func(q, k, v, return_attn_probs=True)
+    assert lse.shape == (1, 2, 20) and lse.dtype == torch.float32 and probabilities is None
+    check_attention(out, q, k, v, lse=lse).raise_if_failed()
+
+
+def test_v1_computes_the_same():
+    q, k, v = make()
+    check_attention(flash_attn_v1_func(q, k, v, causal=True), q, k, v, causal=True).raise_if_failed()
+
+
+def test_softmax_scale():
+    q, k, v = make()
+    out = flash_attn_func(q, k, v, softmax_scale=0.7)
+    check_attention(out, q, k, v, softmax_scale=0.7).raise_if_failed()
+    assert not check_attention(out, q, k, v)
+
+
+CPU = torch.device("cpu")
+META = torch.device("meta")
+Q = (1, 20, 4, 16)
+WRONG_INPUTS = {
+    "a list": (TypeError, "q is a list", lambda q, k, v: ([1.0], k, v), {}),
+    "three dimensions": (ValueError, r"\(B, N, H, D\)", lambda q, k, v: (q[0], k, v), {}),
+    "k and v differ": (ValueError, "both must be", lambda q, k, v: (q, k[:, :5], v), {}),
+    "batch sizes differ": (ValueError, "batch size 2", lambda q, k, v: (q.expand(2, -1, -1, -1), k, v), {}),
+    "head dimensions differ": (ValueError, "head dimension", lambda q, k, v: (q, k[..., :8], v[..., :8]), {}),
+    "heads do not divide": (ValueError, "must divide", lambda q, k, v: (q, k[:, :, :3], v[:, :, :3]), {}),
+    "no key heads": (ValueError, "must divide", lambda q, k, v: (q, k[:, :, :0], v[:, :, :0]), {}),
+    "head dimension too small": (ValueError, "16 to 128", lambda q, k, v: (q[..., :8], k[..., :8], v[..., :8]), {}),
+    "head dimension too large": (
+        ValueError, "16 to 128", lambda q, k, v: [t.repeat(1, 1, 1, 16) for t in (q, k, v)], {},
+    ),  # fmt: skip
+    "dtypes differ": (TypeError, "convert them to one", lambda q, k, v: (q.half(), k, v), {}),
+    "float64": (TypeError, "float64 is not supported", lambda q, k, v: (q.double(), k.double(), v.double()), {}),
+    "integers": (TypeError, "int32 is not supported", lambda q, k, v: (q.int(), k.int(), v.int()), {}),
+    "devices differ": (ValueError, "move them to one device", lambda q, k, v: (q, k.to(META), v), {}),
+    "a device without kernels": (ValueError, "q is on meta", lambda q, k, v: [t.to(META) for t in (q, k, v)], {}),
+    "scale zero": (ValueError, "positive, finite", lambda q, k, v: (q, k, v), {"softmax_scale": 0.0}),
+    "scale negative": (ValueError, "positive, finite", lambda q, k, v: (q, k, v), {"softmax_scale": -1.0}),
+    "scale NaN": (ValueError, "positive, finite", lambda q, k, v: (q, k, v), {"softmax_scale": float("nan")}),
+    "dropout": (NotImplementedError, "dropout_p=0.1", lambda q, k, v: (q, k, v), {"dropout_p": 0.1}),
+    "window": (NotImplementedError, "window_size", lambda q, k, v: (q, k, v), {"window_size": (8, 0)}),
+    "softcap": (NotImplementedError, "softcap=50", lambda q, k, v: (q, k, v), {"softcap": 50.0}),
+    "ALiBi": (NotImplementedError, "alibi_slopes", lambda q, k, v: (q, k, v), {"alibi_slopes": torch.ones(4)}),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_INPUTS)
+def test_wrong_input_is_named(case):
+    error, message, change, kwargs = WRONG_INPUTS[case]
+    with pytest.raises(error, match=message):
+        flash_attn_func(*change(*make(Q)), **kwargs)
+
+
+def test_layout_of_sdpa_is_recognised():
+    q, k, v = make((1, 20, 4, 16), (1, 30, 4, 16))
+    with pytest.raises(ValueError, match=r"transpose\(1, 2\)"):
+        flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)))
+
+
+def test_v1_has_no_backward_and_says_so():
+    q, k, v = make()
+    q.requires_grad_()
+    with pytest.raises(NotImplementedError, match="no backward"):
+        flash_attn_v1_func(q, k, v)
+    with torch.no_grad():
+        flash_attn_v1_func(q, k, v)
+
+
+def test_bfloat16_on_turing_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *a: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *a: "Tesla T4")
+    monkeypatch.setattr(runtime, "interpreted", False)
+
+    class OnGpu(torch.Tensor):
+        device = property(lambda self: torch.device("cuda", 0))
+
+    tensors = [t.to("cpu", torch.bfloat16).as_subclass(OnGpu) for t in make()]
+    with pytest.raises(TypeError, match="Tesla T4 has no bfloat16.*float16"):
+        flash_attn_func(*tensors)
+
+
+@pytest.mark.gpu
+def test_tensors_on_the_cpu_are_refused_on_a_gpu_machine():
+    with pytest.raises(ValueError, match="move the tensors to the GPU"):
+        flash_attn_func(*make(device=CPU))

@@ -1,0 +1,217 @@
+"""Every kernel against the oracle by the 2 x rule: shapes, dtypes, strides, masks, tile edges, planted garbage."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from labutils import runtime
+from labutils.kernels import flash_v1, flash_v2
+from labutils.kernels.launch import LaunchConfig, pick_config
+from labutils.reference import check_attention, check_gradients
+
+DEVICE = runtime.device
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+BACKWARD = ("delta", "dkdv", "dq")
+
+
+def make(n_q, n_k, *, heads=2, heads_kv=None, head_dim=32, dtype=torch.float32, batch=1, seed=0, spread=1.0):
+    g = torch.Generator().manual_seed(seed)
+    q = torch.randn(batch, n_q, heads, head_dim, generator=g) * spread
+    k, v = torch.randn(2, batch, n_k, heads_kv or heads, head_dim, generator=g) * spread
+    return tuple(t.to(DEVICE, dtype) for t in (q, k, v))
+
+
+def check(q, k, v, *, causal, config=None, scale=None, v1=True):
+    """Forward of both kernels and backward of v2, each by the rule."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    kwargs = dict(causal=causal, softmax_scale=scale)
+    if v1:
+        out, lse = flash_v1.forward(q, k, v, scale, causal, config)
+        check_attention(out, q, k, v, lse=lse, **kwargs).raise_if_failed()
+    out, lse = flash_v2.forward(q, k, v, scale, causal, config)
+    assert out.dtype == q.dtype and lse.dtype == torch.float32
+    check_attention(out, q, k, v, lse=lse, **kwargs).raise_if_failed()
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    configs = dict.fromkeys(BACKWARD, config) if config else None
+    gradients = flash_v2.backward(dout, q, k, v, out, lse, scale, causal, configs)
+    for verdict in check_gradients(gradients, dout, q, k, v, **kwargs):
+        verdict.raise_if_failed()
+
+
+# The lengths of flash-attn's own tests where they are small, and those at which tiles of 16 and 32 end or begin.
+SHAPES = [(1, 1), (16, 16), (17, 33), (33, 17), (1, 40), (40, 1), (64, 64), (65, 63)]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("n_q", "n_k"), SHAPES)
+def test_lengths_across_tile_edges(n_q, n_k, causal):
+    check(*make(n_q, n_k), causal=causal, config=LaunchConfig(32, 16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_dtypes(dtype, causal):
+    check(*make(100, 130, dtype=dtype), causal=causal)
+
+
+@pytest.mark.parametrize("head_dim", [16, 40, 59, 64, 128])
+def test_head_dimensions(head_dim):
+    check(*make(48, 48, head_dim=head_dim, dtype=torch.float16), causal=True)
+
+
+@pytest.mark.parametrize("heads_kv", [4, 2, 1])
+def test_grouped_query_attention(heads_kv):
+    check(*make(20, 36, heads=4, heads_kv=heads_kv, batch=2), causal=True)
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    n_q=st.integers(1, 70),
+    n_k=st.integers(1, 70),
+    head_dim=st.integers(16, 40),
+    blocks=st.sampled_from([(16, 16), (16, 32), (32, 16), (64, 32)]),
+    causal=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_odd_shapes(n_q, n_k, head_dim, blocks, causal, dtype, seed):
+    q, k, v = make(n_q, n_k, heads=1, head_dim=head_dim, dtype=dtype, seed=seed)
+    check(q, k, v, causal=causal, config=LaunchConfig(*blocks))
+
+
+def strided_like_gpt2(batch, n, heads, head_dim):
+    """q, k, v as GPT-2 hands them over: slices of one fused (B, N, 3 H D) tensor."""
+    fused = torch.randn(batch, n, 3 * heads * head_dim, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    return [t.view(batch, n, heads, head_dim) for t in fused.split(heads * head_dim, dim=2)]
+
+
+LAYOUTS = {
+    "fused": lambda t: t,
+    "heads_first": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+    "last_dimension_strided": lambda t: t.repeat_interleave(2, dim=-1)[..., ::2],
+    "last_dimension_outermost": lambda t: t.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0),
+    "expanded_heads": lambda t: t[:, :, :1].expand(-1, -1, t.shape[2], -1),
+    "reversed_rows": lambda t: torch.cat([t, t], dim=1)[:, 3 : 3 + t.shape[1]],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(layout):
+    q, k, v = map(LAYOUTS[layout], strided_like_gpt2(2, 40, 2, 16))
+    check(q, k, v, causal=True)
+
+
+def test_gradient_of_the_output_may_have_any_strides():
+    q, k, v = make(24, 24)
+    out, lse = flash_v2.forward(q, k, v, 0.2)
+    dout = torch.ones((), device=DEVICE).expand(out.shape)  # what out.sum().backward() hands over
+    gradients = flash_v2.backward(dout, q, k, v, out, lse, 0.2)
+    for verdict in check_gradients(gradients, dout, q, k, v, softmax_scale=0.2):
+        verdict.raise_if_failed()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_no_nan_on_large_scores(dtype):
+    check(*make(70, 70, dtype=dtype, spread=8.0), causal=True)
+
+
+def test_reads_and_writes_nothing_outside_its_tensors():
+    """Neighbours in memory hold NaN, and stay NaN."""
+    n, heads, head_dim = 21, 2, 24
+    backing = torch.full((4, 2 * n, heads, head_dim + 8), float("nan"), device=DEVICE)
+    views = [backing[i : i + 1, 5 : 5 + n, :, 3 : 3 + head_dim] for i in range(3)]
+    for view, t in zip(views, make(n, n, heads=heads, head_dim=head_dim), strict=True):
+        view.copy_(t)
+    before = backing.clone()
+    check(*views, causal=False, config=LaunchConfig(16, 32))
+    assert torch.equal(before.isnan(), backing.isnan())
+
+
+@pytest.mark.parametrize(("n_q", "n_k"), [(0, 5), (5, 0), (0, 0)])
+@pytest.mark.parametrize("kernel", [flash_v1, flash_v2])
+def test_empty_sequences(kernel, n_q, n_k):
+    q, k, v = make(n_q, n_k)
+    out, lse = kernel.forward(q, k, v, 0.2)
+    assert out.shape == q.shape and (out == 0).all() and lse.isneginf().all()
+    if kernel is flash_v2:
+        gradients = flash_v2.backward(out, q, k, v, out, lse, 0.2)
+        assert all((g == 0).all() for g in gradients)
+
+
+def test_same_bits_every_time():
+    q, k, v = make(90, 70, dtype=torch.float16, heads=2)
+    runs = []
+    for _ in range(3):
+        out, lse = flash_v2.forward(q, k, v, 0.2, True)
+        runs.append((out, lse, *flash_v2.backward(out, q, k, v, out, lse, 0.2, True)))
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+class TestLaunchTable:
+    @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
+    def test_every_gpu_has_an_entry(self, monkeypatch, capability, dtype, head_dim):
+        monkeypatch.setattr("labutils.kernels.launch._capability", lambda index: capability)
+        for kernel in ("v1", "forward", *BACKWARD):
+            config = pick_config(kernel, head_dim, dtype, True, torch.device("cuda", 0), longest=4096)
+            assert config.block_m >= 16 and config.block_n >= 16
+            if capability < (8, 0) or dtype == torch.float32:
+                assert max(config.block_m, config.block_n) <= 32
+
+    def test_a_gpu_too_old_is_named(self, monkeypatch):
+        monkeypatch.setattr("labutils.kernels.launch._capability", lambda index: (6, 1))
+        with pytest.raises(RuntimeError, match=r"compute capability 6\.1.*LABUTILS_DEVICE=cpu"):
+            pick_config("forward", 64, torch.float16, True, torch.device("cuda", 0), longest=64)
+
+    def test_head_dimensions_are_padded_to_a_power_of_two(self):
+        assert [LaunchConfig.block_d(d) for d in (1, 16, 17, 64, 65, 128)] == [16, 16, 32, 64, 128, 128]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [16, 32, 59, 64, 80, 111, 128])
+@pytest.mark.parametrize(
+    ("n_q", "n_k"),
+    [(113, 203), (128, 217), (113, 211), (108, 256), (256, 512), (512, 256), (1024, 1024), (1023, 1024), (1024, 1023)],
+)
+def test_grid_of_flash_attns_tests(n_q, n_k, head_dim, dtype, causal):
+    check(*make(n_q, n_k, heads=6, heads_kv=2, head_dim=head_dim, dtype=dtype, batch=2), causal=causal)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_2048(head_dim, dtype, causal):
+    check(*make(2048, 2048, heads=4, head_dim=head_dim, dtype=dtype), causal=causal)
+
+
+@pytest.mark.gpu
+def test_more_programs_than_a_grid_dimension_holds():
+    q, k, v = make(20, 20, batch=9000, heads=8, head_dim=16, dtype=torch.float16)
+    check(q, k, v, causal=True, v1=False)
+
+
+@pytest.mark.gpu
+def test_rows_beyond_two_to_the_31_elements():
+    """A view whose last rows lie more than 2**31 elements behind its first."""
+    n, stride = 70_000, 32_768
+    backing = torch.zeros(n * stride, dtype=torch.float16, device=DEVICE)
+    big = backing.as_strided((1, n, 1, 16), (0, stride, 0, 1))
+    q, k, v = make(64, n, heads=1, head_dim=16, dtype=torch.float16)
+    big.copy_(k)
+    out, lse = flash_v2.forward(q, big, v, 0.25, True)
+    check_attention(out, q, k, v, causal=True, softmax_scale=0.25, lse=lse).raise_if_failed()
+    gradients = flash_v2.backward(out, q, big, v, out, lse, 0.25, True)
+    for verdict in check_gradients(gradients, out, q, k, v, causal=True, softmax_scale=0.25):
+        verdict.raise_if_failed()
+
+
+@pytest.mark.gpu
+def test_a_configuration_too_large_for_the_gpu_is_named():
+    q, k, v = make(256, 256, head_dim=128, dtype=torch.float16)
+    with pytest.raises(RuntimeError, match="too small for LaunchConfig"):
+        flash_v2.forward(q, k, v, 0.1, False, LaunchConfig(256, 256, 8, 6))
