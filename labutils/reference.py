@@ -99,7 +99,7 @@ def safe_softmax(x: torch.Tensor) -> torch.Tensor:
     exp(-max) cancels in the quotient.
     """
     m = x.amax(dim=-1, keepdim=True)  # pass 1
-    l = (x - m).exp().sum(dim=-1, keepdim=True)  # pass 2  # noqa: E741
+    l = (x - m).exp().sum(dim=-1, keepdim=True)  # pass 2
     return (x - m).exp() / l  # pass 3
 
 
@@ -115,14 +115,14 @@ def online_softmax_trace(x: torch.Tensor, block: int) -> list[dict[str, torch.Te
     if block < 1:
         raise ValueError(f"block={block}: a block holds at least one element.")
     m = torch.full(x.shape[:-1], -math.inf, dtype=x.dtype, device=x.device)
-    l = torch.zeros_like(m)  # noqa: E741
+    l = torch.zeros_like(m)
     steps: list[dict[str, torch.Tensor | int]] = []
     for start in range(0, x.shape[-1], block):
         part = x[..., start : start + block]
         m_new = torch.maximum(m, part.amax(dim=-1))
         rescale = _exp_difference(m, m_new)
         # l counted multiples of exp(m_old); in multiples of exp(m_new) it is exp(m_old - m_new) times as large
-        l = l * rescale + _exp_difference(part, m_new[..., None]).sum(dim=-1)  # noqa: E741
+        l = l * rescale + _exp_difference(part, m_new[..., None]).sum(dim=-1)
         m = m_new
         steps.append({"start": start, "stop": start + part.shape[-1], "m": m, "l": l, "rescale": rescale})
     return steps
@@ -167,7 +167,7 @@ def tiled_attention_v1(
     n_k = k_.shape[2]
     out = torch.zeros_like(q_)
     m = torch.full((batch, heads, n_q), -math.inf, dtype=q_.dtype, device=q.device)
-    l = torch.zeros_like(m)  # noqa: E741
+    l = torch.zeros_like(m)
     for start_n in range(0, n_k, block_n):
         cols = slice(start_n, min(start_n + block_n, n_k))
         for start_m in range(0, n_q, block_m):
@@ -216,7 +216,7 @@ def tiled_attention_v2(
         rows = slice(start_m, min(start_m + block_m, n_q))
         acc = torch.zeros_like(q_[:, :, rows])
         m = torch.full_like(m_all[..., rows], -math.inf)
-        l = torch.zeros_like(m)  # noqa: E741
+        l = torch.zeros_like(m)
         for start_n in range(0, n_k, block_n):
             cols = slice(start_n, min(start_n + block_n, n_k))
             if causal and cols.start > rows.stop - 1 + n_k - n_q:
@@ -225,7 +225,7 @@ def tiled_attention_v2(
             m_new = torch.maximum(m, s.amax(dim=-1))
             alpha = _exp_difference(m, m_new)
             p = _exp_difference(s, m_new[..., None])  # P_ij = exp(S_ij - m_new)
-            l = alpha * l + p.sum(dim=-1)  # noqa: E741
+            l = alpha * l + p.sum(dim=-1)
             acc = alpha[..., None] * acc + p @ v_[:, :, cols]  # O_i, not yet divided
             m = m_new
         out[:, :, rows] = acc / torch.where(l == 0, 1.0, l)[..., None]
@@ -250,7 +250,7 @@ def _tile_scores(q, k, rows: slice, cols: slice, scale: float, causal: bool) -> 
     return s
 
 
-def _finish_tiles(q, out, m, l, return_lse):  # noqa: E741
+def _finish_tiles(q, out, m, l, return_lse):
     out = out.transpose(1, 2).to(q.dtype)  # (B, H, N, D) -> (B, N, H, D)
     return (out, m + l.log()) if return_lse else out
 

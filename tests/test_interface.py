@@ -66,7 +66,10 @@ WRONG_INPUTS = {
     "no key heads": (ValueError, "must divide", lambda q, k, v: (q, k[:, :, :0], v[:, :, :0]), {}),
     "head dimension too small": (ValueError, "16 to 128", lambda q, k, v: (q[..., :8], k[..., :8], v[..., :8]), {}),
     "head dimension too large": (
-        ValueError, "16 to 128", lambda q, k, v: [t.repeat(1, 1, 1, 16) for t in (q, k, v)], {},
+        ValueError,
+        "16 to 128",
+        lambda q, k, v: [t.repeat(1, 1, 1, 16) for t in (q, k, v)],
+        {},
     ),  # fmt: skip
     "dtypes differ": (TypeError, "convert them to one", lambda q, k, v: (q.half(), k, v), {}),
     "float64": (TypeError, "float64 is not supported", lambda q, k, v: (q.double(), k.double(), v.double()), {}),

@@ -11,11 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-from labutils.kernels.launch import LaunchConfig, launch, pick_config
+from labutils.kernels.launch import SEQUENCE_LENGTHS, LaunchConfig, launch, pick_config
 from labutils.kernels.tiles import load_tile, tile_pointers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SEQUENCE_LENGTHS)
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, l_ptr, m_ptr,
     softmax_scale, H, GROUP, N_Q, N_K,
@@ -37,15 +37,21 @@ def _forward_kernel(
 
     for start_n in tl.range(0, N_K, BLOCK_N):  # line 5: for each block of K and V
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        k = load_tile(tile_pointers(k_ptr, stride_kn, stride_kd, start_n, BLOCK_N, BLOCK_D), offs_n, N_K, D, BLOCK_D, True)
-        v = load_tile(tile_pointers(v_ptr, stride_vn, stride_vd, start_n, BLOCK_N, BLOCK_D), offs_n, N_K, D, BLOCK_D, True)
+        k = load_tile(
+            tile_pointers(k_ptr, stride_kn, stride_kd, start_n, BLOCK_N, BLOCK_D), offs_n, N_K, D, BLOCK_D, True
+        )
+        v = load_tile(
+            tile_pointers(v_ptr, stride_vn, stride_vd, start_n, BLOCK_N, BLOCK_D), offs_n, N_K, D, BLOCK_D, True
+        )
         first_row = 0
         if CAUSAL:  # rows above start_n - offset see nothing of this block
             first_row = tl.maximum(start_n - offset, 0) // BLOCK_M * BLOCK_M
         for start_m in tl.range(first_row, N_Q, BLOCK_M):  # line 7: for each block of Q
             offs_m = start_m + tl.arange(0, BLOCK_M)
             in_m = offs_m < N_Q
-            q = load_tile(tile_pointers(q_ptr, stride_qn, stride_qd, start_m, BLOCK_M, BLOCK_D), offs_m, N_Q, D, BLOCK_D, True)
+            q = load_tile(
+                tile_pointers(q_ptr, stride_qn, stride_qd, start_m, BLOCK_M, BLOCK_D), offs_m, N_Q, D, BLOCK_D, True
+            )
             o_ptrs = tile_pointers(o_ptr, stride_on, stride_od, start_m, BLOCK_M, BLOCK_D)
             o = load_tile(o_ptrs, offs_m, N_Q, D, BLOCK_D, True)  # line 8: O_i, l_i, m_i come from HBM
             l_old = tl.load(l_ptr + offs_m, mask=in_m, other=0.0)
@@ -100,7 +106,7 @@ def forward(
     # O is rescaled once for every block of K: in 16 bits each of these roundings would add to the error, so the
     # working copy in HBM is float32 (the authors' CUDA code kept such a copy too, once K had several blocks).
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-    l = torch.zeros(batch, heads, n_q, dtype=torch.float32, device=q.device)  # noqa: E741
+    l = torch.zeros(batch, heads, n_q, dtype=torch.float32, device=q.device)
     m = torch.full_like(l, -torch.inf)
     if config is None:
         config = pick_config("v1", head_dim, q.dtype, causal, q.device, longest=max(n_q, n_k))

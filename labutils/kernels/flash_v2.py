@@ -1,4 +1,4 @@
-"""FlashAttention-2, forward and backward: Q in the outer loop of the grid, O, l and m on chip, one number per row saved.
+"""FlashAttention-2, forward and backward: Q in the grid, O, l and m on chip, one number per row kept for the backward.
 
 Four kernels. `_forward_kernel` computes O and the log-sum-exp L of each row. The backward recomputes the probabilities
 from L and runs `_delta_kernel` (Δ = rowsum(dO ∘ O)), `_dkdv_kernel` (one program per block of keys) and `_dq_kernel`
@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from labutils.kernels.launch import LaunchConfig, launch, pick_config
+from labutils.kernels.launch import SEQUENCE_LENGTHS, LaunchConfig, launch, pick_config
 from labutils.kernels.tiles import load_tile, store_tile, tile_pointers
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -57,7 +57,7 @@ def _forward_inner(
     return acc, l_i, m_i
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SEQUENCE_LENGTHS)
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr,
     softmax_scale, H, GROUP, N_Q, N_K,
@@ -144,7 +144,7 @@ def forward(
     return out, lse
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SEQUENCE_LENGTHS)
 def _delta_kernel(
     o_ptr, do_ptr, delta_ptr, H, N_Q,
     stride_ob, stride_on, stride_oh, stride_od,
@@ -200,7 +200,7 @@ def _dkdv_inner(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SEQUENCE_LENGTHS)
 def _dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
     softmax_scale, H, GROUP, N_Q, N_K,
@@ -256,8 +256,12 @@ def _dkdv_kernel(
             offs_n, full_blocks, N_Q, N_Q, offset, qk_scale, D, BLOCK_D, BLOCK_M, True, CAUSAL,
         )  # fmt: skip
 
-    dk_ptrs = tile_pointers(dk_ptr + b * stride_dkb + h_kv * stride_dkh, stride_dkn, stride_dkd, start_n, BLOCK_N, BLOCK_D)
-    dv_ptrs = tile_pointers(dv_ptr + b * stride_dvb + h_kv * stride_dvh, stride_dvn, stride_dvd, start_n, BLOCK_N, BLOCK_D)
+    dk_ptrs = tile_pointers(
+        dk_ptr + b * stride_dkb + h_kv * stride_dkh, stride_dkn, stride_dkd, start_n, BLOCK_N, BLOCK_D
+    )
+    dv_ptrs = tile_pointers(
+        dv_ptr + b * stride_dvb + h_kv * stride_dvh, stride_dvn, stride_dvd, start_n, BLOCK_N, BLOCK_D
+    )
     store_tile(dk_ptrs, dk * softmax_scale, offs_n, N_K, D, BLOCK_D)
     store_tile(dv_ptrs, dv, offs_n, N_K, D, BLOCK_D)
 
@@ -290,7 +294,7 @@ def _dq_inner(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SEQUENCE_LENGTHS)
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr,
     softmax_scale, H, GROUP, N_Q, N_K,

@@ -11,6 +11,9 @@ from triton.runtime.errors import OutOfResources
 
 KERNELS = ("v1", "forward", "delta", "dkdv", "dq")
 SMALLEST_BLOCK = 16  # tl.dot takes no smaller tile
+# Triton compiles a kernel anew for an integer argument that is 1 or a multiple of 16. For these it must not: decoding
+# calls with a new length for every token.
+SEQUENCE_LENGTHS = ("N_Q", "N_K")
 
 
 @dataclass(frozen=True)
@@ -34,23 +37,37 @@ class LaunchConfig:
         return max(SMALLEST_BLOCK, triton.next_power_of_2(head_dim))
 
 
-# By (kernel, BLOCK_D up to) for float16 and bfloat16. Ampere and later; chosen on an H200, see the columns' order in
-# LaunchConfig. Small tiles with 4 warps let several programs share a multiprocessor, and while one computes
-# exponentials the tensor cores work for another.
-_SIXTEEN_BIT = {
+# Tables by (kernel, BLOCK_D up to). Entries as in LaunchConfig: block_m, block_n, num_warps, num_stages.
+#
+# float16 and bfloat16 where a block may use 227 KiB of shared memory (9.0, 10.0): of 18 to 24 candidates each the one
+# with the least time on an H200 at N = 4,096, full and causal taken together (v1 and delta: not searched).
+_SIXTEEN_BIT_LARGE = {
+    ("v1", 64): LaunchConfig(64, 64, 4, 2),
+    ("v1", 128): LaunchConfig(64, 32, 4, 2),
+    ("forward", 64): LaunchConfig(128, 64, 8, 3),
+    ("forward", 128): LaunchConfig(128, 128, 8, 3),
+    ("delta", 128): LaunchConfig(64, 64, 4, 1),
+    ("dkdv", 64): LaunchConfig(64, 128, 4, 3),
+    ("dkdv", 128): LaunchConfig(64, 64, 4, 2),
+    ("dq", 64): LaunchConfig(128, 64, 4, 3),
+    ("dq", 128): LaunchConfig(128, 64, 8, 3),
+}
+# The same for the other GPUs from Ampere on: chosen to fit the 99 KiB of 8.6, 8.9 and 12.0, by compiling; not timed.
+_SIXTEEN_BIT_SMALL = {
     ("v1", 64): LaunchConfig(64, 64, 4, 2),
     ("v1", 128): LaunchConfig(64, 32, 4, 2),
     ("forward", 64): LaunchConfig(128, 64, 4, 3),
-    ("forward", 128): LaunchConfig(128, 64, 8, 3),
+    ("forward", 128): LaunchConfig(64, 64, 4, 2),
     ("delta", 128): LaunchConfig(64, 64, 4, 1),
     ("dkdv", 64): LaunchConfig(64, 64, 4, 2),
-    ("dkdv", 128): LaunchConfig(64, 64, 4, 2),
+    ("dkdv", 128): LaunchConfig(32, 64, 4, 2),
     ("dq", 64): LaunchConfig(64, 64, 4, 2),
-    ("dq", 128): LaunchConfig(64, 64, 4, 2),
+    ("dq", 128): LaunchConfig(64, 32, 4, 2),
 }
 # float32 products run on the plain units, with operands in registers: 32 x 32 is what does not spill.
 _FLOAT32 = {(kernel, 128): LaunchConfig(32, 32, 4, 2) for kernel in KERNELS}
-# Turing: Triton emits no tensor-core instruction for it, so tiles must stay as small as for float32.
+# Turing, any dtype: Triton emits no tensor-core instruction for it, so tiles must stay as small as for float32, and
+# one stage keeps float32 at D = 128 within its 64 KiB.
 _TURING = {(kernel, 128): LaunchConfig(32, 32, 4, 1) for kernel in KERNELS}
 # The interpreter's cost is per tile, hardly per element.
 _INTERPRETER_BLOCK = 128
@@ -85,7 +102,12 @@ def pick_config(
             "or higher. Set LABUTILS_DEVICE=cpu to run in the interpreter, or use "
             "torch.nn.functional.scaled_dot_product_attention, which has kernels for older GPUs."
         )
-    table = _FLOAT32 if dtype == torch.float32 else _TURING if capability < (8, 0) else _SIXTEEN_BIT
+    if capability < (8, 0):
+        table = _TURING
+    elif dtype == torch.float32:
+        table = _FLOAT32
+    else:
+        table = _SIXTEEN_BIT_LARGE if capability in ((9, 0), (10, 0)) else _SIXTEEN_BIT_SMALL
     block_d = LaunchConfig.block_d(head_dim)
     fitting = [limit for name, limit in table if name == kernel and limit >= block_d]
     return table[kernel, min(fitting)]
