@@ -175,7 +175,7 @@ def install() -> None:
 
 @triton.jit
 def _probe_block(x_ptr, y_ptr, dot_ptr, sum_ptr, N, BLOCK: tl.constexpr):
-    # What our kernels are made of: a runtime bound, a product of two blocks, elementwise arithmetic, a cast, a reduction.
+    # What our kernels are made of: a runtime bound, a product of blocks, elementwise arithmetic, a cast, a reduction.
     offs = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
     for start in tl.range(0, N, BLOCK):

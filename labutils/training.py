@@ -1,0 +1,453 @@
+"""The training loop, in one piece to read from top to bottom, and the memory cap that imitates a smaller GPU.
+
+`train` runs a model over batches and returns what it measured. `try_step` trains a few steps and says whether
+they fit, as a row of training.csv. `memory_cap` makes a large GPU behave like one with 16 GB.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from tqdm import tqdm
+
+from labutils import runtime
+from labutils.models import language_model_loss
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import GPT2LMHeadModel
+
+GIB = 2**30
+COLUMNS = ("step", "loss", "tokens_per_s", "grad_norm", "peak_allocated_gib", "peak_reserved_gib")
+
+# What the tables call the attention implementations that transformers names otherwise.
+_IMPL = {"labutils": "triton_v2", "eager": "naive"}
+
+
+@dataclass
+class History:
+    """What `train` measured.
+
+    Attributes:
+        frame: one row per logged step, with the columns `COLUMNS`. `loss` in nats per token, `tokens_per_s`
+            since the row before, `grad_norm` before clipping, peaks in GiB since the start (NaN on a CPU).
+        status: "done", "interrupted" (by the user) or "out of data" (the batches ended before the steps did).
+        steps: optimizer steps that were finished.
+        seconds: wall-clock time of the whole run.
+    """
+
+    frame: pd.DataFrame
+    status: Literal["done", "interrupted", "out of data"]
+    steps: int
+    seconds: float
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a KeyboardInterrupt ended the run."""
+        return self.status == "interrupted"
+
+    def __str__(self) -> str:
+        text = f"{self.status} after {self.steps} steps, {self.seconds:.1f} s"
+        if len(self.frame) == 0:
+            return text
+        first, last = self.frame.iloc[0], self.frame.iloc[-1]
+        text += f": loss {first.loss:.3f} -> {last.loss:.3f}"
+        text += f", {self.frame.tokens_per_s.median():,.0f} tokens/s"
+        if not math.isnan(last.peak_reserved_gib):
+            text += f", peak {last.peak_allocated_gib:.2f} GiB allocated"
+            text += f", {last.peak_reserved_gib:.2f} GiB reserved"
+        return text
+
+
+def train(
+    model: GPT2LMHeadModel,
+    batches: Iterable[torch.Tensor],
+    *,
+    steps: int,
+    lr: float = 6e-4,
+    warmup: int = 0,
+    weight_decay: float = 0.1,
+    clip: float = 1.0,
+    autocast_dtype: torch.dtype | Literal["auto"] | None = "auto",
+    checkpointing: bool = False,
+    chunked_loss: int | None = None,
+    log_every: int = 1,
+    progress: bool = True,
+) -> History:
+    """Train a language model with AdamW, on the device that it is on.
+
+    Interrupting it (the stop button, Ctrl-C) ends the loop after the operation at hand; the model keeps what
+    it has learnt, and the history so far is returned, marked "interrupted".
+
+    Args:
+        model: a GPT-2 of `labutils.models.gpt2`.
+        batches: int64 (B, N) each, on any device.
+        steps: optimizer steps.
+        lr: learning rate, reached over `warmup` steps and constant then.
+        warmup: steps of linear warm-up.
+        weight_decay: on matrices; biases and LayerNorm gains have none.
+        clip: largest gradient norm.
+        autocast_dtype: "auto" is the GPU's `runtime.dtype` and no autocast on a CPU; None is no autocast.
+            float16 comes with loss scaling.
+        checkpointing: recompute every block in the backward instead of keeping its activations.
+        chunked_loss: positions per chunk of the loss (`labutils.models.language_model_loss`), or None.
+        log_every: steps per row of the history; the last step always has one.
+        progress: show a progress bar.
+
+    Returns:
+        The history.
+
+    Raises:
+        ValueError: `steps` or `log_every` below 1.
+        FloatingPointError: the loss is NaN or infinite at a logged step.
+        torch.OutOfMemoryError: the step does not fit; see `try_step`.
+    """
+    import pandas as pd
+
+    if steps < 1 or log_every < 1:
+        raise ValueError(f"steps and log_every must be at least 1, got {steps} and {log_every}")
+    device = model.device
+    on_gpu = device.type == "cuda"
+    dtype = _autocast_dtype(autocast_dtype, device)
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=on_gpu)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    was_training = model.training
+    model.train()
+    if checkpointing:
+        _set_checkpointing(model, True)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+
+    rows: list[dict[str, float]] = []
+    status, done, tokens = "done", 0, 0
+    start = last = time.perf_counter()
+    bar = tqdm(total=steps, file=sys.stdout, disable=not progress, unit="step", mininterval=0.5)
+    source = iter(batches)
+    try:
+        while done < steps:
+            batch = next(source, None)
+            if batch is None:
+                status = "out of data"
+                break
+            batch = batch.to(device)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1.0, (done + 1) / max(warmup, 1))
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                loss = language_model_loss(model, batch, chunked_loss=chunked_loss)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            done += 1
+            tokens += batch.numel()
+
+            if done % log_every == 0 or done == steps:
+                value = loss.item()  # waits for the GPU, so that the time below is the work's
+                now = time.perf_counter()
+                allocated, reserved = _peaks_gib(device)
+                row = (done, value, tokens / (now - last), grad_norm.item(), allocated, reserved)
+                rows.append(dict(zip(COLUMNS, row, strict=True)))
+                if not torch.isfinite(loss):
+                    raise FloatingPointError(
+                        f"the loss is {value} at step {done}: lower lr (now {lr}) or raise warmup ({warmup})"
+                    )
+                last, tokens = now, 0
+                memory = f", {reserved:.1f} GiB" if on_gpu else ""
+                bar.set_postfix_str(f"loss {value:.3f}, {rows[-1]['tokens_per_s']:,.0f} tokens/s{memory}")
+            bar.update()
+    except KeyboardInterrupt:
+        status = "interrupted"
+    finally:
+        bar.close()
+        optimizer.zero_grad(set_to_none=True)
+        if checkpointing:
+            _set_checkpointing(model, False)
+        model.train(was_training)
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    return History(frame, status, done, time.perf_counter() - start)
+
+
+@torch.no_grad()
+def evaluate(
+    model: GPT2LMHeadModel,
+    batches: Iterable[torch.Tensor],
+    *,
+    autocast_dtype: torch.dtype | Literal["auto"] | None = "auto",
+    chunked_loss: int | None = None,
+) -> float:
+    """Mean loss over all predictions of the batches, in nats per token; the model is left as it was.
+
+    Args:
+        model: as for `train`.
+        batches: int64 (B, N) each, a finite number: `sequences.split(batch_size)`, for instance.
+        autocast_dtype: as for `train`.
+        chunked_loss: as for `train`.
+
+    Raises:
+        ValueError: there is no batch.
+    """
+    dtype = _autocast_dtype(autocast_dtype, model.device)
+    was_training = model.training
+    model.eval()
+    total = predictions = 0
+    try:
+        for batch in batches:
+            batch = batch.to(model.device)
+            with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
+                loss = language_model_loss(model, batch, chunked_loss=chunked_loss)
+            count = batch.shape[0] * (batch.shape[1] - 1)
+            total += loss.item() * count
+            predictions += count
+    finally:
+        model.train(was_training)
+    if predictions == 0:
+        raise ValueError("there is no batch to evaluate on: an iterator that was used before is empty")
+    return total / predictions
+
+
+@dataclass(frozen=True)
+class Cap:
+    """What `memory_cap` enforces, all in GiB.
+
+    Attributes:
+        cap_gib: the size of the imitated card: the smaller of what was asked for and what this card has.
+        context_gib: memory of this GPU that is in use, but not by PyTorch's allocator.
+        allocator_gib: what is left for PyTorch's allocator, `cap_gib - context_gib`: the enforced limit.
+    """
+
+    cap_gib: float
+    context_gib: float
+    allocator_gib: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cap_gib:.2f} GiB in all: {self.context_gib:.2f} GiB for the CUDA context, "
+            f"{self.allocator_gib:.2f} GiB for tensors"
+        )
+
+
+@contextmanager
+def memory_cap(gib: float) -> Iterator[Cap]:
+    """Within this context, the GPU has `gib` GiB: what does not fit raises torch.OutOfMemoryError.
+
+    The limit is set with `torch.cuda.set_per_process_memory_fraction`, which counts what PyTorch's allocator
+    reserves and nothing else. A real card of that size also holds the CUDA context: the driver's own data,
+    loaded kernels, cuBLAS. So the context is measured first, as the memory in use on the device
+    (`torch.cuda.mem_get_info`) minus what the allocator holds, and taken off the limit. Other programs'
+    memory on the same GPU is counted with it, which errs to the strict side. Kernels loaded later make the
+    context grow: it is measured again at the end, and a warning says so if the sum went over the cap.
+
+    A "16 GB" card has between 14.6 and 16.0 GiB (16e9 bytes are 14.9 GiB).
+
+    Args:
+        gib: size of the card to imitate. A card that is smaller than that is its own limit.
+
+    Yields:
+        The cap, its parts measured.
+
+    Raises:
+        RuntimeError: there is no CUDA GPU; a CPU's memory cannot be capped this way.
+        ValueError: the context alone takes as much, or what is allocated now does.
+    """
+    if runtime.device.type != "cuda":
+        raise RuntimeError(
+            "memory_cap imitates a smaller GPU with PyTorch's CUDA allocator, and the lab runs on the CPU "
+            "here. Ask for it where runtime.device.type == 'cuda' only"
+        )
+    _free_memory()
+    _load_libraries()
+    before = torch.cuda.get_per_process_memory_fraction()
+    _, total = torch.cuda.mem_get_info()
+    cap = _plan_cap(gib, total_bytes=total, context_bytes=_context_bytes())
+    held = torch.cuda.memory_allocated() / GIB
+    if held >= cap.allocator_gib:
+        raise ValueError(
+            f"{held:.2f} GiB of tensors are alive already, and a cap of {gib} GiB leaves "
+            f"{cap.allocator_gib:.2f} GiB for them: delete models of earlier cells, or raise the cap"
+        )
+    torch.cuda.set_per_process_memory_fraction(cap.allocator_gib * GIB / total)
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        yield cap
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before)
+        peak = (torch.cuda.max_memory_reserved() + _context_bytes()) / GIB
+        if peak > cap.cap_gib:
+            warnings.warn(
+                f"the CUDA context grew under the cap: with it {peak:.2f} GiB were in use, over the "
+                f"{cap.cap_gib:.2f} GiB asked for",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+
+def try_step(
+    model_factory: Callable[[], GPT2LMHeadModel],
+    seqlen: int,
+    batch: int = 1,
+    *,
+    cap_gib: float | None = None,
+    batches: Iterable[torch.Tensor] | None = None,
+    steps: int = 3,
+    impl: str | None = None,
+    checkpointing: bool = False,
+    chunked_loss: int | None = None,
+    **train_options: Any,
+) -> dict[str, Any]:
+    """Train a few steps and report whether they fit: a row of training.csv.
+
+    The model is made, trained and thrown away here, so that out-of-memory is a row and not an end: afterwards
+    its memory is free again and the next call starts from nothing.
+
+    Args:
+        model_factory: makes the model: `lambda: gpt2("124M", n_positions=8192, attention="eager")`.
+        seqlen: N.
+        batch: B.
+        cap_gib: train under `memory_cap(cap_gib)`; None sets no cap.
+        batches: int64 (batch, seqlen) each, `steps` of them at least; None draws random tokens, which take
+            the same time and memory as text (their loss says nothing).
+        steps: the first steps of a run are slower and do not yet hold the optimizer's state: 3 or more.
+        impl: the name of the row; by default from the model: "triton_v2" for "labutils", "naive" for "eager".
+        checkpointing: as for `train`.
+        chunked_loss: as for `train`.
+        train_options: further arguments of `train`.
+
+    Returns:
+        model, impl, checkpointing, chunked_loss, seqlen, batch, peak_gib (allocated), reserved_gib, cap_gib,
+        tokens_per_s (the last step's), loss (the last step's), status: "ok", or "oom" with NaN for what was
+        not measured.
+
+    Raises:
+        ValueError: the batches have another shape, or end before `steps`.
+        KeyboardInterrupt: the run was interrupted; half a measurement is none.
+    """
+    row: dict[str, Any] = {
+        "model": None,
+        "impl": impl,
+        "checkpointing": checkpointing,
+        "chunked_loss": chunked_loss is not None,
+        "seqlen": seqlen,
+        "batch": batch,
+        "peak_gib": float("nan"),
+        "reserved_gib": float("nan"),
+        "cap_gib": float("nan") if cap_gib is None else cap_gib,
+        "tokens_per_s": float("nan"),
+        "loss": float("nan"),
+        "status": "oom",
+    }
+    model = history = None
+    _free_memory()
+    with memory_cap(cap_gib) if cap_gib is not None else nullcontext():
+        try:
+            model = model_factory()
+            row["model"] = getattr(model.config, "lab_size", type(model).__name__)
+            attention = model.config._attn_implementation
+            row["impl"] = impl or _IMPL.get(attention, attention)
+            model.to(runtime.device)
+            if batches is None:
+                batches = _random_batches(model.config.vocab_size, (batch, seqlen))
+            history = train(
+                model,
+                _checked(batches, (batch, seqlen)),
+                steps=steps,
+                checkpointing=checkpointing,
+                chunked_loss=chunked_loss,
+                **({"progress": False} | train_options),
+            )
+        except torch.OutOfMemoryError:
+            # Nothing may keep the exception: its traceback holds every tensor of the failed step. It is gone
+            # at the end of this block, and the memory can be freed after it.
+            pass
+        del model
+        _free_memory()
+    if history is None:
+        return row
+    if history.status == "interrupted":
+        raise KeyboardInterrupt
+    if history.status != "done":
+        raise ValueError(f"the batches ended after {history.steps} of {steps} steps: pass one for each step")
+    last = history.frame.iloc[-1].to_dict()
+    row |= {"peak_gib": last["peak_allocated_gib"], "reserved_gib": last["peak_reserved_gib"]}
+    row |= {"tokens_per_s": last["tokens_per_s"], "loss": last["loss"], "status": "ok"}
+    return row
+
+
+def _set_checkpointing(model: GPT2LMHeadModel, on: bool) -> None:
+    # transformers 5.23 calls "activation" what 5.17 calls "gradient" checkpointing; the old name warns there.
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    else:
+        getattr(model, f"{name}_checkpointing_disable")()
+
+
+def _autocast_dtype(wanted: torch.dtype | str | None, device: torch.device) -> torch.dtype | None:
+    if wanted != "auto":
+        return wanted
+    return runtime.dtype if device.type == "cuda" and runtime.dtype != torch.float32 else None
+
+
+def _peaks_gib(device: torch.device) -> tuple[float, float]:
+    """Peak allocated and reserved memory; NaN on a CPU, where nobody counts it."""
+    if device.type != "cuda":
+        return float("nan"), float("nan")
+    return torch.cuda.max_memory_allocated(device) / GIB, torch.cuda.max_memory_reserved(device) / GIB
+
+
+def _plan_cap(gib: float, *, total_bytes: int, context_bytes: int) -> Cap:
+    cap, context = min(gib, total_bytes / GIB), context_bytes / GIB
+    if cap <= context:
+        raise ValueError(
+            f"a card of {cap:.2f} GiB has no room left: the CUDA context and other programs on this GPU take "
+            f"{context:.2f} GiB. Raise the cap or close the other programs"
+        )
+    return Cap(cap_gib=cap, context_gib=context, allocator_gib=cap - context)
+
+
+def _load_libraries() -> None:
+    """Make the CUDA context as large as training makes it: cuBLAS loads its kernels at the first product."""
+    for dtype in {torch.float32, runtime.dtype}:
+        square = torch.ones(256, 256, dtype=dtype, device=runtime.device)
+        square @ square
+    torch.cuda.synchronize()
+    del square
+    _free_memory()
+
+
+def _context_bytes() -> int:
+    """Memory in use on the GPU that PyTorch's allocator does not hold."""
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if runtime.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _random_batches(vocab_size: int, shape: tuple[int, int]) -> Iterator[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield torch.randint(vocab_size, shape, generator=generator)
+
+
+def _checked(batches: Iterable[torch.Tensor], shape: tuple[int, int]) -> Iterator[torch.Tensor]:
+    for batch in batches:
+        if tuple(batch.shape) != shape:
+            raise ValueError(f"batches must be (batch, seqlen) = {shape}, got {tuple(batch.shape)}")
+        yield batch
