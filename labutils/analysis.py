@@ -559,19 +559,17 @@ def profile(fn: Callable[[], Any], *, repeats: int = 3, top: int | None = 10) ->
 def _kernels_without_operation(profiler: Any) -> list[dict]:
     """GPU kernels that no PyTorch operation launched: their time is in no operation's account."""
     cpu = torch.autograd.DeviceType.CPU
-    owned: Counter[str] = Counter()
-    spent: Counter[str] = Counter()
+    spent: Counter[str] = Counter()  # microseconds by kernel, less those that an operation accounts for
     calls: Counter[str] = Counter()
     for event in profiler.events():
         if event.device_type == cpu:
             for kernel in event.kernels:
-                owned[kernel.name] += kernel.duration
+                spent[kernel.name] -= kernel.duration
+                calls[kernel.name] -= 1
         else:
             spent[event.name] += event.self_device_time_total
             calls[event.name] += 1
-    return [
-        {"op": name, "calls": calls[name], "us": us, "flops": nan} for name, us in spent.items() if name not in owned
-    ]
+    return [{"op": name, "calls": n, "us": spent[name], "flops": nan} for name, n in calls.items() if n > 0]
 
 
 def _main() -> None:

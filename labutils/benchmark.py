@@ -99,15 +99,11 @@ def _compiled_flex(signature: tuple) -> Callable[..., torch.Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
     def call(q, k, v, block_mask, scale):
-        return flex_attention(
-            q, k, v, block_mask=block_mask, scale=scale, enable_gqa=k.shape[1] != q.shape[1]
-        )
+        return flex_attention(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
 
     # torch.compile keeps its graphs with the code object, eight of them, and then refuses: a sweep has more
     # shapes than that, so each signature gets a code object of its own.
-    call = types.FunctionType(
-        call.__code__.replace(co_name="flex"), globals(), "flex", None, call.__closure__
-    )
+    call = types.FunctionType(call.__code__.replace(co_name="flex"), globals(), "flex", None, call.__closure__)
     return torch.compile(call, fullgraph=True, dynamic=False)
 
 
@@ -128,9 +124,7 @@ def _flex(q, k, v, *, causal=False, softmax_scale=None):
 
     grad = torch.is_grad_enabled() and q.requires_grad
     mask = _flex_causal_mask(q.shape[1], k.shape[1], str(q.device)) if causal else None
-    compiled = _compiled_flex(
-        (q.shape, k.shape, q.stride(), q.dtype, str(q.device), causal, grad, softmax_scale)
-    )
+    compiled = _compiled_flex((q.shape, k.shape, q.stride(), q.dtype, str(q.device), causal, grad, softmax_scale))
     # A donated buffer is overwritten by the backward pass, which could then run only once: timing runs it
     # many times.
     with functorch_config.patch(donated_buffer=False):
@@ -148,9 +142,7 @@ def _triton_v2(q, k, v, *, causal=False, softmax_scale=None):
 
 def _tiled_v1(q, k, v, *, causal=False, softmax_scale=None):
     if torch.is_grad_enabled() and q.requires_grad:
-        raise Unsupported(
-            "the loop of v1 overwrites O, l and m in each step, which autograd cannot go back through"
-        )
+        raise Unsupported("the loop of v1 overwrites O, l and m in each step, which autograd cannot go back through")
     return reference.tiled_attention_v1(q, k, v, causal=causal, softmax_scale=softmax_scale)
 
 
@@ -273,9 +265,9 @@ def time_call(fn: Callable[[], Any], *, seconds: float = 0.5, warm_up: bool = Tr
 
 
 def torch_profiler(**options: Any) -> torch.profiler.profile:
-    """`torch.profiler.profile(**options)`, without the log lines that its backend writes to stderr."""
+    """`torch.profiler.profile(**options)`, without the log lines and warnings that it writes to stderr."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when the first profiler starts
-    return torch.profiler.profile(**options)
+    return torch.profiler.profile(acc_events=True, **options)  # without it PyTorch 2.11 warns of cleared events
 
 
 def peak_memory_mib(fn: Callable[[], Any]) -> float:
@@ -369,8 +361,7 @@ class _Oracle:
         batch, n, heads, _ = q.shape
         rows = max(1, ORACLE_BYTES[q.device.type] // (8 * batch * n))
         result = tuple(
-            torch.zeros(t.shape, dtype=torch.float64, device=t.device)
-            for t in ((q, k, v) if backward else (q,))
+            torch.zeros(t.shape, dtype=torch.float64, device=t.device) for t in ((q, k, v) if backward else (q,))
         )
         began = None
         for head in range(heads):
@@ -386,9 +377,7 @@ class _Oracle:
                     out = reference.exact_attention(*part, causal=self.causal)
                 if backward:
                     gradients = torch.autograd.grad(out, part, self.dout[:, start:stop, one].double())
-                    for total, at, gradient in zip(
-                        result, (slice(start, stop), keys, keys), gradients, strict=True
-                    ):
+                    for total, at, gradient in zip(result, (slice(start, stop), keys, keys), gradients, strict=True):
                         total[:, at, one] += gradient
                 else:
                     result[0][:, start:stop, one] = out
@@ -411,16 +400,11 @@ def _max_error(results: Sequence[torch.Tensor], exact: Sequence[torch.Tensor] | 
     return math.inf if any(map(math.isnan, errors)) else max(errors)
 
 
-def _measure(
-    attention: Attention, which: str, q, k, v, dout, causal: bool, oracle: _Oracle, seconds: float
-) -> dict:
+def _measure(attention: Attention, which: str, q, k, v, dout, causal: bool, oracle: _Oracle, seconds: float) -> dict:
     """Columns ms, spread_ms, peak_mib, max_error, status and reason of one point. Raises what `attention`
     raises."""
     n_tiles = (
-        q.shape[0]
-        * q.shape[2]
-        * math.ceil(q.shape[1] / 128) ** 2
-        * (1 if which == "fwd" else INTERPRETER_BACKWARD)
+        q.shape[0] * q.shape[2] * math.ceil(q.shape[1] / 128) ** 2 * (1 if which == "fwd" else INTERPRETER_BACKWARD)
     )
     interpreted = False
 
@@ -650,9 +634,7 @@ def speedup(df: pd.DataFrame, over: str = "naive") -> pd.DataFrame:
         ValueError: `over` is not among the implementations, or stands twice at the same point.
     """
     if over not in set(df["impl"]):
-        raise ValueError(
-            f"over={over!r} is not in the table, which has {', '.join(sorted(set(df['impl'])))}."
-        )
+        raise ValueError(f"over={over!r} is not in the table, which has {', '.join(sorted(set(df['impl'])))}.")
     keys = ["pass", "dtype", "head_dim", "causal", "batch", "heads", "seqlen"]
     base = df.loc[df["impl"] == over, [*keys, "ms"]].rename(columns={"ms": "base_ms"})
     if base.duplicated(keys).any():
@@ -678,9 +660,7 @@ def check_schema(df: pd.DataFrame, table: str) -> None:
         raise ValueError(f"a table {table!r} starts with the columns {wanted}; this one starts with {got}.")
 
 
-def save_results(
-    df: pd.DataFrame, directory: str | Path, environment: Any, *, table: str = "attention"
-) -> Path:
+def save_results(df: pd.DataFrame, directory: str | Path, environment: Any, *, table: str = "attention") -> Path:
     """Writes `<directory>/<table>.csv` and, beside it, the environment that made it.
 
     Args:
@@ -701,18 +681,14 @@ def save_results(
     check_schema(df, table)
     made_by = dict(environment.as_dict() if hasattr(environment, "as_dict") else environment)
     if "gpu" not in made_by:
-        raise ValueError(
-            f"the environment has no entry 'gpu' (it has {sorted(made_by)}): which machine measured this?"
-        )
+        raise ValueError(f"the environment has no entry 'gpu' (it has {sorted(made_by)}): which machine measured this?")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / "environment.json"
     environments = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     others = {e["gpu"] for name, e in environments.items() if name != table} - {made_by["gpu"]}
     if others:
-        raise ValueError(
-            f"{directory} holds results of {others}, not of {made_by['gpu']}: use another directory."
-        )
+        raise ValueError(f"{directory} holds results of {others}, not of {made_by['gpu']}: use another directory.")
     environments[table] = made_by
     csv = directory / f"{table}.csv"
     df.to_csv(csv, index=False, float_format="%.6g", lineterminator="\n")

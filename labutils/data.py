@@ -189,9 +189,7 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = 4096) -> Tokenizer:
 
     smallest = 256 + 1  # the bytes and end-of-text
     if vocab_size < smallest:
-        raise ValueError(
-            f"vocab_size must be at least {smallest} (256 bytes and end-of-text), got {vocab_size}"
-        )
+        raise ValueError(f"vocab_size must be at least {smallest} (256 bytes and end-of-text), got {vocab_size}")
     if not any(texts):
         raise ValueError("there is no text to train a tokenizer on")
     tokenizer = Tokenizer(models.BPE())

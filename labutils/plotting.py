@@ -45,6 +45,8 @@ COLORS: dict[str, str] = {
     "triton_v2": VERMILLION,
     "tiled_v1": "#8A5F00",
     "tiled_v2": "#7A3300",
+    "notebook_v1": "#FFD48A",  # lighter shades of ORANGE and VERMILLION: the kernels that notebook 02 writes
+    "notebook_v2": "#F4A582",
     "sdpa": BLUE,
 }
 """Colour of each implementation."""
@@ -61,6 +63,8 @@ LABELS: dict[str, str] = {
     "triton_v2": "our Triton v2",
     "tiled_v1": "v1 loops in PyTorch",
     "tiled_v2": "v2 loops in PyTorch",
+    "notebook_v1": "v1 of this notebook",
+    "notebook_v2": "v2 of this notebook",
     "sdpa": "SDPA",
 }
 """What an implementation is called in a legend."""
@@ -77,6 +81,8 @@ MARKERS: dict[str, str] = {
     "triton_v2": "*",
     "tiled_v1": "<",
     "tiled_v2": ">",
+    "notebook_v1": "p",
+    "notebook_v2": "d",
     "sdpa": "D",
 }
 """Marker of each implementation."""
@@ -310,7 +316,7 @@ def _sweep_notes(df: pd.DataFrame, which: str, reference: pd.DataFrame | None, c
     reasons: dict[str, list[str]] = {}
     for name, group in rows[rows["status"] == "unsupported"].groupby("impl", sort=False):
         reason = str(group["reason"].iloc[0]) if "reason" in group else "unsupported"
-        reasons.setdefault(textwrap.shorten(reason, 110, placeholder=" …"), []).append(LABELS.get(name, name))
+        reasons.setdefault(textwrap.shorten(reason, 90, placeholder=" …"), []).append(LABELS.get(name, name))
     if any(c != "max_error" for c in columns):
         notes += [f"Not timed: {', '.join(names)} ({reason.rstrip('.')})." for reason, names in reasons.items()]
     if "ms" in columns and "spread_ms" in rows:
@@ -489,7 +495,7 @@ def plot_tile_order(
     orders = ("v1", "v2") if order == "both" else (order,)
     rows, columns = math.ceil(n_q / block_m), math.ceil(n_k / block_n)
     panel = min(5.0, max(3.9, 0.62 * max(rows, columns)))
-    fig, axes = plt.subplots(1, len(orders), figsize=(panel * len(orders) + 0.6, panel * 0.86 + 1.1), squeeze=False)
+    fig, axes = plt.subplots(1, len(orders), figsize=(panel * len(orders) + 0.6, panel * 0.86 + 1.4), squeeze=False)
     for ax, version in zip(axes[0], orders, strict=True):
         _draw_tiles(ax, version, n_q, n_k, block_m, block_n, causal)
     return fig

@@ -323,8 +323,9 @@ def test_profiling_is_quiet():
 
 @pytest.mark.gpu
 def test_gpu_profile_shows_triton_kernels():
-    q = torch.randn(1, 1024, 8, 64, device=runtime.device, dtype=torch.float16)
-    df = analysis.profile(lambda: interface.flash_attn_func(q, q, q))
+    """Also those that no PyTorch operation launched."""
+    q = torch.randn(1, 4096, 8, 64, device=runtime.device, dtype=torch.float16)
+    df = analysis.profile(lambda: flash_v2.forward(q, q, q, 0.125))
     kernel = df[df["op"].str.contains("_forward_kernel")]
     assert len(kernel) == 1 and kernel["calls"].iloc[0] == 1
     assert kernel["share"].iloc[0] > 0.5
@@ -332,11 +333,11 @@ def test_gpu_profile_shows_triton_kernels():
 
 @pytest.mark.gpu
 def test_gpu_profile_counts_no_kernel_twice():
-    q = torch.randn(1, 2048, 8, 64, device=runtime.device, dtype=torch.float16)
+    q = torch.randn(1, 4096, 16, 64, device=runtime.device, dtype=torch.float16)
     attention = benchmark.IMPLEMENTATIONS["naive"]
     df = analysis.profile(lambda: attention(q, q, q), top=None)
     timed = benchmark.time_call(lambda: attention(q, q, q)).median_ms
-    assert df.attrs["total_ms"] == pytest.approx(timed, rel=0.5)
+    assert df.attrs["total_ms"] == pytest.approx(timed, rel=0.35)
     assert df.attrs["device"] == "GPU"
 
 

@@ -87,9 +87,7 @@ def test_split_refuses(documents, share, message):
         data.split(documents, share)
 
 
-@pytest.mark.parametrize(
-    "text", ["for i in x:\n\treturn é 漢字 🙂\n", "<|endoftext|> is text", "\x00\x7f", ""]
-)
+@pytest.mark.parametrize("text", ["for i in x:\n\treturn é 漢字 🙂\n", "<|endoftext|> is text", "\x00\x7f", ""])
 def test_tokenizer_gives_every_text_back(tokenizer, text):
     ids = tokenizer.encode(text).ids
     assert tokenizer.decode(ids) == text

@@ -10,9 +10,7 @@ import torch
 
 from labutils import data, models, runtime, training
 
-NEEDS_GPU = pytest.mark.skipif(
-    runtime.device.type != "cuda", reason="needs a CUDA GPU; this machine has none"
-)
+NEEDS_GPU = pytest.mark.skipif(runtime.device.type != "cuda", reason="needs a CUDA GPU; this machine has none")
 COLUMNS = ["step", "loss", "tokens_per_s", "grad_norm", "peak_allocated_gib", "peak_reserved_gib"]
 
 
