@@ -96,7 +96,12 @@ def _flash_attn(q, k, v, *, causal=False, softmax_scale=None):
 @cache
 def _compiled_flex(signature: tuple) -> Callable[..., torch.Tensor]:
     """FlexAttention, compiled for one signature (shapes, dtype, ...) and kept."""
+    import torch._functorch.config as functorch_config
     from torch.nn.attention.flex_attention import flex_attention
+
+    # A donated buffer is overwritten by the backward pass, which could then run only once: timing runs it many times.
+    # For good, not for this call: PyTorch asks again when the backward runs.
+    functorch_config.donated_buffer = False
 
     def call(q, k, v, block_mask, scale):
         return flex_attention(q, k, v, block_mask=block_mask, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
@@ -120,15 +125,10 @@ def _flex_causal_mask(n_q: int, n_k: int, device: str):
 def _flex(q, k, v, *, causal=False, softmax_scale=None):
     if q.device.type != "cuda":
         raise Unsupported("compiled FlexAttention is measured on a GPU: on a CPU it has no backward pass.")
-    import torch._functorch.config as functorch_config
-
     grad = torch.is_grad_enabled() and q.requires_grad
     mask = _flex_causal_mask(q.shape[1], k.shape[1], str(q.device)) if causal else None
     compiled = _compiled_flex((q.shape, k.shape, q.stride(), q.dtype, str(q.device), causal, grad, softmax_scale))
-    # A donated buffer is overwritten by the backward pass, which could then run only once: timing runs it
-    # many times.
-    with functorch_config.patch(donated_buffer=False):
-        out = compiled(*(t.transpose(1, 2) for t in (q, k, v)), mask, softmax_scale)
+    out = compiled(*(t.transpose(1, 2) for t in (q, k, v)), mask, softmax_scale)
     return out.transpose(1, 2)
 
 
