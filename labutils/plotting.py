@@ -879,6 +879,7 @@ def plot_memory_bars(rows: pd.DataFrame | Sequence[Mapping[str, Any]], cap_gib: 
         ValueError: no rows.
     """
     df = pd.DataFrame(rows)
+    machine = _machine(rows) if isinstance(rows, pd.DataFrame) else runtime.machine  # stored rows carry theirs
     if df.empty:
         raise ValueError("no rows to draw: pass what training.try_step returned.")
     cap = df["cap_gib"].max() if cap_gib is None else cap_gib
@@ -923,7 +924,7 @@ def plot_memory_bars(rows: pd.DataFrame | Sequence[Mapping[str, Any]], cap_gib: 
     ax.set_yticks(range(len(df)), labels, fontsize=9)
     ax.set(ylim=(len(df) - 0.4, -0.6), xlim=(0, widest * 1.45), xlabel="peak GPU memory of a training step (GiB)")
     ax.grid(visible=False, axis="y")
-    ax.set_title(f"What fits{f' in {cap:.3g} GiB' if capped else ''}? {runtime.machine}")
+    ax.set_title(f"What fits{f' in {cap:.3g} GiB' if capped else ''}? {machine}")
     handles = [
         Patch(facecolor="#555555", label="allocated"),
         Patch(facecolor="#555555", alpha=0.45, label="reserved"),

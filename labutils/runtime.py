@@ -209,5 +209,15 @@ def summary() -> str:
     return f"{machine}{memory}: {str(dtype).removeprefix('torch.')}, Triton kernels run {how}"
 
 
+def _wake_autograd() -> None:
+    """Runs one backward pass on the GPU, so that autograd's own thread has a CUDA context.
+
+    Without it, a backward pass that begins with a matmul finds none there, and PyTorch prints a warning about cuBLAS.
+    """
+    torch.ones(1, device=device, requires_grad=True).sum().backward()
+
+
 if interpreted:
     _switch_interpreter_on()
+else:
+    _wake_autograd()

@@ -288,6 +288,11 @@ def test_memory_bars():
     assert "does not fit" in legend(figure) and "cap: 14.9 GiB" in legend(figure)
     check(plotting.plot_memory_bars([memory_row(**OOM, cap_gib=math.nan)]))
     check(plotting.plot_memory_bars(pd.DataFrame([memory_row(cap_gib=math.nan)])))
+    stored = pd.DataFrame(rows)
+    stored.attrs["machine"] = "the stored GPU"
+    figure = plotting.plot_memory_bars(stored[stored["status"] == "ok"].reset_index(drop=True))
+    title = figure.axes[0].get_title(loc="left")
+    assert "the stored GPU" in title and runtime.machine not in title
     with pytest.raises(ValueError, match="no rows"):
         plotting.plot_memory_bars([])
 
