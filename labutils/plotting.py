@@ -260,36 +260,29 @@ def _draw_quantity(ax: Axes, df: pd.DataFrame, column: str, which: str, referenc
             look["label"] = f"{look['label']}, {_machine(reference)} (stored)"
             group = group.sort_values("seqlen")
             ax.plot(group["seqlen"], group[column], **look)
-    for n, labels in out_of_memory.items():
-        over_axis = ax.get_xaxis_transform()
-        ax.plot(
-            [n],
-            [0.95],
-            marker="x",
-            markersize=8,
-            markeredgewidth=2.2,
-            color="#B00020",
-            linestyle="none",
-            transform=over_axis,
-            clip_on=False,
-        )
+    over_axis = ax.get_xaxis_transform()
+    # One line of text for each length, the longest on top: neighbours on the axis are narrower than their texts.
+    for line, (n, labels) in enumerate(sorted(out_of_memory.items(), reverse=True)):
+        height = 0.95 - 0.07 * line
+        cross = {"marker": "x", "markersize": 8, "markeredgewidth": 2.2, "color": "#B00020", "linestyle": "none"}
+        ax.plot([n], [height], **cross, transform=over_axis, clip_on=False)
         ax.annotate(
-            "out of memory:\n" + ",\n".join(labels),
-            (n, 0.98),
+            f"out of memory: {', '.join(labels)}",
+            (n, height),
             xycoords=over_axis,
             fontsize=8,
             ha="right",
+            va="center",
             xytext=(-8, 0),
             textcoords="offset points",
-            va="top",
         )
     _length_axis(ax, lengths)
     ax.set_ylabel(_QUANTITIES[column][0])
     if column == "tflops":
-        ax.set_ylim(0, ax.get_ylim()[1] * (1.2 if out_of_memory else 1.05))
+        ax.set_ylim(0, ax.get_ylim()[1] * (1.05 + 0.1 * len(out_of_memory)))
     else:
         ax.set_yscale("log")
-        ax.margins(y=0.3 if out_of_memory else 0.12)
+        ax.margins(y=0.25 + 0.1 * len(out_of_memory) if out_of_memory else 0.12)
 
 
 def _legend_above(fig: Figure, *axes: Axes, ncols: int = 3) -> None:

@@ -97,8 +97,8 @@ def test_sweep_figures(draw, label, title):
 
 
 def test_out_of_memory_is_drawn():
-    assert "out of memory:\nnaive" in texts(plotting.plot_time(table()))
-    assert "out of memory:\nnaive" in texts(plotting.plot_memory(table()))
+    assert "out of memory: naive" in texts(plotting.plot_time(table()))
+    assert "out of memory: naive" in texts(plotting.plot_memory(table()))
     assert "out of memory" not in texts(plotting.plot_time(table(lengths=N[:3])))
 
 
