@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 
 from labutils import runtime
-from labutils.benchmark import attention_flops, dtype_name, time_call, torch_profiler, watch_interpreter
+from labutils.benchmark import RESULTS, attention_flops, dtype_name, time_call, torch_profiler, watch_interpreter
 
 __all__ = [
     "Ceilings",
@@ -438,6 +438,18 @@ def measure_ceilings(*, dtype: torch.dtype | None = None, seconds: float = 0.5) 
         dtype=dtype_name(dtype),
         machine=runtime.machine,
     )
+
+
+def stored_ceilings(gpu: str = "nvidia_h200") -> Ceilings:
+    """The ceilings of a named GPU, as `measure_ceilings` found them there.
+
+    Raises:
+        FileNotFoundError: none are stored for this GPU.
+    """
+    path = RESULTS / gpu / "ceilings.json"
+    if not path.exists():
+        raise FileNotFoundError(f"no ceilings of {gpu!r} are stored: measure_ceilings() measures this machine's.")
+    return Ceilings(**json.loads(path.read_text(encoding="utf-8")))
 
 
 _IO_MODEL_OF = {"naive": "naive", "sdpa_math": "naive", "triton_v1": "v1", "tiled_v1": "v1"}  # the others: v2

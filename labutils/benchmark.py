@@ -714,7 +714,7 @@ def reference_results(gpu: str = "nvidia_h200", table: str = "attention") -> pd.
     if not csv.exists():
         stored = sorted(f"{p.parent.name}/{p.stem}" for p in RESULTS.glob("*/*.csv"))
         raise FileNotFoundError(f"no stored table {gpu}/{table}; there are: {', '.join(stored) or 'none'}.")
-    df = pd.read_csv(csv, keep_default_na=True)
+    df = pd.read_csv(csv, dtype={"reason": "str"})
     check_schema(df, table)
     if "reason" in df.columns:
         df["reason"] = df["reason"].fillna("")

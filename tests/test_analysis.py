@@ -318,6 +318,13 @@ def test_profiling_is_quiet():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_stored_ceilings_are_read_and_missing_ones_named():
+    stored = analysis.stored_ceilings()
+    assert stored.machine == "NVIDIA H200" and 100 < stored.tflops < 1000 and 1000 < stored.gb_per_s < 4800
+    with pytest.raises(FileNotFoundError, match="measure_ceilings"):
+        analysis.stored_ceilings("abacus")
+
+
 # --- on a GPU ---------------------------------------------------------------------------------------------
 
 
