@@ -514,6 +514,10 @@ def roofline_points(df: pd.DataFrame, ceilings: Ceilings, *, block_m: int = 128,
 # ------------------------------------------------------------------------------------------------------------
 
 
+# The profiler records its own requests for memory among the operations.
+_PROFILERS_OWN = ("Activity Buffer Request",)
+
+
 def profile(fn: Callable[[], Any], *, repeats: int = 3, top: int | None = 10) -> pd.DataFrame:
     """What torch.profiler says of `fn()`, as a table: where its time goes, operation by operation.
 
@@ -546,7 +550,7 @@ def profile(fn: Callable[[], Any], *, repeats: int = 3, top: int | None = 10) ->
     rows: list[dict] = []
     for event in profiler.key_averages():
         microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        if event.device_type == cpu and microseconds > 0:
+        if event.device_type == cpu and microseconds > 0 and event.key not in _PROFILERS_OWN:
             rows.append({"op": event.key, "calls": event.count, "us": microseconds, "flops": event.flops or nan})
     if on_gpu:
         rows += _kernels_without_operation(profiler)
@@ -581,6 +585,8 @@ def _kernels_without_operation(profiler: Any) -> list[dict]:
         else:
             spent[event.name] += event.self_device_time_total
             calls[event.name] += 1
+    for name in _PROFILERS_OWN:
+        calls.pop(name, None)
     return [{"op": name, "calls": n, "us": spent[name], "flops": nan} for name, n in calls.items() if n > 0]
 
 

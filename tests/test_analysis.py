@@ -336,6 +336,7 @@ def test_gpu_profile_shows_triton_kernels():
     kernel = df[df["op"].str.contains("_forward_kernel")]
     assert len(kernel) == 1 and kernel["calls"].iloc[0] == 1
     assert kernel["share"].iloc[0] > 0.5
+    assert not df["op"].str.contains("Activity Buffer").any()
 
 
 @pytest.mark.gpu
