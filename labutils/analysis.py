@@ -383,10 +383,13 @@ def _count_here(
     from labutils.kernels import flash_v1, flash_v2
     from labutils.kernels.launch import LaunchConfig
 
-    forward = {"v1": flash_v1.forward, "v2": flash_v2.forward}[kernel]
     q, k, v = (torch.zeros(batch, n, heads, head_dim, dtype=dtype) for n in (seqlen, seqlen_k, seqlen_k))
+    scale, config = head_dim**-0.5, LaunchConfig(block_m, block_n)
     with count_traffic() as traffic:
-        forward(q, k, v, head_dim**-0.5, causal, config=LaunchConfig(block_m, block_n))
+        if kernel == "v1":
+            flash_v1.forward(q, k, v, scale, causal, config)
+        else:
+            flash_v2.forward(q, k, v, flash_v2.Options(scale, (None, 0 if causal else None)), config)
     return traffic.per_tensor()
 
 

@@ -144,7 +144,7 @@ def attention_forward(
         value: (B, H_kv, N_k, D).
         attention_mask: None, or the bool (B, N) of `padding_mask`.
         scaling: softmax scale; None is 1/sqrt(D).
-        dropout: must be 0.
+        dropout: probability of leaving a weight out; transformers passes 0 to a model that is not training.
         is_causal: overrides `module.is_causal`. Causal masks are aligned bottom right: the last query is the
             last key's, which is what a KV cache needs.
         kwargs: further arguments of other models; those that change the result are refused.
@@ -153,14 +153,9 @@ def attention_forward(
         ((B, N_q, H, D), None): padded queries give 0. There are no attention weights to return.
 
     Raises:
-        NotImplementedError: dropout, `output_attentions=True`, a mask of another kind, a window, softcap,
+        NotImplementedError: `output_attentions=True`, a mask of another kind, a window, softcap,
             sinks or a position bias.
     """
-    if dropout > 0.0:
-        raise NotImplementedError(
-            f"the lab's attention has no dropout (asked for: {dropout}). Train with attn_pdrop=0.0 in the "
-            "model's config, as labutils.models.gpt2 does, or call model.eval() where you do not train"
-        )
     for unsupported in ("sliding_window", "softcap", "s_aux", "position_bias", "head_mask"):
         if kwargs.get(unsupported) is not None:
             raise NotImplementedError(
@@ -176,7 +171,7 @@ def attention_forward(
     # (B, H, N, D) -> (B, N, H, D), views
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if attention_mask is None:
-        return flash_attn_func(q, k, v, softmax_scale=scaling, causal=causal), None
+        return flash_attn_func(q, k, v, dropout, scaling, causal), None
     if attention_mask.ndim != 2 or attention_mask.dtype != torch.bool:
         raise NotImplementedError(
             "the lab's attention takes a padding mask (B, N) alone, and got a mask of shape "
@@ -186,11 +181,11 @@ def attention_forward(
     seen = attention_mask.shape[1]
     k, v = k[:, :seen], v[:, :seen]  # the slots of a static cache that are still empty
     if attention_mask.all():
-        return flash_attn_func(q, k, v, softmax_scale=scaling, causal=causal), None
-    return _padded_attention(q, k, v, attention_mask, scaling, causal), None
+        return flash_attn_func(q, k, v, dropout, scaling, causal), None
+    return _padded_attention(q, k, v, attention_mask, dropout, scaling, causal), None
 
 
-def _padded_attention(q, k, v, mask, scaling, causal):
+def _padded_attention(q, k, v, mask, dropout, scaling, causal):
     """Attention among the visible tokens of each sequence; q: (B, N_q, H, D), k, v: (B, N_k, H_kv, D)."""
     n_q, n_k = q.shape[1], k.shape[1]
     outputs = []
@@ -206,8 +201,9 @@ def _padded_attention(q, k, v, mask, scaling, causal):
                 q[sequence : sequence + 1, rows],
                 k[sequence : sequence + 1, keys],
                 v[sequence : sequence + 1, keys],
-                softmax_scale=scaling,
-                causal=causal,
+                dropout,
+                scaling,
+                causal,
             )
             out = out.index_copy(0, rows, part[0])
         outputs.append(out)

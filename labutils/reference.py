@@ -29,15 +29,54 @@ def causal_mask(n_q: int, n_k: int, device: torch.device | str | None = None) ->
     return torch.ones(n_q, n_k, dtype=torch.bool, device=device).tril(diagonal=n_k - n_q)
 
 
-def _scores(q: torch.Tensor, k: torch.Tensor, causal: bool, softmax_scale: float | None) -> torch.Tensor:
-    """softmax_scale * Q Kᵀ with -inf where a query may not look: (B, H, N_q, N_k)."""
+def visible_mask(
+    n_q: int,
+    n_k: int,
+    *,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    device: torch.device | str | None = None,
+) -> torch.Tensor:
+    """Boolean mask (N_q, N_k) of a causal mask and a sliding window together, True where query i may see key j.
+
+    The window is flash-attn's: i + N_k - N_q - left <= j <= i + N_k - N_q + right, -1 for no bound.
+    """
+    place = torch.arange(n_q, device=device)[:, None] + n_k - n_q
+    key = torch.arange(n_k, device=device)[None, :]
+    left, right = window_size
+    mask = torch.ones(n_q, n_k, dtype=torch.bool, device=device)
+    if left >= 0:
+        mask &= key >= place - left
+    if right >= 0:
+        mask &= key <= place + right
+    if causal:
+        mask &= key <= place
+    return mask
+
+
+def alibi_bias(slopes: torch.Tensor, n_q: int, n_k: int) -> torch.Tensor:
+    """ALiBi's bias -slope * |i + N_k - N_q - j|: slopes (H,) or (B, H) -> (1 or B, H, N_q, N_k).
+
+    Source: Press et al., "Train Short, Test Long" (arXiv 2108.12409); the distance as flash-attn takes it.
+    """
+    place = torch.arange(n_q, device=slopes.device)[:, None] + n_k - n_q
+    distance = (place - torch.arange(n_k, device=slopes.device)[None, :]).abs()
+    return -slopes.reshape(-1, slopes.shape[-1], 1, 1) * distance
+
+
+def _scores(q, k, softmax_scale, visible, softcap, alibi_slopes) -> torch.Tensor:
+    """The scores that softmax sees, -inf where a query may not look: (B, H, N_q, N_k)."""
     group = q.shape[2] // k.shape[2]
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     q = q.transpose(1, 2)  # (B, N, H, D) -> (B, H, N, D)
     k = k.transpose(1, 2).repeat_interleave(group, dim=1)
     scores = (q @ k.mT) * scale
-    if causal:
-        scores = scores.masked_fill(~causal_mask(q.shape[2], k.shape[2], q.device), -math.inf)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        scores = scores + alibi_bias(alibi_slopes.to(scores.dtype), q.shape[2], k.shape[2])
+    if not visible.all():
+        scores = scores.masked_fill(~visible, -math.inf)
     return scores
 
 
@@ -48,6 +87,11 @@ def naive_attention(
     *,
     causal: bool = False,
     softmax_scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    dropout_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """softmax(softmax_scale * Q Kᵀ) V with the whole N_q x N_k matrix in memory, in the dtype of the inputs.
@@ -56,15 +100,22 @@ def naive_attention(
         q: (B, N_q, H, D). k, v: (B, N_k, H_kv, D).
         causal: mask aligned to the bottom right, see `causal_mask`.
         softmax_scale: D ** -0.5 where not given.
+        window_size: see `visible_mask`.
+        softcap: c > 0 turns the scores s into c * tanh(s / c).
+        alibi_slopes: (H,) or (B, H), see `alibi_bias`.
+        dropout_mask: boolean (B, H, N_q, N_k), True where a probability is kept; with the `dropout_p` it was drawn by.
         return_lse: also return the log-sum-exp of each row's scores (B, H, N_q), natural logarithm.
 
     A query that sees no key gives zeros, and -inf as its log-sum-exp. Differentiable.
     """
-    scores = _scores(q, k, causal, softmax_scale)
+    visible = visible_mask(q.shape[1], k.shape[1], causal=causal, window_size=window_size, device=q.device)
+    scores = _scores(q, k, softmax_scale, visible, softcap, alibi_slopes)
     probabilities = scores.softmax(dim=-1)
-    if causal and q.shape[1] > k.shape[1]:  # softmax of a row of -inf is NaN; attention to nothing is zero
-        blind = ~causal_mask(q.shape[1], k.shape[1], q.device).any(dim=1)
+    blind = ~visible.any(dim=1)
+    if blind.any():  # softmax of a row of -inf is NaN; attention to nothing is zero
         probabilities = probabilities.masked_fill(blind[:, None], 0.0)
+    if dropout_mask is not None:
+        probabilities = probabilities * dropout_mask / (1.0 - dropout_p)
     value = v.transpose(1, 2).repeat_interleave(q.shape[2] // k.shape[2], dim=1)
     out = (probabilities @ value).transpose(1, 2)  # (B, H, N, D) -> (B, N, H, D)
     if return_lse:
@@ -73,18 +124,10 @@ def naive_attention(
 
 
 def exact_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    causal: bool = False,
-    softmax_scale: float | None = None,
-    return_lse: bool = False,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The oracle: `naive_attention` on the inputs in float64, result in float64. Arguments as there."""
-    return naive_attention(
-        q.double(), k.double(), v.double(), causal=causal, softmax_scale=softmax_scale, return_lse=return_lse
-    )
+    return naive_attention(q.double(), k.double(), v.double(), **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -350,22 +393,21 @@ def check_attention(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    causal: bool = False,
-    softmax_scale: float | None = None,
     factor: float = 2.0,
     lse: torch.Tensor | None = None,
+    **options,
 ) -> Verdict:
     """Judges the output of an attention forward pass by the 2 x rule against `exact_attention`.
 
     Args:
         out: (B, N_q, H, D), the result to judge. q, k, v: its inputs, in the dtype it was computed in.
-        causal, softmax_scale: as given to the kernel.
         factor: see `judge`.
         lse: (B, H, N_q); where given it is judged too, and the worse of both verdicts is returned.
+        options: what the kernel was asked for: `causal`, `softmax_scale` and the others of `naive_attention`.
     """
     with torch.no_grad():
-        ref, ref_lse = exact_attention(q, k, v, causal=causal, softmax_scale=softmax_scale, return_lse=True)
-        low, low_lse = naive_attention(q, k, v, causal=causal, softmax_scale=softmax_scale, return_lse=True)
+        ref, ref_lse = exact_attention(q, k, v, return_lse=True, **options)
+        low, low_lse = naive_attention(q, k, v, return_lse=True, **options)
     verdict = judge(out, ref, low, factor=factor)
     if lse is None:
         return verdict
@@ -380,17 +422,17 @@ def check_gradients(
     k: torch.Tensor,
     v: torch.Tensor,
     *,
-    causal: bool = False,
-    softmax_scale: float | None = None,
     factor: float = 3.0,
+    **options,
 ) -> list[Verdict]:
     """Judges (dq, dk, dv) by the same rule, against autograd through `exact_attention`.
 
     Args:
         gradients: dq (B, N_q, H, D), dk and dv (B, N_k, H_kv, D).
         dout: (B, N_q, H, D), gradient of the loss by the output.
-        q, k, v, causal, softmax_scale: as in the forward pass.
+        q, k, v: inputs of the forward pass.
         factor: 3, as in flash-attn's tests.
+        options: what the kernel was asked for: `causal`, `softmax_scale` and the others of `naive_attention`.
 
     Returns:
         A verdict each for dq, dk and dv.
@@ -398,7 +440,7 @@ def check_gradients(
 
     def grads(inputs):
         inputs = [t.detach().requires_grad_() for t in inputs]
-        result = naive_attention(*inputs, causal=causal, softmax_scale=softmax_scale)
+        result = naive_attention(*inputs, **options)
         return torch.autograd.grad(result, inputs, dout.to(result.dtype))
 
     exact, low = grads([t.double() for t in (q, k, v)]), grads((q, k, v))

@@ -64,11 +64,11 @@ WRONG_INPUTS = {
     "head dimensions differ": (ValueError, "head dimension", lambda q, k, v: (q, k[..., :8], v[..., :8]), {}),
     "heads do not divide": (ValueError, "must divide", lambda q, k, v: (q, k[:, :, :3], v[:, :, :3]), {}),
     "no key heads": (ValueError, "must divide", lambda q, k, v: (q, k[:, :, :0], v[:, :, :0]), {}),
-    "head dimension too small": (ValueError, "16 to 128", lambda q, k, v: (q[..., :8], k[..., :8], v[..., :8]), {}),
+    "head dimension zero": (ValueError, "1 to 256", lambda q, k, v: (q[..., :0], k[..., :0], v[..., :0]), {}),
     "head dimension too large": (
         ValueError,
-        "16 to 128",
-        lambda q, k, v: [t.repeat(1, 1, 1, 16) for t in (q, k, v)],
+        "1 to 256",
+        lambda q, k, v: [t.repeat(1, 1, 1, 17) for t in (q, k, v)],
         {},
     ),  # fmt: skip
     "dtypes differ": (TypeError, "convert them to one", lambda q, k, v: (q.half(), k, v), {}),
@@ -79,10 +79,39 @@ WRONG_INPUTS = {
     "scale zero": (ValueError, "positive, finite", lambda q, k, v: (q, k, v), {"softmax_scale": 0.0}),
     "scale negative": (ValueError, "positive, finite", lambda q, k, v: (q, k, v), {"softmax_scale": -1.0}),
     "scale NaN": (ValueError, "positive, finite", lambda q, k, v: (q, k, v), {"softmax_scale": float("nan")}),
-    "dropout": (NotImplementedError, "dropout_p=0.1", lambda q, k, v: (q, k, v), {"dropout_p": 0.1}),
-    "window": (NotImplementedError, "window_size", lambda q, k, v: (q, k, v), {"window_size": (8, 0)}),
-    "softcap": (NotImplementedError, "softcap=50", lambda q, k, v: (q, k, v), {"softcap": 50.0}),
-    "ALiBi": (NotImplementedError, "alibi_slopes", lambda q, k, v: (q, k, v), {"alibi_slopes": torch.ones(4)}),
+    "dropout one": (ValueError, "dropout_p=1.0", lambda q, k, v: (q, k, v), {"dropout_p": 1.0}),
+    "dropout negative": (ValueError, "dropout_p=-0.1", lambda q, k, v: (q, k, v), {"dropout_p": -0.1}),
+    "dropout NaN": (ValueError, "dropout_p=nan", lambda q, k, v: (q, k, v), {"dropout_p": float("nan")}),
+    "window one-sided": (ValueError, "two integers", lambda q, k, v: (q, k, v), {"window_size": (8,)}),
+    "window a number": (ValueError, "two integers", lambda q, k, v: (q, k, v), {"window_size": 8}),
+    "window below -1": (ValueError, "-1 \\(no bound\\)", lambda q, k, v: (q, k, v), {"window_size": (-2, 0)}),
+    "softcap negative": (ValueError, "softcap=-1", lambda q, k, v: (q, k, v), {"softcap": -1.0}),
+    "softcap infinite": (ValueError, "softcap=inf", lambda q, k, v: (q, k, v), {"softcap": float("inf")}),
+    "slopes a list": (TypeError, "alibi_slopes is list", lambda q, k, v: (q, k, v), {"alibi_slopes": [1.0] * 4}),
+    "slopes float64": (
+        TypeError,
+        "alibi_slopes is torch.float64",
+        lambda q, k, v: (q, k, v),
+        {"alibi_slopes": torch.ones(4, device=DEVICE).double()},
+    ),
+    "slopes of the wrong shape": (
+        ValueError,
+        "pass \\(4,\\)",
+        lambda q, k, v: (q, k, v),
+        {"alibi_slopes": torch.ones(3, device=DEVICE)},
+    ),
+    "slopes elsewhere": (
+        ValueError,
+        "move it to the device",
+        lambda q, k, v: (q, k, v),
+        {"alibi_slopes": torch.ones(4, device=META)},
+    ),
+    "slopes with a gradient": (
+        NotImplementedError,
+        "detach",
+        lambda q, k, v: (q, k, v),
+        {"alibi_slopes": torch.ones(4, device=DEVICE, requires_grad=True)},
+    ),
 }
 
 

@@ -6,13 +6,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from labutils import runtime
-from labutils.kernels import flash_v1, flash_v2
+from labutils.kernels import flash_v1, flash_v2, flash_v2_backward
+from labutils.kernels.flash_v2 import Options
 from labutils.kernels.launch import LaunchConfig, pick_config
 from labutils.reference import check_attention, check_gradients
 
 DEVICE = runtime.device
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BACKWARD = ("delta", "dkdv", "dq")
+FULL, CAUSAL = (None, None), (None, 0)  # windows
 
 
 def make(n_q, n_k, *, heads=2, heads_kv=None, head_dim=32, dtype=torch.float32, batch=1, seed=0, spread=1.0):
@@ -29,12 +31,13 @@ def check(q, k, v, *, causal, config=None, scale=None, v1=True):
     if v1:
         out, lse = flash_v1.forward(q, k, v, scale, causal, config)
         check_attention(out, q, k, v, lse=lse, **kwargs).raise_if_failed()
-    out, lse = flash_v2.forward(q, k, v, scale, causal, config)
+    options = Options(scale, FULL if not causal else CAUSAL)
+    out, lse = flash_v2.forward(q, k, v, options, config)
     assert out.dtype == q.dtype and lse.dtype == torch.float32
     check_attention(out, q, k, v, lse=lse, **kwargs).raise_if_failed()
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     configs = dict.fromkeys(BACKWARD, config) if config else None
-    gradients = flash_v2.backward(dout, q, k, v, out, lse, scale, causal, configs)
+    gradients = flash_v2_backward.backward(dout, q, k, v, out, lse, options, configs)
     for verdict in check_gradients(gradients, dout, q, k, v, **kwargs):
         verdict.raise_if_failed()
 
@@ -55,9 +58,9 @@ def test_dtypes(dtype, causal):
     check(*make(100, 130, dtype=dtype), causal=causal)
 
 
-@pytest.mark.parametrize("head_dim", [16, 40, 59, 64, 128])
+@pytest.mark.parametrize("head_dim", [1, 7, 16, 40, 59, 64, 128, 200, 256])
 def test_head_dimensions(head_dim):
-    check(*make(48, 48, head_dim=head_dim, dtype=torch.float16), causal=True)
+    check(*make(48, 48, head_dim=head_dim, dtype=torch.float16), causal=True, v1=head_dim <= 128)
 
 
 @pytest.mark.parametrize("heads_kv", [4, 2, 1])
@@ -104,9 +107,9 @@ def test_any_strides(layout):
 
 def test_gradient_of_the_output_may_have_any_strides():
     q, k, v = make(24, 24)
-    out, lse = flash_v2.forward(q, k, v, 0.2)
+    out, lse = flash_v2.forward(q, k, v, Options(0.2))
     dout = torch.ones((), device=DEVICE).expand(out.shape)  # what out.sum().backward() hands over
-    gradients = flash_v2.backward(dout, q, k, v, out, lse, 0.2)
+    gradients = flash_v2_backward.backward(dout, q, k, v, out, lse, Options(0.2))
     for verdict in check_gradients(gradients, dout, q, k, v, softmax_scale=0.2):
         verdict.raise_if_failed()
 
@@ -132,10 +135,10 @@ def test_reads_and_writes_nothing_outside_its_tensors():
 @pytest.mark.parametrize("kernel", [flash_v1, flash_v2])
 def test_empty_sequences(kernel, n_q, n_k):
     q, k, v = make(n_q, n_k)
-    out, lse = kernel.forward(q, k, v, 0.2)
+    out, lse = kernel.forward(q, k, v, 0.2 if kernel is flash_v1 else Options(0.2))
     assert out.shape == q.shape and (out == 0).all() and lse.isneginf().all()
     if kernel is flash_v2:
-        gradients = flash_v2.backward(out, q, k, v, out, lse, 0.2)
+        gradients = flash_v2_backward.backward(out, q, k, v, out, lse, Options(0.2))
         assert all((g == 0).all() for g in gradients)
 
 
@@ -143,18 +146,18 @@ def test_same_bits_every_time():
     q, k, v = make(90, 70, dtype=torch.float16, heads=2)
     runs = []
     for _ in range(3):
-        out, lse = flash_v2.forward(q, k, v, 0.2, True)
-        runs.append((out, lse, *flash_v2.backward(out, q, k, v, out, lse, 0.2, True)))
+        out, lse = flash_v2.forward(q, k, v, Options(0.2, CAUSAL))
+        runs.append((out, lse, *flash_v2_backward.backward(out, q, k, v, out, lse, Options(0.2, CAUSAL))))
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
 class TestLaunchTable:
     @pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)])
     @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("head_dim", [16, 64, 80, 128])
+    @pytest.mark.parametrize("head_dim", [1, 16, 64, 80, 128, 192, 256])
     def test_every_gpu_has_an_entry(self, monkeypatch, capability, dtype, head_dim):
         monkeypatch.setattr("labutils.kernels.launch._capability", lambda index: capability)
-        for kernel in ("v1", "forward", *BACKWARD):
+        for kernel in ("forward", *BACKWARD, *(("v1",) if head_dim <= 128 else ())):
             config = pick_config(kernel, head_dim, dtype, True, torch.device("cuda", 0), longest=4096)
             assert config.block_m >= 16 and config.block_n >= 16
             if capability < (8, 0) or dtype == torch.float32:
@@ -172,13 +175,15 @@ class TestLaunchTable:
 @pytest.mark.gpu
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("head_dim", [16, 32, 59, 64, 80, 111, 128])
+@pytest.mark.parametrize("head_dim", [16, 32, 59, 64, 80, 111, 128, 160, 256])
 @pytest.mark.parametrize(
     ("n_q", "n_k"),
     [(113, 203), (128, 217), (113, 211), (108, 256), (256, 512), (512, 256), (1024, 1024), (1023, 1024), (1024, 1023)],
 )
 def test_grid_of_flash_attns_tests(n_q, n_k, head_dim, dtype, causal):
-    check(*make(n_q, n_k, heads=6, heads_kv=2, head_dim=head_dim, dtype=dtype, batch=2), causal=causal)
+    check(
+        *make(n_q, n_k, heads=6, heads_kv=2, head_dim=head_dim, dtype=dtype, batch=2), causal=causal, v1=head_dim <= 128
+    )
 
 
 @pytest.mark.gpu
@@ -203,9 +208,9 @@ def test_rows_beyond_two_to_the_31_elements():
     big = backing.as_strided((1, n, 1, 16), (0, stride, 0, 1))
     q, k, v = make(64, n, heads=1, head_dim=16, dtype=torch.float16)
     big.copy_(k)
-    out, lse = flash_v2.forward(q, big, v, 0.25, True)
+    out, lse = flash_v2.forward(q, big, v, Options(0.25, CAUSAL))
     check_attention(out, q, k, v, causal=True, softmax_scale=0.25, lse=lse).raise_if_failed()
-    gradients = flash_v2.backward(out, q, big, v, out, lse, 0.25, True)
+    gradients = flash_v2_backward.backward(out, q, big, v, out, lse, Options(0.25, CAUSAL))
     for verdict in check_gradients(gradients, out, q, k, v, causal=True, softmax_scale=0.25):
         verdict.raise_if_failed()
 
@@ -214,4 +219,4 @@ def test_rows_beyond_two_to_the_31_elements():
 def test_a_configuration_too_large_for_the_gpu_is_named():
     q, k, v = make(256, 256, head_dim=128, dtype=torch.float16)
     with pytest.raises(RuntimeError, match="too small for LaunchConfig"):
-        flash_v2.forward(q, k, v, 0.1, False, LaunchConfig(256, 256, 8, 6))
+        flash_v2.forward(q, k, v, Options(0.1), LaunchConfig(256, 256, 8, 6))

@@ -69,9 +69,9 @@ def test_the_kernel_is_what_runs(monkeypatch):
     calls = []
     real = models.flash_attn_func
 
-    def spy(q, k, v, **options):
+    def spy(q, k, v, *options):
         calls.append((tuple(q.shape), q.is_contiguous(), options))
-        return real(q, k, v, **options)
+        return real(q, k, v, *options)
 
     monkeypatch.setattr(models, "flash_attn_func", spy)
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_the_kernel_is_what_runs(monkeypatch):
         assert len(calls) == 2  # one per layer
         shape, contiguous, options = calls[0]
         assert shape == (2, 20, 2, 16) and not contiguous  # views of the fused projection, never copied
-        assert options == {"softmax_scale": 16**-0.5, "causal": True}
+        assert options == (0.0, 16**-0.5, True)  # dropout_p, softmax_scale, causal
         like(make(), "eager")(tokens(2, 20))
     assert len(calls) == 2
 
@@ -245,14 +245,18 @@ def test_static_cache_whose_last_slots_are_empty():
         torch.testing.assert_close(torch.cat([first, rest], dim=1), model(ids).logits)
 
 
+def test_dropout_of_attention_is_at_work_in_training_alone():
+    model, ids = make(attn_pdrop=0.5), tokens(1, 12)
+    logits = []
+    with torch.no_grad():
+        for seed in (1, 1, 2):
+            torch.manual_seed(seed)
+            logits.append(model.train()(ids).logits)
+        torch.testing.assert_close(model.eval()(ids).logits, make()(ids).logits)
+    assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
+
+
 # --- what is refused ----------------------------------------------------------------------------------------
-
-
-def test_dropout_is_refused_with_the_way_out():
-    model = make(attn_pdrop=0.1)
-    model.eval()(tokens(1, 4))  # at rest, dropout does nothing
-    with pytest.raises(NotImplementedError, match=r"attn_pdrop=0\.0"):
-        model.train()(tokens(1, 4))
 
 
 def test_packed_positions_are_refused():

@@ -40,17 +40,21 @@ class LaunchConfig:
 # Tables by (kernel, BLOCK_D up to). Entries as in LaunchConfig: block_m, block_n, num_warps, num_stages.
 #
 # float16 and bfloat16 where a block may use 227 KiB of shared memory (9.0, 10.0): of 18 to 24 candidates each the one
-# with the least time on an H200 at N = 4,096, full and causal taken together (v1 and delta: not searched).
+# with the least time on an H200 at N = 4,096, full and causal taken together (v1, delta and 256: not searched).
 _SIXTEEN_BIT_LARGE = {
     ("v1", 64): LaunchConfig(64, 64, 4, 2),
     ("v1", 128): LaunchConfig(64, 32, 4, 2),
     ("forward", 64): LaunchConfig(128, 64, 8, 3),
     ("forward", 128): LaunchConfig(128, 128, 8, 3),
     ("delta", 128): LaunchConfig(64, 64, 4, 1),
-    ("dkdv", 64): LaunchConfig(64, 128, 4, 3),
+    ("dkdv", 64): LaunchConfig(64, 64, 4, 2),
     ("dkdv", 128): LaunchConfig(64, 64, 4, 2),
     ("dq", 64): LaunchConfig(128, 64, 4, 3),
     ("dq", 128): LaunchConfig(128, 64, 8, 3),
+    ("forward", 256): LaunchConfig(128, 64, 8, 2),
+    ("delta", 256): LaunchConfig(32, 32, 4, 1),
+    ("dkdv", 256): LaunchConfig(32, 64, 8, 2),
+    ("dq", 256): LaunchConfig(64, 32, 8, 2),
 }
 # The same for the other GPUs from Ampere on: chosen to fit the 99 KiB of 8.6, 8.9 and 12.0, by compiling; not timed.
 _SIXTEEN_BIT_SMALL = {
@@ -63,12 +67,17 @@ _SIXTEEN_BIT_SMALL = {
     ("dkdv", 128): LaunchConfig(32, 64, 4, 2),
     ("dq", 64): LaunchConfig(64, 64, 4, 2),
     ("dq", 128): LaunchConfig(64, 32, 4, 2),
+    ("forward", 256): LaunchConfig(64, 32, 8, 1),
+    ("delta", 256): LaunchConfig(32, 32, 4, 1),
+    ("dkdv", 256): LaunchConfig(16, 32, 4, 1),
+    ("dq", 256): LaunchConfig(32, 16, 4, 1),
 }
 # float32 products run on the plain units, with operands in registers: 32 x 32 is what does not spill.
-_FLOAT32 = {(kernel, 128): LaunchConfig(32, 32, 4, 2) for kernel in KERNELS}
+_SMALLEST = {(kernel, 256): LaunchConfig(16, 16, 4, 1) for kernel in KERNELS}
+_FLOAT32 = {(kernel, 128): LaunchConfig(32, 32, 4, 2) for kernel in KERNELS} | _SMALLEST
 # Turing, any dtype: Triton emits no tensor-core instruction for it, so tiles must stay as small as for float32, and
 # one stage keeps float32 at D = 128 within its 64 KiB.
-_TURING = {(kernel, 128): LaunchConfig(32, 32, 4, 1) for kernel in KERNELS}
+_TURING = {(kernel, 128): LaunchConfig(32, 32, 4, 1) for kernel in KERNELS} | _SMALLEST
 # The interpreter's cost is per tile, hardly per element.
 _INTERPRETER_BLOCK = 128
 

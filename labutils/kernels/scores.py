@@ -1,0 +1,123 @@
+"""From products to probabilities: scale, softcap, ALiBi, masks and dropout of one tile, shared by all kernels of v2.
+
+Features are switched by None: an argument that is None when the kernel is compiled leaves no instruction behind.
+
+Rows are queries and columns are keys; both come as index tensors that broadcast against the tile, (BLOCK_M, 1) and
+(1, BLOCK_N), or the other way round where a kernel keeps its tile transposed.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def sequence(cu_seqlens_ptr, b, N):
+    """Where sequence `b` starts in a packed tensor, and its length; (0, N) in a tensor with a batch dimension."""
+    if cu_seqlens_ptr is not None:
+        start = tl.load(cu_seqlens_ptr + b).to(tl.int64)
+        length = (tl.load(cu_seqlens_ptr + b + 1) - start).to(tl.int32)
+    else:
+        start = tl.zeros([], tl.int64)
+        length = N
+    return start, length
+
+
+@triton.jit
+def tanh(x):
+    """tanh(x) = 1 - 2 / (1 + e^2x): right to float32's rounding of 1, and without overflow for any x."""
+    return 1.0 - 2.0 / (1.0 + tl.math.exp2(x * (2.0 * LOG2_E)))
+
+
+@triton.jit
+def score_unit(softmax_scale, softcap, slope):
+    """What one unit of `score_tile` is worth in base 2: the plain kernel's scores stay unscaled until the exponent.
+
+    There the scale and the change of base are one multiply-add with the subtraction of the maximum.
+    """
+    if softcap is None and slope is None:
+        return softmax_scale * LOG2_E
+    else:
+        return 1.0
+
+
+@triton.jit
+def score_tile(
+    s, rows, cols, n_k, offset, softmax_scale, softcap, slope, window_left, window_right, MASKED: tl.constexpr
+):
+    """Scores of a tile, in units of `score_unit`, from s = Q Kᵀ; with softcap also the derivative by s, else 1.
+
+    In natural units: softcap * tanh(scale * s / softcap), minus slope * |i + N_k - N_q - j|. MASKED tiles get -inf
+    where j is past the end or outside of the window; `offset` is N_k - N_q (masks are aligned to the bottom right).
+    """
+    derivative = 1.0
+    if softcap is not None:
+        t = tanh(s * (softmax_scale / softcap))
+        derivative = 1.0 - t * t
+        s = t * (softcap * LOG2_E)
+    elif slope is not None:
+        s = s * (softmax_scale * LOG2_E)
+    if slope is not None:
+        s -= (slope * LOG2_E) * tl.abs(rows + offset - cols).to(tl.float32)
+    if MASKED:
+        visible = cols < n_k
+        if window_right is not None:
+            visible = visible & (cols <= rows + offset + window_right)
+        if window_left is not None:
+            visible = visible & (cols >= rows + offset - window_left)
+        s = tl.where(visible, s, float("-inf"))
+    return s, derivative
+
+
+@triton.jit
+def columns_of(start_m, n_q, n_k, offset, window_left, window_right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Which columns a block of rows sees: first, begin and end of the part that needs no mask, last.
+
+    All multiples of BLOCK_N but `last`. Empty parts have begin >= end of them, and loops over them do not run.
+    """
+    first = 0
+    last = n_k
+    begin = 0
+    end = n_k // BLOCK_N * BLOCK_N
+    if window_right is not None:
+        lowest_row = tl.minimum(start_m + BLOCK_M, n_q) - 1
+        last = tl.minimum(tl.maximum(lowest_row + offset + window_right + 1, 0), n_k)
+        end = tl.minimum(tl.maximum(start_m + offset + window_right + 1, 0), n_k) // BLOCK_N * BLOCK_N
+    if window_left is not None:
+        first = tl.maximum(start_m + offset - window_left, 0) // BLOCK_N * BLOCK_N
+        begin = tl.cdiv(tl.maximum(start_m + BLOCK_M - 1 + offset - window_left, 0), BLOCK_N) * BLOCK_N
+        begin = tl.maximum(tl.minimum(begin, tl.cdiv(last, BLOCK_N) * BLOCK_N), first)
+        end = tl.maximum(end, begin)
+    return first, begin, end, last
+
+
+@triton.jit
+def rows_of(start_n, n_q, n_k, offset, window_left, window_right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The transpose of `columns_of`: which rows see a block of columns. Multiples of BLOCK_M but `last`."""
+    first = 0
+    last = n_q
+    begin = 0
+    end = n_q // BLOCK_M * BLOCK_M
+    if window_right is not None:
+        first = tl.minimum(tl.maximum(start_n - offset - window_right, 0), n_q) // BLOCK_M * BLOCK_M
+        begin = tl.cdiv(tl.maximum(start_n + BLOCK_N - 1 - offset - window_right, 0), BLOCK_M) * BLOCK_M
+    if window_left is not None:
+        last = tl.minimum(tl.maximum(start_n + BLOCK_N - offset + window_left, 0), n_q)
+        end = tl.minimum(tl.maximum(start_n - offset + window_left + 1, 0), n_q) // BLOCK_M * BLOCK_M
+    begin = tl.maximum(tl.minimum(begin, tl.cdiv(last, BLOCK_M) * BLOCK_M), first)
+    end = tl.maximum(end, begin)
+    return first, begin, end, last
+
+
+@triton.jit
+def dropout_keep(seed_ptr, dropout_p, head, rows, cols):
+    """True where dropout keeps a probability: a function of seed, head, row and column alone.
+
+    Philox takes the position as its counter, so that forward and backward agree whatever their tiles are. `head`
+    numbers all heads of all sequences.
+    """
+    seed = tl.load(seed_ptr)
+    bits, _, _, _ = tl.philox(seed, cols + rows * 0, rows + cols * 0, head + (rows + cols) * 0, (rows + cols) * 0)
+    return tl.random.uint_to_uniform_float(bits) >= dropout_p
