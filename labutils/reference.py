@@ -65,7 +65,7 @@ def alibi_bias(slopes: torch.Tensor, n_q: int, n_k: int) -> torch.Tensor:
 
 
 def _scores(q, k, softmax_scale, visible, softcap, alibi_slopes) -> torch.Tensor:
-    """The scores that softmax sees, -inf where a query may not look: (B, H, N_q, N_k)."""
+    """The scores that softmax sees, -inf where a query may not look (`visible`, None: everywhere): (B, H, N_q, N_k)."""
     group = q.shape[2] // k.shape[2]
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     q = q.transpose(1, 2)  # (B, N, H, D) -> (B, H, N, D)
@@ -75,7 +75,7 @@ def _scores(q, k, softmax_scale, visible, softcap, alibi_slopes) -> torch.Tensor
         scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:
         scores = scores + alibi_bias(alibi_slopes.to(scores.dtype), q.shape[2], k.shape[2])
-    if not visible.all():
+    if visible is not None:
         scores = scores.masked_fill(~visible, -math.inf)
     return scores
 
@@ -108,12 +108,15 @@ def naive_attention(
 
     A query that sees no key gives zeros, and -inf as its log-sum-exp. Differentiable.
     """
-    visible = visible_mask(q.shape[1], k.shape[1], causal=causal, window_size=window_size, device=q.device)
+    n_q, n_k = q.shape[1], k.shape[1]
+    visible = None  # this is what benchmarks call naive attention: without a mask it must not pay for one
+    if causal or tuple(window_size) != (-1, -1):
+        visible = visible_mask(n_q, n_k, causal=causal, window_size=window_size, device=q.device)
     scores = _scores(q, k, softmax_scale, visible, softcap, alibi_slopes)
     probabilities = scores.softmax(dim=-1)
-    blind = ~visible.any(dim=1)
-    if blind.any():  # softmax of a row of -inf is NaN; attention to nothing is zero
-        probabilities = probabilities.masked_fill(blind[:, None], 0.0)
+    right = 0 if causal else window_size[1]
+    if right >= 0 and n_k - n_q + right < 0:  # softmax of a row of -inf is NaN; attention to nothing is zero
+        probabilities = probabilities.masked_fill(~visible.any(dim=1)[:, None], 0.0)
     if dropout_mask is not None:
         probabilities = probabilities * dropout_mask / (1.0 - dropout_p)
     value = v.transpose(1, 2).repeat_interleave(q.shape[2] // k.shape[2], dim=1)

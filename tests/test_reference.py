@@ -38,6 +38,34 @@ def test_softmax_scale_and_lse():
     torch.testing.assert_close(lse, scores.logsumexp(-1))
 
 
+def test_without_a_mask_nothing_is_paid_for_one():
+    """Naive attention is a line in every benchmark: two products, a scale, a softmax, and views."""
+    q, k, v = make(heads=2, heads_kv=2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiler:
+        reference.naive_attention(q, k, v)
+    called = {event.key for event in profiler.key_averages()}
+    assert {"aten::bmm", "aten::_softmax"} <= called
+    assert not called & {
+        "aten::masked_fill",
+        "aten::masked_fill_",
+        "aten::all",
+        "aten::any",
+        "aten::arange",
+        "aten::item",
+    }
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (3, 2), (3, -1), (-1, 2), (0, 0)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("n_q", "n_k"), [(4, 9), (9, 4), (5, 5), (9, 1)])
+def test_rows_that_see_nothing_are_zero_under_any_mask(n_q, n_k, window, causal):
+    q, k, v = make(n_q=n_q, n_k=n_k)
+    out, lse = reference.naive_attention(q, k, v, causal=causal, window_size=window, return_lse=True)
+    seen = reference.visible_mask(n_q, n_k, causal=causal, window_size=window).any(dim=1)
+    assert out.isfinite().all() and (out[:, ~seen] == 0).all()
+    assert (lse.isneginf() == ~seen).all()
+
+
 def test_queries_that_see_nothing_give_zeros_and_finite_gradients():
     q, k, v = (t.requires_grad_() for t in make(n_q=9, n_k=4))
     out, lse = reference.naive_attention(q, k, v, causal=True, return_lse=True)
