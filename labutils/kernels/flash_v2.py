@@ -16,7 +16,7 @@ import triton.language as tl
 
 from labutils.kernels.launch import SEQUENCE_LENGTHS, LaunchConfig, launch, pick_config
 from labutils.kernels.scores import LN_2, columns_of, dropout_keep, score_tile, score_unit, sequence
-from labutils.kernels.tiles import load_tile, paged_pointers, store_tile, tile_pointers
+from labutils.kernels.tiles import load_tile, store_tile, tile_pointers
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,6 @@ def with_batch(t: torch.Tensor) -> torch.Tensor:
 @triton.jit
 def attend(
     acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd,
-    page_table_ptr, PAGE_SIZE, stride_kpage, stride_vpage,
     rows, first, last, n_k, offset, head, slope, seed_ptr, dropout_p, softmax_scale, softcap, window_left, window_right,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -79,18 +78,10 @@ def attend(
     MASKED is for blocks that hold an edge: the diagonal, the window's end or the sequence's; the others need no mask.
     """
     unit = score_unit(softmax_scale, softcap, slope)
-    if page_table_ptr is None:
-        k_ptrs = tile_pointers(k_ptr, stride_kn, stride_kd, first, BLOCK_N, BLOCK_D)
-        v_ptrs = tile_pointers(v_ptr, stride_vn, stride_vd, first, BLOCK_N, BLOCK_D)
+    k_ptrs = tile_pointers(k_ptr, stride_kn, stride_kd, first, BLOCK_N, BLOCK_D)
+    v_ptrs = tile_pointers(v_ptr, stride_vn, stride_vd, first, BLOCK_N, BLOCK_D)
     for start_n in tl.range(first, last, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        if page_table_ptr is not None:
-            k_ptrs = paged_pointers(
-                k_ptr, stride_kpage, stride_kn, stride_kd, page_table_ptr, PAGE_SIZE, start_n, n_k, BLOCK_N, BLOCK_D
-            )
-            v_ptrs = paged_pointers(
-                v_ptr, stride_vpage, stride_vn, stride_vd, page_table_ptr, PAGE_SIZE, start_n, n_k, BLOCK_N, BLOCK_D
-            )
         k = load_tile(k_ptrs, offs_n, n_k, D, BLOCK_D, MASKED)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")  # S_ij = Q_i K_jᵀ
         s, _ = score_tile(
@@ -108,9 +99,8 @@ def attend(
         v = load_tile(v_ptrs, offs_n, n_k, D, BLOCK_D, MASKED)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")  # O_i = alpha O_i + P_ij V_j
         m_i = m_new
-        if page_table_ptr is None:
-            k_ptrs += BLOCK_N * stride_kn
-            v_ptrs += BLOCK_N * stride_vn
+        k_ptrs += BLOCK_N * stride_kn
+        v_ptrs += BLOCK_N * stride_vn
     return acc, l_i, m_i
 
 
@@ -158,17 +148,17 @@ def _forward_kernel(
     first, begin, end, last = columns_of(start_m, n_q, n_k, offset, window_left, window_right, BLOCK_M, BLOCK_N)
     if window_left is not None:
         acc, l_i, m_i = attend(
-            acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd, None, None, None, None,
+            acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd,
             rows, first, begin, n_k, offset, bh, slope, seed_ptr, dropout_p, softmax_scale, softcap,
             window_left, window_right, D, BLOCK_D, BLOCK_N, True,
         )  # fmt: skip
     acc, l_i, m_i = attend(
-        acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd, None, None, None, None,
+        acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd,
         rows, begin, end, n_k, offset, bh, slope, seed_ptr, dropout_p, softmax_scale, softcap,
         window_left, window_right, D, BLOCK_D, BLOCK_N, False,
     )  # fmt: skip
     acc, l_i, m_i = attend(
-        acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd, None, None, None, None,
+        acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd,
         rows, end, last, n_k, offset, bh, slope, seed_ptr, dropout_p, softmax_scale, softcap,
         window_left, window_right, D, BLOCK_D, BLOCK_N, True,
     )  # fmt: skip

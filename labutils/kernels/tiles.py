@@ -16,26 +16,6 @@ def tile_pointers(ptr, stride_n, stride_d, start_n, BLOCK_N: tl.constexpr, BLOCK
 
 
 @triton.jit
-def paged_pointers(
-    ptr,
-    stride_page,
-    stride_n,
-    stride_d,
-    page_table_ptr,
-    PAGE_SIZE,
-    start_n,
-    n,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """As `tile_pointers`, of a head whose rows lie in pages: row j in page page_table[j // PAGE_SIZE]."""
-    rows = start_n + tl.arange(0, BLOCK_N)
-    page = tl.load(page_table_ptr + rows // PAGE_SIZE, mask=rows < n, other=0).to(tl.int64)
-    cols = tl.arange(0, BLOCK_D)
-    return ptr + (page * stride_page + (rows % PAGE_SIZE).to(tl.int64) * stride_n)[:, None] + cols[None, :] * stride_d
-
-
-@triton.jit
 def load_tile(ptrs, offs_n, N, D: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS: tl.constexpr):
     """Loads a tile; rows from N on (where MASK_ROWS) and columns from D on read as zero.
 
