@@ -37,6 +37,7 @@ __all__ = [
     "measure_ceilings",
     "profile",
     "roofline_points",
+    "stored_ceilings",
     "total_bytes",
 ]
 

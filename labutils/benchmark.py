@@ -1,5 +1,4 @@
-"""Measures attention: time, peak memory and error of every implementation, as a table that never hides a
-failure.
+"""Measures attention: time, peak memory and error of every implementation, failures included, as a table.
 
 `sweep` is the one function that measures; it returns a DataFrame with a row for each point, also for those
 that ran out of memory or cannot run, with the reason. `reference_results` reads such a table as it was stored

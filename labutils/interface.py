@@ -8,6 +8,7 @@ so, never ignored. The arguments that several functions share are described in `
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from labutils import checks
 from labutils.kernels import flash_v1, flash_v2, flash_v2_backward
@@ -26,6 +27,7 @@ class _FlashAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable  # there is no second derivative: asking for one raises, rather than count this one as constant
     def backward(ctx, dout, _dlse):
         return *flash_v2_backward.backward(dout, *ctx.saved_tensors, ctx.options), None
 
@@ -79,8 +81,8 @@ def flash_attn_func(
         softcap: c > 0 turns the scaled scores s into c * tanh(s / c); 0 leaves them.
         alibi_slopes: float32 (H,) or (B, H): slope * |i + N_k - N_q - j| is subtracted from the score of i and j.
         deterministic: accepted; our backward always is.
-        return_attn_probs: also return the log-sum-exp, as flash-attn does; its third value, the probabilities that it
-            computes for its own tests, is None here.
+        return_attn_probs: also return the log-sum-exp, as flash-attn does; no gradient flows through it. The third
+            value, probabilities that flash-attn computes for its own tests, is None here.
 
     Returns:
         out (B, N_q, H, D); with `return_attn_probs` a tuple (out, lse (B, H, N_q) float32, None). A query that sees no

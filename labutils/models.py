@@ -242,7 +242,7 @@ def gpt2(
         vocab_size: entries of the tokenizer.
         attention: "labutils" (our kernels), "sdpa", "eager" (standard attention), or what is registered.
         overrides: further `GPT2Config` fields. Dropout (`attn_pdrop`, `resid_pdrop`, `embd_pdrop`) is 0 where
-            it is not given, since comparisons need it and "labutils" has none for attention.
+            it is not given, since comparisons of losses and gradients need it.
 
     Raises:
         ValueError: an unknown size, or an `attention` that transformers does not know.

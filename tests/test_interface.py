@@ -34,6 +34,13 @@ def test_only_the_gradients_that_are_asked_for():
     assert q.grad is not None and k.grad is None and v.grad is None
 
 
+def test_second_derivatives_are_refused():
+    q, k, v = (t.requires_grad_() for t in make())
+    (dq,) = torch.autograd.grad(flash_attn_func(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
 def test_returns_lse_like_flash_attn():
     q, k, v = make()
     out, lse, probabilities = flash_attn_func(q, k, v, return_attn_probs=True)

@@ -39,7 +39,7 @@ class LaunchConfig:
 
 # Tables by (kernel, BLOCK_D up to). Entries as in LaunchConfig: block_m, block_n, num_warps, num_stages.
 #
-# float16 and bfloat16 where a block may use 227 KiB of shared memory (9.0, 10.0): of 18 to 24 candidates each the one
+# float16 and bfloat16 where a block may use 227 KiB of shared memory (9.0, 10.0): of 11 to 24 candidates each the one
 # with the least time on an H200 at N = 4,096, full and causal taken together (v1, delta and 256: not searched).
 _SIXTEEN_BIT_LARGE = {
     ("v1", 64): LaunchConfig(64, 64, 4, 2),
@@ -75,9 +75,14 @@ _SIXTEEN_BIT_SMALL = {
 # float32 products run on the plain units, with operands in registers: 32 x 32 is what does not spill.
 _SMALLEST = {(kernel, 256): LaunchConfig(16, 16, 4, 1) for kernel in KERNELS}
 _FLOAT32 = {(kernel, 128): LaunchConfig(32, 32, 4, 2) for kernel in KERNELS} | _SMALLEST
-# Turing, any dtype: Triton emits no tensor-core instruction for it, so tiles must stay as small as for float32, and
-# one stage keeps float32 at D = 128 within its 64 KiB.
+# Turing: Triton emits no tensor-core instruction for it, so tiles must stay as small as for float32, and one stage
+# keeps them within its 64 KiB. In float32 at 256, dK/dV needs more than that even with the smallest tiles: no entry.
 _TURING = {(kernel, 128): LaunchConfig(32, 32, 4, 1) for kernel in KERNELS} | _SMALLEST
+_TURING_FLOAT32 = (
+    {(kernel, 64): LaunchConfig(32, 32, 4, 1) for kernel in KERNELS}
+    | {(kernel, 128): LaunchConfig(16, 16, 4, 1) for kernel in KERNELS}
+    | {place: config for place, config in _SMALLEST.items() if place != ("dkdv", 256)}
+)
 # The interpreter's cost is per tile, hardly per element.
 _INTERPRETER_BLOCK = 128
 
@@ -99,7 +104,7 @@ def pick_config(
         longest: the longer of N_q and N_k; the interpreter takes no tile larger than it needs.
 
     Raises:
-        RuntimeError: the GPU is older than compute capability 7.5.
+        RuntimeError: the GPU is older than compute capability 7.5, or its shared memory too small.
     """
     if device.type == "cpu":
         block = min(_INTERPRETER_BLOCK, max(SMALLEST_BLOCK, triton.next_power_of_2(longest)))
@@ -112,13 +117,18 @@ def pick_config(
             "torch.nn.functional.scaled_dot_product_attention, which has kernels for older GPUs."
         )
     if capability < (8, 0):
-        table = _TURING
+        table = _TURING_FLOAT32 if dtype == torch.float32 else _TURING
     elif dtype == torch.float32:
         table = _FLOAT32
     else:
         table = _SIXTEEN_BIT_LARGE if capability in ((9, 0), (10, 0)) else _SIXTEEN_BIT_SMALL
     block_d = LaunchConfig.block_d(head_dim)
     fitting = [limit for name, limit in table if name == kernel and limit >= block_d]
+    if not fitting:
+        raise RuntimeError(
+            f"a GPU of compute capability {capability[0]}.{capability[1]} has too little shared memory for the kernel "
+            f"{kernel!r} at head dimension {head_dim} in {dtype}: use torch.float16, or split the heads."
+        )
     return table[kernel, min(fitting)]
 
 
