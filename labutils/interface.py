@@ -8,49 +8,46 @@ so, never ignored. The arguments that several functions share are described in `
 from __future__ import annotations
 
 import torch
-from torch.autograd.function import once_differentiable
 
-from labutils import checks
-from labutils.kernels import flash_v1, flash_v2, flash_v2_backward
-from labutils.kernels.flash_v2 import Options
+from labutils import checks, operators, runtime
+from labutils.kernels import flash_v1
 
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]
 
 
-class _FlashAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v, options):
-        out, lse = flash_v2.forward(q, k, v, options)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.options = options
-        ctx.mark_non_differentiable(lse)
-        return out, lse
+def _window(window_size, causal) -> tuple[int, int]:
+    """(left, right), checked, as the operators take it: -1 for no bound."""
+    return tuple(-1 if side is None else side for side in checks.window(window_size, causal))
 
-    @staticmethod
-    @once_differentiable  # there is no second derivative: asking for one raises, rather than count this one as constant
-    def backward(ctx, dout, _dlse):
-        return *flash_v2_backward.backward(dout, *ctx.saved_tensors, ctx.options), None
+
+def _cast(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """What autocast does for PyTorch's own attention: q, k and v in its dtype where it is on."""
+    device = runtime.device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    may = lambda t: isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64  # noqa: E731
+    return [t.to(dtype) if may(t) else t for t in tensors]
 
 
 def _attention(
-    q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs, batch, **packed
-) -> Result:
+    q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs, batch,
+    cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0, block_table=None,
+) -> Result:  # fmt: skip
     """Checks what all functions share, draws a seed for dropout, and runs."""
     dropout_p = checks.dropout(dropout_p)
+    scale = checks.scale(softmax_scale, q.shape[-1])
+    window = _window(window_size, causal)
+    softcap = checks.cap(softcap) or 0.0
+    slopes = checks.slopes(alibi_slopes, batch, q.shape[-2], q.device)
     seed = None
     if dropout_p > 0.0:
         # From PyTorch's generator of the device, so that manual_seed repeats it and checkpointing restores it.
         seed = torch.randint(2**31 - 1, (1,), dtype=torch.int64, device=q.device)
-    options = Options(
-        softmax_scale=checks.scale(softmax_scale, q.shape[-1]),
-        window=checks.window(window_size, causal),
-        softcap=checks.cap(softcap),
-        alibi_slopes=checks.slopes(alibi_slopes, batch, q.shape[-2], q.device),
-        dropout_p=dropout_p,
-        seed=seed,
-        **packed,
-    )
-    out, lse = _FlashAttention.apply(q, k, v, options)
+    out, lse = operators.flash_attention(
+        q, k, v, scale, *window, softcap, slopes, dropout_p, seed,
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table,
+    )  # fmt: skip
     return (out, lse, None) if return_attn_probs else out
 
 
@@ -81,8 +78,9 @@ def flash_attn_func(
         softcap: c > 0 turns the scaled scores s into c * tanh(s / c); 0 leaves them.
         alibi_slopes: float32 (H,) or (B, H): slope * |i + N_k - N_q - j| is subtracted from the score of i and j.
         deterministic: accepted; our backward always is.
-        return_attn_probs: also return the log-sum-exp, as flash-attn does; no gradient flows through it. The third
-            value, probabilities that flash-attn computes for its own tests, is None here.
+        return_attn_probs: also return the log-sum-exp. A gradient flows through it as well, which flash-attn leaves
+            out: merged parts of attention can be trained. The third value, probabilities that flash-attn computes for
+            its own tests, is None here.
 
     Returns:
         out (B, N_q, H, D); with `return_attn_probs` a tuple (out, lse (B, H, N_q) float32, None). A query that sees no
@@ -94,6 +92,7 @@ def flash_attn_func(
         NotImplementedError: a gradient by alibi_slopes.
         RuntimeError: a GPU too old or too small.
     """
+    q, k, v = _cast(q, k, v)
     checks.tensors(q, k, v)
     return _attention(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs, q.shape[0]
@@ -162,27 +161,31 @@ def flash_attn_varlen_func(
         cu_seqlens_q, cu_seqlens_k: int32 (B + 1,): sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1]. Their values
             are checked, which waits for the GPU (not while a CUDA graph is captured).
         max_seqlen_q, max_seqlen_k: the longest sequence of each, or more.
-        block_table: None; a paged K and V is not supported here.
+        block_table: int32 (B, blocks of a sequence) for k and v in pages: (blocks, rows of a block, H_kv, D), where key
+            j of sequence b is row j % rows of block block_table[b, j // rows]; forward alone.
         The others: as in `flash_attn_func`, for each sequence by itself; alibi_slopes (H,) or (B, H).
 
     Returns:
         out (total_q, H, D); with `return_attn_probs` a tuple (out, lse (H, total_q) float32, None).
 
     Raises:
-        As `flash_attn_func`, and NotImplementedError for a `block_table`.
+        As `flash_attn_func`, and NotImplementedError for a gradient through a `block_table`.
     """
-    if block_table is not None:
-        raise NotImplementedError(
-            "block_table: paged keys and values are not supported yet; gather the pages into packed k and v."
-        )
-    checks.tensors(q, k, v, packed=True)
-    cu_seqlens_q = checks.sequences("cu_seqlens_q", cu_seqlens_q, max_seqlen_q, q.shape[0], None, q.device)
+    q, k, v = _cast(q, k, v)
+    checks.tensors(q, k, v, packed=True, paged=block_table is not None)
+    cu_seqlens_q = checks.sequences("cu_seqlens_q", cu_seqlens_q, max_seqlen_q, None, q.device)
     batch = len(cu_seqlens_q) - 1
-    cu_seqlens_k = checks.sequences("cu_seqlens_k", cu_seqlens_k, max_seqlen_k, k.shape[0], batch, q.device)
+    cu_seqlens_k = checks.sequences("cu_seqlens_k", cu_seqlens_k, max_seqlen_k, batch, q.device)
+    if block_table is not None:
+        block_table = checks.table(block_table, batch, q.device)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+            raise NotImplementedError(
+                "block_table: there is no backward through a paged cache. Call under torch.no_grad(), or gather the "
+                "blocks into packed k and v."
+            )
     return _attention(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs, batch,
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
-        max_seqlen_q=int(max_seqlen_q), max_seqlen_k=int(max_seqlen_k),
+        cu_seqlens_q, cu_seqlens_k, int(max_seqlen_q), int(max_seqlen_k), block_table,
     )  # fmt: skip
 
 
@@ -229,6 +232,87 @@ def flash_attn_varlen_qkvpacked_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
         window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
+
+
+def flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    cache_seqlens: int | torch.Tensor | None = None,
+    cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: torch.Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention of new queries over a cache of keys and values, to which new ones are appended first; no backward.
+
+    Args:
+        q: (B, N_q, H, D).
+        k_cache, v_cache: (B_cache, N_cache, H_kv, D), or with a `block_table` (blocks, rows of a block, H_kv, D).
+        k, v: (B, N_new, H_kv, D), written into the caches, in place, behind the keys that are there.
+        rotary_cos, rotary_sin: (positions, rotary_dim / 2), rotary_dim from 2 to D: k is turned before it is written,
+            key i of sequence b to position cache_seqlens[b] + i. So is q, in a copy, if `causal` or a window is given;
+            else all queries are turned to position cache_seqlens[b].
+        cache_seqlens: keys of each sequence in the cache before k is appended, int32 (B,), or one integer for all, for
+            which nothing has to be read from the GPU; None for a full cache.
+        cache_batch_idx: int32 (B,), the row of the cache that a sequence uses; its own number where not given.
+        cache_leftpad: int32 (B,), where in its row a sequence begins: keys before that are not looked at.
+        block_table: int32 (B, blocks of a sequence): key j of sequence b is row j % rows of block
+            block_table[b, j // rows]. A block may have any number of rows.
+        softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`, N_k being what sequence b
+            then has: cache_seqlens[b] + N_new - cache_leftpad[b].
+        rotary_interleaved: dimensions 0 and 1, 2 and 3, ... are turned together; else i and i + rotary_dim / 2.
+        num_splits: in how many parts, up to 128, the keys are split over the GPU; 0 to have it chosen.
+        return_softmax_lse: also return the log-sum-exp.
+
+    Lengths and indices on the GPU are checked before they are used, which waits for it; not so while a CUDA graph is
+    captured.
+
+    Returns:
+        out (B, N_q, H, D); with `return_softmax_lse` a tuple (out, lse (B, H, N_q) float32).
+
+    Raises:
+        ValueError: shapes that do not fit, a cache without room for k, an index outside of it.
+        TypeError: a type or dtype that is not supported.
+        RuntimeError: a GPU too old or too small; in the backward, that there is none.
+    """
+    q, k, v = _cast(q, k, v)
+    paged = block_table is not None
+    checks.tensors(q, k_cache, v_cache, paged=paged, names=("k_cache", "v_cache"))
+    checks.cache(q, k_cache, k, v, (rotary_cos, rotary_sin), cache_seqlens, num_splits)
+    batch = q.shape[0]
+    if paged:
+        block_table = checks.table(block_table, batch, q.device)
+    full = k_cache.shape[1] * (block_table.shape[1] if paged else 1)
+    seqlen = full if cache_seqlens is None else 0 if isinstance(cache_seqlens, torch.Tensor) else cache_seqlens
+    seqlens, batch_idx, leftpad = checks.cache_indices(
+        batch, q.device, paged=paged,
+        cache_seqlens=cache_seqlens if isinstance(cache_seqlens, torch.Tensor) else None,
+        cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad,
+    )  # fmt: skip
+    if not paged and batch_idx is None and batch > k_cache.shape[0]:
+        raise ValueError(
+            f"q has batch size {batch}, the cache {k_cache.shape[0]} rows: pass a larger cache, or cache_batch_idx."
+        )
+    out, lse = operators.flash_attention_with_cache(
+        q, k_cache, v_cache, k, v,
+        *(None if t is None else t.contiguous() for t in (rotary_cos, rotary_sin)),
+        seqlens, seqlen, batch_idx, leftpad, block_table,
+        checks.scale(softmax_scale, q.shape[-1]), *_window(window_size, causal), checks.cap(softcap) or 0.0,
+        bool(rotary_interleaved), checks.slopes(alibi_slopes, batch, q.shape[-2], q.device), num_splits,
+    )  # fmt: skip
+    return (out, lse) if return_softmax_lse else out
 
 
 def _unpack(name: str, packed: torch.Tensor, parts: int, dimensions: int) -> tuple[torch.Tensor, ...]:

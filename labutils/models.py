@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from labutils.interface import flash_attn_func
+from labutils.interface import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -135,7 +135,8 @@ def attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """`labutils.flash_attn_func` behind the signature that transformers calls.
 
-    A batch with padding runs one sequence at a time over its visible tokens: one launch for each.
+    A few queries against many keys, as in generation, go to the decoding kernel. The visible tokens of a batch with
+    padding are packed, and run as sequences of different lengths.
 
     Args:
         module: the attention layer; `module.is_causal` holds where `is_causal` is None (GPT-2 passes None).
@@ -170,44 +171,50 @@ def attention_forward(
 
     # (B, H, N, D) -> (B, N, H, D), views
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if attention_mask is not None:
+        if attention_mask.ndim != 2 or attention_mask.dtype != torch.bool:
+            raise NotImplementedError(
+                "the lab's attention takes a padding mask (B, N) alone, and got a mask of shape "
+                f"{tuple(attention_mask.shape)} and dtype {attention_mask.dtype}: pass the 2-D attention_mask to "
+                "the model, or use attn_implementation='sdpa'"
+            )
+        seen = attention_mask.shape[1]
+        k, v = k[:, :seen], v[:, :seen]  # the slots of a static cache that are still empty
+        if attention_mask.all():
+            attention_mask = None
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if q.shape[1] < k.shape[1] and not trains and dropout == 0.0:
+        leftpad = None if attention_mask is None else _left_padding(attention_mask)
+        if attention_mask is None or leftpad is not None:
+            return flash_attn_with_kvcache(
+                q, k, v, cache_seqlens=k.shape[1], cache_leftpad=leftpad, softmax_scale=scaling, causal=causal
+            ), None
     if attention_mask is None:
         return flash_attn_func(q, k, v, dropout, scaling, causal), None
-    if attention_mask.ndim != 2 or attention_mask.dtype != torch.bool:
-        raise NotImplementedError(
-            "the lab's attention takes a padding mask (B, N) alone, and got a mask of shape "
-            f"{tuple(attention_mask.shape)} and dtype {attention_mask.dtype}: pass the 2-D attention_mask to "
-            "the model, or use attn_implementation='sdpa'"
-        )
-    seen = attention_mask.shape[1]
-    k, v = k[:, :seen], v[:, :seen]  # the slots of a static cache that are still empty
-    if attention_mask.all():
-        return flash_attn_func(q, k, v, dropout, scaling, causal), None
     return _padded_attention(q, k, v, attention_mask, dropout, scaling, causal), None
+
+
+def _left_padding(mask: torch.Tensor) -> torch.Tensor | None:
+    """int32 (B,): how many keys are padding, if all of them stand at the left; else None. mask: bool (B, N_k)."""
+    hidden = (~mask).sum(1)
+    at_the_left = torch.arange(mask.shape[1], device=mask.device) < hidden[:, None]
+    return hidden.int() if torch.equal(at_the_left, ~mask) else None
 
 
 def _padded_attention(q, k, v, mask, dropout, scaling, causal):
     """Attention among the visible tokens of each sequence; q: (B, N_q, H, D), k, v: (B, N_k, H_kv, D)."""
     n_q, n_k = q.shape[1], k.shape[1]
-    outputs = []
-    for sequence, visible in enumerate(mask):
-        keys = visible.nonzero().squeeze(1)
-        # Causal: query i stands at key i + N_k - N_q, and is padding where that key is. Taking the padding
-        # out of both keeps their order and their last positions, hence the bottom-right alignment, wherever
-        # it stood.
-        rows = visible[n_k - n_q :].nonzero().squeeze(1) if causal else torch.arange(n_q, device=q.device)
-        out = q.new_zeros(n_q, *q.shape[2:])
-        if len(rows) and len(keys):
-            part = flash_attn_func(
-                q[sequence : sequence + 1, rows],
-                k[sequence : sequence + 1, keys],
-                v[sequence : sequence + 1, keys],
-                dropout,
-                scaling,
-                causal,
-            )
-            out = out.index_copy(0, rows, part[0])
-        outputs.append(out)
-    return torch.stack(outputs)
+    # Causal: query i stands at key i + N_k - N_q, and is padding where that key is. Taking the padding out of both
+    # keeps their order and their last positions, hence the bottom-right alignment, wherever it stood.
+    rows = mask[:, n_k - n_q :] if causal else torch.ones(q.shape[:2], dtype=torch.bool, device=q.device)
+
+    def starts(visible: torch.Tensor) -> torch.Tensor:  # cu_seqlens: int32 (B + 1,)
+        return torch.nn.functional.pad(visible.sum(1).cumsum(0), (1, 0)).int()
+
+    part = flash_attn_varlen_func(
+        q[rows], k[mask], v[mask], starts(rows), starts(mask), n_q, n_k, dropout, scaling, causal
+    )
+    return torch.zeros_like(q, memory_format=torch.contiguous_format).index_put((rows,), part.to(q.dtype))
 
 
 def _weights_are_collected() -> bool:

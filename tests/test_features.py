@@ -1,4 +1,7 @@
-"""What flash-attn's interface can do besides: windows, softcap, ALiBi, dropout, packed sequences and packed tensors."""
+"""What flash-attn's interface can do besides: windows, softcap, ALiBi, dropout, packed sequences and packed tensors.
+
+Small cases run everywhere. On a GPU the grid of flash-attn's own tests follows, through the public functions.
+"""
 
 import pytest
 import torch
@@ -9,21 +12,42 @@ from labutils import interface, runtime
 from labutils.kernels import flash_v2, flash_v2_backward
 from labutils.kernels.flash_v2 import Options
 from labutils.kernels.launch import LaunchConfig
-from labutils.reference import check_attention, check_gradients
+from labutils.reference import check_attention, check_gradients, judge, naive_attention
 
 DEVICE = runtime.device
 SLOPES = "slopes"  # stands for a tensor of the right shape
 
 
 def make(n_q, n_k, *, heads=2, heads_kv=1, head_dim=16, dtype=torch.float32, batch=1, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    q = torch.randn(batch, n_q, heads, head_dim, generator=g)
-    k, v = torch.randn(2, batch, n_k, heads_kv, head_dim, generator=g)
-    return tuple(t.to(DEVICE, dtype) for t in (q, k, v))
+    g = torch.Generator(DEVICE).manual_seed(seed)
+    q = torch.randn(batch, n_q, heads, head_dim, generator=g, device=DEVICE)
+    k, v = torch.randn(2, batch, n_k, heads_kv, head_dim, generator=g, device=DEVICE)
+    return tuple(t.to(dtype) for t in (q, k, v))
 
 
 def slopes(batch, heads):
     return (torch.rand(batch, heads, generator=torch.Generator().manual_seed(2)) * 0.3).to(DEVICE)
+
+
+def kept(attend, batch, heads, n_q, n_k, dtype=torch.float32):
+    """Which weights dropout keeps in a call of `attend(q, k, v)`, (B, H, N_q, N_k).
+
+    With scores of zero all weights are equal, and with rows of the unit matrix for V a column of the output is one of
+    them: 0 where it was dropped. What is kept depends on seed, head, row and column alone, so this holds for any other
+    q, k and v of these sizes. As many keys are read off in one call as the largest head dimension has columns.
+    """
+    columns = 256
+    q = torch.zeros(batch, n_q, heads, columns, dtype=dtype, device=DEVICE)
+    k = torch.zeros(batch, n_k, 1, columns, dtype=dtype, device=DEVICE)
+    unit = torch.eye(n_k, -(-n_k // columns) * columns, dtype=dtype, device=DEVICE)
+    outs = [attend(q, k, v[None, :, None].expand(batch, -1, -1, -1)) for v in unit.split(columns, dim=1)]
+    return (torch.cat(outs, dim=-1)[..., :n_k] != 0).transpose(1, 2)  # (B, N_q, H, N_k) -> (B, H, N_q, N_k)
+
+
+def seeded(function, *args, **kwargs):
+    """A call that draws what every other call through here draws."""
+    torch.manual_seed(77)
+    return function(*args, **kwargs)
 
 
 def check(q, k, v, blocks=None, **features):
@@ -78,19 +102,11 @@ def test_any_window(n_q, n_k, left, right, causal, blocks):
 class TestDropout:
     P = 0.3
 
-    def kept(self, q, k, options, config=None):
-        """The kernel's own mask: with V the unit matrix the output is the probabilities, 0 where dropped."""
-        n_k = k.shape[1]
-        eye = torch.eye(n_k, device=DEVICE)[None, :, None].expand(q.shape[0], n_k, k.shape[2], n_k).contiguous()
-        wide = [torch.nn.functional.pad(t, (0, n_k - t.shape[-1])) for t in (q, k)]
-        out, _ = flash_v2.forward(*wide, eye, options, config)
-        return (out != 0).transpose(1, 2)  # (B, N_q, H, N_k) -> (B, H, N_q, N_k)
-
     def test_forward_and_backward_drop_the_same(self):
         q, k, v = make(40, 48, heads=2, heads_kv=2)
         options = Options(0.25, dropout_p=self.P, seed=torch.tensor([77], device=DEVICE))
         out, lse = flash_v2.forward(q, k, v, options, LaunchConfig(16, 32))
-        mask = self.kept(q, k, options)
+        mask = kept(lambda *t: flash_v2.forward(*t, options)[0], 1, 2, 40, 48)
         dropped = dict(softmax_scale=0.25, dropout_mask=mask, dropout_p=self.P)
         check_attention(out, q, k, v, lse=lse, **dropped).raise_if_failed()
         dout = torch.randn_like(q)
@@ -100,9 +116,7 @@ class TestDropout:
             verdict.raise_if_failed()
 
     def test_fraction_that_is_kept(self):
-        q, k, _ = make(64, 64, heads=4, heads_kv=4, batch=2)
-        options = Options(0.25, dropout_p=self.P, seed=torch.tensor([5], device=DEVICE))
-        mask = self.kept(q, k, options)
+        mask = kept(lambda *t: seeded(interface.flash_attn_func, *t, dropout_p=self.P), 2, 4, 64, 64)
         deviation = (self.P * (1 - self.P) / mask.numel()) ** 0.5
         assert abs(mask.float().mean().item() - (1 - self.P)) < 5 * deviation
         heads = mask.flatten(0, 1)

@@ -84,6 +84,26 @@ def test_the_kernel_is_what_runs(monkeypatch):
     assert len(calls) == 2
 
 
+def test_generation_runs_on_the_decoding_kernel(monkeypatch):
+    queries = []
+    real = models.flash_attn_with_kvcache
+
+    def spy(q, k, v, **options):
+        queries.append((q.shape[1], options["cache_leftpad"] is not None))
+        return real(q, k, v, **options)
+
+    monkeypatch.setattr(models, "flash_attn_with_kvcache", spy)
+    ids = tokens(2, 9)
+    options = dict(do_sample=False, max_new_tokens=3, pad_token_id=0)
+    make().generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert queries == [(1, False)] * 4  # two layers, for each token after the first, which the prompt's pass gives
+    queries.clear()
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    make().generate(ids, attention_mask=mask, **options)
+    assert queries == [(1, True)] * 4
+
+
 def test_scale_of_the_config_is_obeyed():
     ours = make(scale_attn_by_inverse_layer_idx=True)
     ids = tokens(1, 20)

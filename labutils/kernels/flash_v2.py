@@ -16,7 +16,7 @@ import triton.language as tl
 
 from labutils.kernels.launch import SEQUENCE_LENGTHS, LaunchConfig, launch, pick_config
 from labutils.kernels.scores import LN_2, columns_of, dropout_keep, score_tile, score_unit, sequence
-from labutils.kernels.tiles import load_tile, store_tile, tile_pointers
+from labutils.kernels.tiles import load_tile, paged_rows, row_pointers, store_tile, tile_pointers
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Options:
         dropout_p: probability of dropping a weight; with a `seed`, int64 (1,) on the device.
         cu_seqlens_q, cu_seqlens_k: int32 (B + 1,) for packed sequences, or None.
         max_seqlen_q, max_seqlen_k: the longest of the packed sequences.
+        block_table: int32 (B, blocks of a sequence), for keys and values in pages, or None.
     """
 
     softmax_scale: float
@@ -44,6 +45,7 @@ class Options:
     cu_seqlens_k: torch.Tensor | None = None
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
+    block_table: torch.Tensor | None = None
 
     def sizes(self, q: torch.Tensor, k: torch.Tensor) -> tuple[int, int, int]:
         """(B, longest N_q, longest N_k)."""
@@ -61,6 +63,10 @@ class Options:
             self.softmax_scale, self.softcap, *self.window,
         )  # fmt: skip
 
+    def paging(self) -> tuple:
+        """`table_ptr` and `stride_tb`, for kernels that read keys from pages."""
+        return (None, None) if self.block_table is None else (self.block_table, self.block_table.stride(0))
+
 
 def with_batch(t: torch.Tensor) -> torch.Tensor:
     """(B, N, H, D) as it is; a packed (total, H, D) as a batch of one, which is how the kernels see it."""
@@ -69,19 +75,27 @@ def with_batch(t: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def attend(
-    acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd,
+    acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd, table_ptr, stride_kp, stride_vp,
     rows, first, last, n_k, offset, head, slope, seed_ptr, dropout_p, softmax_scale, softcap, window_left, window_right,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Takes the columns from `first` to `last` into acc, l and m of one block of rows.
 
     MASKED is for blocks that hold an edge: the diagonal, the window's end or the sequence's; the others need no mask.
+    With a `table_ptr`, keys and values lie in pages of PAGE rows, stride_kp and stride_vp apart.
     """
     unit = score_unit(softmax_scale, softcap, slope)
     k_ptrs = tile_pointers(k_ptr, stride_kn, stride_kd, first, BLOCK_N, BLOCK_D)
     v_ptrs = tile_pointers(v_ptr, stride_vn, stride_vd, first, BLOCK_N, BLOCK_D)
     for start_n in tl.range(first, last, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
+        if table_ptr is not None:
+            k_ptrs = row_pointers(
+                k_ptr, stride_kd, paged_rows(table_ptr, offs_n, n_k, stride_kp, stride_kn, PAGE), BLOCK_D
+            )
+            v_ptrs = row_pointers(
+                v_ptr, stride_vd, paged_rows(table_ptr, offs_n, n_k, stride_vp, stride_vn, PAGE), BLOCK_D
+            )
         k = load_tile(k_ptrs, offs_n, n_k, D, BLOCK_D, MASKED)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")  # S_ij = Q_i K_jᵀ
         s, _ = score_tile(
@@ -99,8 +113,9 @@ def attend(
         v = load_tile(v_ptrs, offs_n, n_k, D, BLOCK_D, MASKED)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")  # O_i = alpha O_i + P_ij V_j
         m_i = m_new
-        k_ptrs += BLOCK_N * stride_kn
-        v_ptrs += BLOCK_N * stride_vn
+        if table_ptr is None:
+            k_ptrs += BLOCK_N * stride_kn
+            v_ptrs += BLOCK_N * stride_vn
     return acc, l_i, m_i
 
 
@@ -108,13 +123,13 @@ def attend(
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr,
     cu_seqlens_q_ptr, cu_seqlens_k_ptr, slopes_ptr, stride_sb, seed_ptr, dropout_p,
-    softmax_scale, softcap, window_left, window_right, H, GROUP, N_Q, N_K,
+    softmax_scale, softcap, window_left, window_right, table_ptr, stride_tb, H, GROUP, N_Q, N_K,
     stride_qb, stride_qn, stride_qh, stride_qd,
     stride_kb, stride_kn, stride_kh, stride_kd,
     stride_vb, stride_vn, stride_vh, stride_vd,
     stride_ob, stride_on, stride_oh, stride_od,
     stride_lb, stride_lh,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     blocks_m = tl.cdiv(N_Q, BLOCK_M)
     bh = tl.program_id(0) // blocks_m  # neighbours in the grid share a head, so its K and V stay in the L2 cache
@@ -132,8 +147,13 @@ def _forward_kernel(
         batch = b * 0  # packed sequences lie in one long one
     q_ptr += batch * stride_qb + start_q * stride_qn + h * stride_qh
     o_ptr += batch * stride_ob + start_q * stride_on + h * stride_oh
-    k_ptr += batch * stride_kb + start_k * stride_kn + (h // GROUP) * stride_kh
-    v_ptr += batch * stride_vb + start_k * stride_vn + (h // GROUP) * stride_vh
+    k_ptr += (h // GROUP) * stride_kh
+    v_ptr += (h // GROUP) * stride_vh
+    if table_ptr is not None:
+        table_ptr += b * stride_tb
+    else:
+        k_ptr += batch * stride_kb + start_k * stride_kn
+        v_ptr += batch * stride_vb + start_k * stride_vn
     slope = None
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + b * stride_sb + h)
@@ -148,19 +168,19 @@ def _forward_kernel(
     first, begin, end, last = columns_of(start_m, n_q, n_k, offset, window_left, window_right, BLOCK_M, BLOCK_N)
     if window_left is not None:
         acc, l_i, m_i = attend(
-            acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd,
+            acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd, table_ptr, stride_kb, stride_vb,
             rows, first, begin, n_k, offset, bh, slope, seed_ptr, dropout_p, softmax_scale, softcap,
-            window_left, window_right, D, BLOCK_D, BLOCK_N, True,
+            window_left, window_right, D, BLOCK_D, BLOCK_N, PAGE, True,
         )  # fmt: skip
     acc, l_i, m_i = attend(
-        acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd,
+        acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd, table_ptr, stride_kb, stride_vb,
         rows, begin, end, n_k, offset, bh, slope, seed_ptr, dropout_p, softmax_scale, softcap,
-        window_left, window_right, D, BLOCK_D, BLOCK_N, False,
+        window_left, window_right, D, BLOCK_D, BLOCK_N, PAGE, False,
     )  # fmt: skip
     acc, l_i, m_i = attend(
-        acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd,
+        acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd, table_ptr, stride_kb, stride_vb,
         rows, end, last, n_k, offset, bh, slope, seed_ptr, dropout_p, softmax_scale, softcap,
-        window_left, window_right, D, BLOCK_D, BLOCK_N, True,
+        window_left, window_right, D, BLOCK_D, BLOCK_N, PAGE, True,
     )  # fmt: skip
 
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)
@@ -181,7 +201,8 @@ def forward(
 
     Args:
         q: (B, N_q, H, D), or (total_q, H, D) of packed sequences.
-        k, v: (B, N_k, H_kv, D), or (total_k, H_kv, D); H_kv a divisor of H. Any strides.
+        k, v: (B, N_k, H_kv, D), or (total_k, H_kv, D); H_kv a divisor of H. Any strides. With a block table
+            (blocks, rows of a block, H_kv, D).
         options: scale, masks, dropout, where packed sequences begin.
         config: block sizes and warps; the launch table's where not given.
 
@@ -200,9 +221,10 @@ def forward(
         )
     launch(
         _forward_kernel, (triton.cdiv(n_q, config.block_m) * batch * heads,), config,
-        q, k, v, out, lse, *options.arguments(), heads, heads // k.shape[-2], n_q, n_k,
+        q, k, v, out, lse, *options.arguments(), *options.paging(),
+        heads, heads // k.shape[-2], n_q, n_k,
         *with_batch(q).stride(), *with_batch(k).stride(), *with_batch(v).stride(), *with_batch(out).stride(),
         0 if packed else lse.stride(0), lse.stride(-2),
-        D=head_dim, BLOCK_D=config.block_d(head_dim),
+        D=head_dim, BLOCK_D=config.block_d(head_dim), PAGE=0 if options.block_table is None else k.shape[1],
     )  # fmt: skip
     return out, lse

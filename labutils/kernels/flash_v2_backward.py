@@ -20,13 +20,16 @@ from labutils.kernels.tiles import load_tile, store_tile, tile_pointers
 
 @triton.jit(do_not_specialize=SEQUENCE_LENGTHS)
 def _delta_kernel(
-    o_ptr, do_ptr, delta_ptr, cu_seqlens_q_ptr, H, N_Q,
+    o_ptr, do_ptr, dlse_ptr, delta_ptr, cu_seqlens_q_ptr, H, N_Q,
     stride_ob, stride_on, stride_oh, stride_od,
     stride_dob, stride_don, stride_doh, stride_dod,
     stride_lb, stride_lh,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Δ_i = Σ_d dO_id O_id: what the gradient of softmax subtracts from each dP_ij of row i."""
+    """Δ_i = Σ_d dO_id O_id: what the gradient of softmax subtracts from each dP_ij of row i.
+
+    A gradient by the log-sum-exp comes in here: ∂L_i/∂S_ij = P_ij, so that dS_ij = P_ij (dP_ij - Δ_i + dL_i).
+    """
     blocks_m = tl.cdiv(N_Q, BLOCK_M)
     bh = tl.program_id(0) // blocks_m
     start_m = tl.program_id(0) % blocks_m * BLOCK_M
@@ -45,7 +48,10 @@ def _delta_kernel(
         tile_pointers(do_ptr, stride_don, stride_dod, start_m, BLOCK_M, BLOCK_D), offs_m, n_q, D, BLOCK_D, True
     )
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
-    tl.store(delta_ptr + batch * stride_lb + h * stride_lh + start_q + offs_m, delta, mask=offs_m < n_q)
+    place = batch * stride_lb + h * stride_lh + start_q + offs_m
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + place, mask=offs_m < n_q, other=0.0)
+    tl.store(delta_ptr + place, delta, mask=offs_m < n_q)
 
 
 @triton.jit
@@ -277,6 +283,7 @@ def backward(
     lse: torch.Tensor,
     options: Options,
     configs: dict[str, LaunchConfig] | None = None,
+    dlse: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `flash_v2.forward`.
 
@@ -284,6 +291,7 @@ def backward(
         dout: gradient by the output, in its shape; any strides.
         q, k, v, options: as given to `forward`; with dropout, the same seed. out, lse: as returned by it.
         configs: launch configurations by kernel ("delta", "dkdv", "dq"); the launch table's for those not given.
+        dlse: gradient by lse, in its shape, or None.
 
     Returns:
         dq, dk and dv in the shapes of q, k and v, contiguous, in the dtype of q.
@@ -293,6 +301,7 @@ def backward(
     heads_kv = k.shape[-2]
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     delta = torch.empty_like(lse)
+    dlse = None if dlse is None else dlse.contiguous()
     lse_strides = (0 if lse.dim() == 2 else lse.stride(0), lse.stride(-2))
     strides = {t: with_batch(t).stride() for t in (q, k, v, out, dout, dq, dk, dv)}
 
@@ -304,7 +313,7 @@ def backward(
     c = config("delta")
     launch(
         _delta_kernel, (triton.cdiv(n_q, c.block_m) * batch * heads,), c,
-        out, dout, delta, options.cu_seqlens_q, heads, n_q, *strides[out], *strides[dout], *lse_strides,
+        out, dout, dlse, delta, options.cu_seqlens_q, heads, n_q, *strides[out], *strides[dout], *lse_strides,
         D=head_dim, BLOCK_D=c.block_d(head_dim),
     )  # fmt: skip
     c = config("dkdv")

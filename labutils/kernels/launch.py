@@ -9,7 +9,7 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-KERNELS = ("v1", "forward", "delta", "dkdv", "dq")
+KERNELS = ("v1", "forward", "delta", "dkdv", "dq", "decode")
 SMALLEST_BLOCK = 16  # tl.dot takes no smaller tile
 # Triton compiles a kernel anew for an integer argument that is 1 or a multiple of 16. For these it must not: decoding
 # calls with a new length for every token.
@@ -55,6 +55,9 @@ _SIXTEEN_BIT_LARGE = {
     ("delta", 256): LaunchConfig(32, 32, 4, 1),
     ("dkdv", 256): LaunchConfig(32, 64, 8, 2),
     ("dq", 256): LaunchConfig(64, 32, 8, 2),
+    ("decode", 64): LaunchConfig(64, 128, 4, 3),
+    ("decode", 128): LaunchConfig(64, 128, 4, 3),
+    ("decode", 256): LaunchConfig(32, 32, 8, 3),
 }
 # The same for the other GPUs from Ampere on: chosen to fit the 99 KiB of 8.6, 8.9 and 12.0, by compiling; not timed.
 _SIXTEEN_BIT_SMALL = {
@@ -71,6 +74,9 @@ _SIXTEEN_BIT_SMALL = {
     ("delta", 256): LaunchConfig(32, 32, 4, 1),
     ("dkdv", 256): LaunchConfig(16, 32, 4, 1),
     ("dq", 256): LaunchConfig(32, 16, 4, 1),
+    ("decode", 64): LaunchConfig(64, 64, 4, 3),
+    ("decode", 128): LaunchConfig(32, 64, 4, 2),
+    ("decode", 256): LaunchConfig(16, 32, 4, 2),
 }
 # float32 products run on the plain units, with operands in registers: 32 x 32 is what does not spill.
 _SMALLEST = {(kernel, 256): LaunchConfig(16, 16, 4, 1) for kernel in KERNELS}

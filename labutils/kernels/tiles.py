@@ -1,4 +1,4 @@
-"""Where a tile of a (B, N, H, D) tensor lies in memory, and how it is loaded and stored past the edges."""
+"""Where a tile of a (B, N, H, D) tensor or a paged cache lies, and how it is loaded and stored past the edges."""
 
 import triton
 import triton.language as tl
@@ -13,6 +13,23 @@ def tile_pointers(ptr, stride_n, stride_d, start_n, BLOCK_N: tl.constexpr, BLOCK
     rows = (start_n + tl.arange(0, BLOCK_N)).to(tl.int64)
     cols = tl.arange(0, BLOCK_D)
     return ptr + rows[:, None] * stride_n + cols[None, :] * stride_d
+
+
+@triton.jit
+def row_pointers(ptr, stride_d, row_offsets, BLOCK_D: tl.constexpr):
+    """Pointers (rows, BLOCK_D) to rows that do not follow each other: `row_offsets`, 64-bit, counts from `ptr`."""
+    cols = tl.arange(0, BLOCK_D)
+    return ptr + row_offsets[:, None] + cols[None, :] * stride_d
+
+
+@triton.jit
+def paged_rows(table_ptr, offs_n, N, stride_page, stride_n, PAGE: tl.constexpr):
+    """Where the keys `offs_n` of one sequence lie in a paged cache: row j is in block table[j // PAGE], j % PAGE down.
+
+    Keys from N on have no entry in the table, and get block 0: what is loaded from there must be masked.
+    """
+    block = tl.load(table_ptr + offs_n // PAGE, mask=offs_n < N, other=0).to(tl.int64)
+    return block * stride_page + (offs_n % PAGE).to(tl.int64) * stride_n
 
 
 @triton.jit

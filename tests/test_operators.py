@@ -1,0 +1,228 @@
+"""How the kernels fit into PyTorch: opcheck, torch.compile, FLOP counts, autocast, checkpointing, CUDA graphs."""
+
+import functools
+import shutil
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from labutils import interface, operators, runtime
+from labutils.benchmark import attention_flops
+from labutils.reference import check_attention, check_gradients, exact_attention, visible_mask
+
+DEVICE = runtime.device
+DTYPE = torch.float32 if runtime.interpreted else torch.float16
+# On the CPU the default backend needs a C++ compiler; without one, tracing and AOTAutograd are still tested.
+HAS_COMPILER = not runtime.interpreted or any(map(shutil.which, ("g++", "clang++", "c++")))
+compiled = functools.partial(torch.compile, fullgraph=True, backend="inductor" if HAS_COMPILER else "aot_eager")
+
+
+def make(n_q=20, n_k=28, *, batch=1, heads=2, heads_kv=1, head_dim=16, dtype=DTYPE, requires_grad=False):
+    g = torch.Generator().manual_seed(0)
+    shapes = [(batch, n_q, heads, head_dim), *[(batch, n_k, heads_kv, head_dim)] * 2]
+    return [torch.randn(s, generator=g).to(DEVICE, dtype).requires_grad_(requires_grad) for s in shapes]
+
+
+def starts(*lengths):
+    return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+
+
+class TestOpcheck:
+    """PyTorch's own check of an operator: schema, autograd, shapes and strides without data, and under AOTAutograd."""
+
+    @pytest.mark.parametrize("feature", ["plain", "all", "packed"])
+    def test_attention(self, feature):
+        q, k, v = make(requires_grad=True)
+        slopes = torch.tensor([0.1, 0.2], device=DEVICE)
+        seed = torch.tensor([5], device=DEVICE)
+        rest = {
+            "plain": (0.25, -1, -1, 0.0, None, 0.0, None, None, None, 0, 0, None),
+            "all": (0.25, 9, 0, 1.5, slopes, 0.2, seed, None, None, 0, 0, None),
+            "packed": (0.25, -1, 0, 0.0, None, 0.0, None, starts(8, 12), starts(20, 8), 12, 20, None),
+        }[feature]
+        if feature == "packed":
+            q, k, v = (t.detach()[0].requires_grad_() for t in (q, k, v))
+        torch.library.opcheck(torch.ops.labutils.flash_attention.default, (q, k, v, *rest))
+
+    def test_cache(self):
+        q, k, v = make(3, 3)
+        caches = make(3, 40)[1:]
+        cos, sin = torch.randn(2, 64, 4, device=DEVICE)
+        lengths = torch.tensor([30], dtype=torch.int32, device=DEVICE)
+        arguments = (q, *caches, k, v, cos, sin, lengths, 0, None, None, None, 0.25, -1, 0, 0.0, True, None, 2)
+        torch.library.opcheck(torch.ops.labutils.flash_attention_with_cache.default, arguments)
+
+
+class TestCompile:
+    def test_forward_and_backward_in_one_graph(self):
+        def layer(q, k, v):
+            return interface.flash_attn_func(q * 2, k, v, causal=True, softcap=3.0) + 1
+
+        results = []
+        for run in (layer, compiled(layer)):
+            q, k, v = make(requires_grad=True)
+            out = run(q, k, v)
+            results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+        for eager, fast in zip(*results, strict=True):
+            torch.testing.assert_close(fast, eager)
+
+    def test_packed_sequences(self):
+        q, k, v = (t[0] for t in make(20, 20))
+
+        def run(q, k, v, cu_seqlens):
+            return interface.flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, 12, 12, causal=True)
+
+        fast = compiled(run)
+        torch.testing.assert_close(fast(q, k, v, starts(8, 12)), run(q, k, v, starts(8, 12)))
+        with pytest.raises(ValueError, match="ends with 19"):  # values are checked in compiled programs, too
+            fast(q, k, v, starts(8, 11))
+
+    def test_decoding_with_growing_lengths(self):
+        def step(q, k_cache, v_cache, k, v, lengths):
+            return interface.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=lengths, causal=True)
+
+        fast = compiled(step)
+        caches = [[t.clone() for t in make(1, 40)[1:]] for _ in range(2)]
+        for length in (30, 31, 32):
+            lengths = torch.tensor([length], dtype=torch.int32, device=DEVICE)
+            q, k, v = make(1, 1)
+            expected = step(q, *caches[0], k * length, v, lengths)
+            torch.testing.assert_close(fast(q, *caches[1], k * length, v, lengths), expected)
+        for eager, written in zip(*caches, strict=True):
+            assert torch.equal(eager, written) and not torch.equal(written, make(1, 40)[1])
+
+    @pytest.mark.parametrize("n", [40, 57])
+    def test_other_lengths_than_the_traced_one(self, n):
+        run = compiled(interface.flash_attn_func, dynamic=True)
+        run(*make(24, 24))
+        q, k, v = make(n, n)
+        check_attention(run(q, k, v), q, k, v).raise_if_failed()
+
+
+class TestFlops:
+    def counted(self, run) -> dict:
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return {str(operator): flops for operator, flops in counter.get_flop_counts()["Global"].items()}
+
+    def test_forward_and_backward(self):
+        q, k, v = make(heads=4, heads_kv=2, requires_grad=True)
+        flops = self.counted(lambda: interface.flash_attn_func(q, k, v).sum().backward())
+        convention = dict(batch=1, heads=4, seqlen_q=20, seqlen_k=28, head_dim=16)
+        assert flops["labutils.flash_attention"] == attention_flops(**convention)
+        assert flops["labutils.flash_attention_backward"] == attention_flops(**convention, backward=True)
+
+    def test_masks_are_left_out(self):
+        q, k, v = make()
+        flops = self.counted(lambda: interface.flash_attn_func(q, k, v, causal=True, window_size=(7, 0)))
+        pairs = int(visible_mask(20, 28, window_size=(7, 0)).sum())
+        assert sum(flops.values()) == 4 * 2 * 16 * pairs
+
+    def test_packed_sequences(self):
+        q, k, v = (t[0] for t in make(20, 28))
+        run = lambda: interface.flash_attn_varlen_func(q, k, v, starts(8, 12), starts(20, 8), 12, 20)  # noqa: E731
+        assert sum(self.counted(run).values()) == 4 * 2 * 16 * (8 * 20 + 12 * 8)
+
+    def test_decoding(self):
+        q, *caches = make(1, 40)
+        run = lambda: interface.flash_attn_with_kvcache(q, *caches, cache_seqlens=30)  # noqa: E731
+        assert sum(self.counted(run).values()) == 4 * 2 * 16 * 30
+
+    @pytest.mark.parametrize(("n_q", "n_k"), [(1, 1), (5, 9), (9, 5), (13, 13), (0, 4), (4, 0)])
+    @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (3, 0), (0, 2), (20, 30), (-1, 4), (2, -1)])
+    def test_visible_pairs(self, n_q, n_k, window):
+        assert operators.visible_pairs(n_q, n_k, *window) == int(visible_mask(n_q, n_k, window_size=window).sum())
+
+
+class TestAutocast:
+    def test_computes_in_its_dtype(self):
+        low = torch.bfloat16
+        q, k, v = make(dtype=torch.float32, requires_grad=True)
+        with torch.autocast(DEVICE.type, low):
+            out = interface.flash_attn_func(q, k, v, causal=True)
+        assert out.dtype == low
+        check_attention(out, *(t.to(low) for t in (q, k, v)), causal=True).raise_if_failed()
+        out.sum().backward()
+        assert q.grad.dtype == torch.float32
+
+    def test_mends_dtypes_that_differ(self):
+        q, k, v = make(dtype=torch.float32)
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            assert interface.flash_attn_func(q, k.bfloat16(), v).dtype == torch.bfloat16
+
+
+class TestGradientOfTheLogSumExp:
+    def test_alone_and_with_the_output(self):
+        q, k, v = make(dtype=torch.float32, requires_grad=True)
+        exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+        for weight_out in (0.0, 1.0):
+            out, lse, _ = interface.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+            loss = weight_out * out.square().sum() + lse.sin().sum() if weight_out else lse.sin().sum()
+            ours = torch.autograd.grad(loss, (q, k, v), allow_unused=True, materialize_grads=True)
+            out, lse = exact_attention(*exact, causal=True, return_lse=True)
+            loss = weight_out * out.square().sum() + lse.sin().sum()
+            theirs = torch.autograd.grad(loss, exact)
+            for a, b in zip(ours, theirs, strict=True):
+                torch.testing.assert_close(a.double(), b, atol=2e-5, rtol=1e-4)
+
+    def test_parts_of_the_keys_can_be_merged_and_trained(self):
+        """What ring attention does: two parts of the keys on their own, merged by their log-sum-exps."""
+        q, k, v = make(dtype=torch.float32, requires_grad=True)
+        parts = [
+            interface.flash_attn_func(q, *kv, return_attn_probs=True)[:2]
+            for kv in zip(k.split(16, 1), v.split(16, 1), strict=True)
+        ]
+        weights = torch.stack([lse for _, lse in parts]).softmax(0)
+        out = sum(w.transpose(1, 2)[..., None] * part for w, (part, _) in zip(weights, parts, strict=True))
+        dout = torch.randn_like(out)
+        gradients = torch.autograd.grad(out, (q, k, v), dout)
+        q, k, v = (t.detach() for t in (q, k, v))
+        check_attention(out.detach(), q, k, v).raise_if_failed()
+        for verdict in check_gradients(gradients, dout, q, k, v):
+            verdict.raise_if_failed()
+
+
+def test_the_cache_has_no_backward_and_says_so():
+    q, *caches = make(1, 40)
+    out = interface.flash_attn_with_kvcache(q.requires_grad_(), *caches)
+    with pytest.raises(RuntimeError, match="backward through labutils.flash_attention_with_cache"):
+        out.sum().backward()
+
+
+def test_checkpointed_layer_has_the_same_gradients():
+    def attend(q, k, v):
+        return interface.flash_attn_func(q, k, v, causal=True)
+
+    q, k, v = make(requires_grad=True)
+    plain = torch.autograd.grad(attend(q, k, v).square().sum(), (q, k, v))
+    out = torch.utils.checkpoint.checkpoint(attend, q, k, v, use_reentrant=False)
+    for a, b in zip(plain, torch.autograd.grad(out.square().sum(), (q, k, v)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_of_forward_and_backward():
+    q, k, v = make(200, 300, head_dim=64, requires_grad=True)
+    packed = [t.detach()[0].requires_grad_() for t in (q, k, v)]
+    lengths = starts(60, 140), starts(100, 200)
+
+    def step():
+        out = interface.flash_attn_func(q, k, v, causal=True)
+        other = interface.flash_attn_varlen_func(*packed, *lengths, 140, 200, causal=True)
+        loss = out.square().sum() + other.square().sum()
+        return [out, other, *torch.autograd.grad(loss, (q, k, v, *packed))]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        q.mul_(0.5)
+    graph.replay()
+    for a, b in zip(captured, step(), strict=True):
+        assert torch.equal(a, b)
