@@ -215,8 +215,9 @@ def test_kernels_are_told_apart():
     with analysis.count_traffic() as traffic:
         interface.flash_attn_func(q, q.detach(), q.detach()).sum().backward()
     kernels = set(traffic.table()["kernel"])
-    assert {"_forward_kernel", "_delta_kernel", "_dkdv_kernel", "_dq_kernel"} <= kernels
-    assert traffic.per_tensor("_delta_kernel")["delta"] == {"load": 0, "store": 32 * 4}
+    assert {"_forward_kernel", "_dkdv_kernel", "_dq_kernel"} <= kernels
+    assert traffic.per_tensor("_dq_kernel")["delta"] == {"load": 0, "store": 32 * 4}
+    assert traffic.per_tensor("_dkdv_kernel")["delta"] == {"load": 32 * 4, "store": 0}
 
 
 @interpreted_only

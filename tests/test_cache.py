@@ -16,7 +16,6 @@ from labutils.reference import check_attention, exact_attention
 
 DEVICE = runtime.device
 META = torch.device("meta")
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAN = float("nan")
 ALL = "all dimensions"  # for `rotary`
 
@@ -191,7 +190,7 @@ CASES = {
     "one query": {},
     "causal": dict(n_q=3, causal=True),
     "more queries than keys": dict(n_q=7, causal=True, heads=1),
-    "a long prompt": dict(n_q=40, n_new=40, lengths=(8, 0), causal=True, heads=4),
+    "a long prompt": dict(n_q=20, n_new=20, lengths=(8, 0), causal=True, heads=7),
     "as many heads of keys": dict(heads=2, heads_kv=2),
     "four heads to one of keys": dict(heads=8, heads_kv=2, n_q=2, causal=True),
     "one head of keys": dict(heads=5, heads_kv=1),
@@ -243,7 +242,7 @@ def test_call(case):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
     "case",
-    ["one query", "causal", "rotary, causal", "rotary of a part, by halves", "pages of 5, rotary", "all at once"],
+    ["one query", "rotary, causal", "rotary of a part, by halves", "pages of 5, rotary", "all at once"],
 )
 def test_call_in_half_precision(case, dtype):
     check(make(**CASES[case], dtype=dtype))
@@ -270,6 +269,7 @@ def test_splits_that_a_window_leaves_without_keys():
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_any_call(data):
+    """In float32: of a handful of half-precision outputs the textbook formula's may be nearer by chance."""
     draw = data.draw
     lengths = draw(st.lists(st.integers(0, 40), min_size=1, max_size=2), label="lengths")
     n_new = draw(st.integers(0, 4), label="n_new")
@@ -284,7 +284,6 @@ def test_any_call(data):
         softcap=draw(st.sampled_from([0.0, 0.0, 1.5]), label="softcap"),
         slopes=draw(st.sampled_from([None, None, "a head", "a sequence and head"]), label="slopes"),
         num_splits=draw(st.integers(0, 3), label="num_splits"),
-        dtype=draw(st.sampled_from(DTYPES), label="dtype"),
         seed=draw(st.integers(0, 1000), label="seed"),
     )
     if draw(st.booleans(), label="paged"):
@@ -347,9 +346,11 @@ LAYOUTS = {
 @pytest.mark.parametrize(("layout", "page"), [*((layout, None) for layout in LAYOUTS), ("heads before rows", 16)])
 def test_caches_and_inputs_of_any_layout(layout, page):
     call = make((37, 5), n_q=3, n_new=3, heads=4, heads_kv=2, causal=True, rotary=ALL, page=page)
-    for name in ("q", "k_cache", "v_cache", "k", "v"):
+    for name in ("k_cache", "v_cache"):
         call[name] = LAYOUTS[layout](call[name])
-    assert not call["k_cache"].is_contiguous()
+    for name in ("q", "k", "v"):
+        call[name] = LAYOUTS["the middle of longer rows"](call[name])
+    assert not call["k_cache"].is_contiguous() and not call["k"].is_contiguous()
     check(call)
 
 
@@ -666,23 +667,28 @@ def test_a_captured_step_follows_the_lengths(page, num_splits):
 @pytest.mark.parametrize("layout", ["pages", "sequences", "rows"])
 def test_caches_of_more_than_two_to_the_31_elements(layout):
     """The keys that are looked at, and those that are written, lie beyond the 2**31st element."""
-    if runtime.memory_gib < 100:
-        pytest.skip("needs a GPU with 100 GiB: the caches and the copies that they are compared with")
+    if runtime.memory_gib < 64:
+        pytest.skip("needs a GPU with 64 GiB, for the caches and the copies that they are compared with")
     sizes = dict(n_q=2, n_new=2, heads=16, heads_kv=8, head_dim=128, dtype=torch.float16, causal=True)
     if layout == "pages":
-        call = make((600, 1000), capacity=1024, page=256, spare_pages=8200, **sizes)
-        call["block_table"] += 8208 - 1 - call["block_table"].max()
+        call = make((600, 1000), capacity=1024, page=256, **sizes)
+        before = 2**31 // call["k_cache"][0].numel()
+        for name in ("k_cache", "v_cache"):
+            call[name] = torch.cat([torch.full_like(call[name][:1], NAN).expand(before, -1, -1, -1), call[name]])
+        call["block_table"] += before
     elif layout == "sequences":
-        call = make((600, 1000), capacity=65_536, batch_idx=(33, 0), batch_cache=34, **sizes)
+        call = make((600, 1000), capacity=2**16, batch_idx=(33, 32), batch_cache=34, **sizes)
     else:
         n = 2**21 + 2000
-        call = make((n - 100, n - 2), capacity=n, leftpad=(n - 1100, n - 5), **sizes)
-    assert call["k_cache"].numel() > 2**31
+        call = make((n - 100,), capacity=n, leftpad=(n - 1100,), **sizes)
+    b = len(call["q"]) - 1
+    cache, row = (int(index) for index in places(call, b, torch.tensor(lengths_of(call, b)[2], device=DEVICE)))
+    assert call["k_cache"].stride(0) * cache + call["k_cache"].stride(1) * row >= 2**31
     check(call)
 
 
-# No flash_attn in this list where it differs by intent: it takes pages of multiples of 256 rows alone, and leaves out
-# to write appended keys that no query can see.
+# What flash_attn can do as well. It takes pages of multiples of 256 rows and rotary dimensions of multiples of 16 only,
+# and where a window hides keys that are appended, it does not write all of them.
 BESIDE_FLASH_ATTN = {
     "one query": {},
     "a few queries": dict(n_q=5),

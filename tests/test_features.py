@@ -3,6 +3,8 @@
 Small cases run everywhere. On a GPU the grid of flash-attn's own tests follows, through the public functions.
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -18,9 +20,16 @@ DEVICE = runtime.device
 SLOPES = "slopes"  # stands for a tensor of the right shape
 
 
-def make(n_q, n_k, *, heads=2, heads_kv=1, head_dim=16, dtype=torch.float32, batch=1, seed=0):
+@pytest.fixture(autouse=True)
+def _memory_is_given_back():
+    """Other processes run tests on the same GPU, and PyTorch keeps what it has once allocated."""
+    yield
+    torch.cuda.empty_cache()
+
+
+def make(n_q, n_k, *, heads=2, heads_kv=1, head_dim=16, dtype=torch.float32, batch=1, seed=0, spread=1.0):
     g = torch.Generator(DEVICE).manual_seed(seed)
-    q = torch.randn(batch, n_q, heads, head_dim, generator=g, device=DEVICE)
+    q = torch.randn(batch, n_q, heads, head_dim, generator=g, device=DEVICE) * spread
     k, v = torch.randn(2, batch, n_k, heads_kv, head_dim, generator=g, device=DEVICE)
     return tuple(t.to(dtype) for t in (q, k, v))
 
@@ -50,6 +59,10 @@ def seeded(function, *args, **kwargs):
     return function(*args, **kwargs)
 
 
+def with_dropout(dropout_p):
+    return lambda q, k, v: seeded(interface.flash_attn_func, q, k, v, dropout_p=dropout_p)
+
+
 def check(q, k, v, blocks=None, **features):
     """Forward and backward of the kernels, in tiles of `blocks`, by the rule."""
     if features.get("alibi_slopes") is SLOPES:
@@ -61,7 +74,7 @@ def check(q, k, v, blocks=None, **features):
     out, lse = flash_v2.forward(q, k, v, options, config)
     check_attention(out, q, k, v, lse=lse, **features).raise_if_failed()
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    configs = dict.fromkeys(("delta", "dkdv", "dq"), config) if config else None
+    configs = dict.fromkeys(("dkdv", "dq"), config) if config else None
     gradients = flash_v2_backward.backward(dout, q, k, v, out, lse, options, configs)
     for verdict in check_gradients(gradients, dout, q, k, v, **features):
         verdict.raise_if_failed()
@@ -110,13 +123,13 @@ class TestDropout:
         dropped = dict(softmax_scale=0.25, dropout_mask=mask, dropout_p=self.P)
         check_attention(out, q, k, v, lse=lse, **dropped).raise_if_failed()
         dout = torch.randn_like(q)
-        other_tiles = dict.fromkeys(("delta", "dkdv", "dq"), LaunchConfig(32, 16))
+        other_tiles = dict.fromkeys(("dkdv", "dq"), LaunchConfig(32, 16))
         gradients = flash_v2_backward.backward(dout, q, k, v, out, lse, options, other_tiles)
         for verdict in check_gradients(gradients, dout, q, k, v, **dropped):
             verdict.raise_if_failed()
 
     def test_fraction_that_is_kept(self):
-        mask = kept(lambda *t: seeded(interface.flash_attn_func, *t, dropout_p=self.P), 2, 4, 64, 64)
+        mask = kept(with_dropout(self.P), 2, 4, 64, 64)
         deviation = (self.P * (1 - self.P) / mask.numel()) ** 0.5
         assert abs(mask.float().mean().item() - (1 - self.P)) < 5 * deviation
         heads = mask.flatten(0, 1)
@@ -144,35 +157,61 @@ class TestDropout:
         assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-LENGTHS = [(10, 20), (0, 13), (35, 17), (7, 2), (3, 0)]
+PACKED = [(10, 20), (0, 13), (35, 17), (7, 2), (3, 0)]
 
 
-def packed(dtype=torch.float32, lengths=LENGTHS):
+def packed(lengths=PACKED, *, heads=4, heads_kv=2, **sizes):
+    """q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q and max_seqlen_k of sequences with lengths (N_q, N_k)."""
     starts = lambda ns: torch.tensor([0, *ns], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(DEVICE)  # noqa: E731
     n_q, n_k = zip(*lengths, strict=True)
-    q, k, v = (t[0] for t in make(sum(n_q), sum(n_k), heads=4, heads_kv=2, dtype=dtype))
-    return q, k, v, starts(n_q), starts(n_k), max(n_q), max(n_k)
+    tensors = make(sum(n_q), sum(n_k), heads=heads, heads_kv=heads_kv, **sizes)
+    return *(t[0] for t in tensors), starts(n_q), starts(n_k), max(n_q), max(n_k)
 
 
-@pytest.mark.parametrize("features", [{}, dict(causal=True), dict(window_size=(6, 2)), dict(alibi_slopes=SLOPES)])
-def test_packed_sequences(features):
-    q, k, v, *starts = packed()
+def one_by_one(q, k, v, dout, starts_q, starts_k, dtype, *, alibi_slopes=None, dropout_mask=None, **features):
+    """out, lse, dq, dk and dv of packed sequences by the textbook formula in `dtype`, each sequence by itself.
+
+    `dropout_mask` is (B, H, longest N_q, longest N_k).
+    """
+    q, k, v = (t.detach().to(dtype).requires_grad_() for t in (q, k, v))
+    outs, lses = [], []
+    bounds = zip(pairwise(starts_q.tolist()), pairwise(starts_k.tolist()), strict=True)
+    for b, ((first_q, last_q), (first_k, last_k)) in enumerate(bounds):
+        rows, cols = slice(first_q, last_q), slice(first_k, last_k)
+        own = dict(features)
+        if alibi_slopes is not None:
+            own["alibi_slopes"] = alibi_slopes if alibi_slopes.dim() == 1 else alibi_slopes[b]
+        if dropout_mask is not None:
+            own["dropout_mask"] = dropout_mask[b, :, : last_q - first_q, : last_k - first_k]
+        out, lse = naive_attention(q[None, rows], k[None, cols], v[None, cols], return_lse=True, **own)
+        outs.append(out[0])
+        lses.append(lse[0])
+    out = torch.cat(outs)
+    return out, torch.cat(lses, dim=-1).detach(), *torch.autograd.grad(out, (q, k, v), dout.to(dtype))
+
+
+def check_packed(lengths=PACKED, *, heads=4, heads_kv=2, head_dim=16, dtype=torch.float32, **features):
+    """Forward and gradients of `flash_attn_varlen_func` by the rule."""
+    spread = features.get("softcap", 1.0)
+    q, k, v, *starts = packed(lengths, heads=heads, heads_kv=heads_kv, head_dim=head_dim, dtype=dtype, spread=spread)
     q, k, v = (t.requires_grad_() for t in (q, k, v))
     if features.get("alibi_slopes") is SLOPES:
-        features = dict(alibi_slopes=slopes(len(LENGTHS), 4))
-    out, lse, _ = interface.flash_attn_varlen_func(q, k, v, *starts, return_attn_probs=True, **features)
+        features["alibi_slopes"] = slopes(len(lengths), heads)
+    out, lse, _ = seeded(interface.flash_attn_varlen_func, q, k, v, *starts, return_attn_probs=True, **features)
     dout = torch.randn_like(out)
-    gradients = torch.autograd.grad(out, (q, k, v), dout)
-    for b in range(len(LENGTHS)):
-        own = dict(features)
-        if "alibi_slopes" in own:
-            own["alibi_slopes"] = own["alibi_slopes"][b]
-        rows, cols = (slice(int(s[b]), int(s[b + 1])) for s in starts[:2])
-        one = [q[rows][None], k[cols][None], v[cols][None]]
-        check_attention(out[rows][None], *one, lse=lse[None, :, rows], **own).raise_if_failed()
-        part = [gradients[0][rows][None], gradients[1][cols][None], gradients[2][cols][None]]
-        for verdict in check_gradients(part, dout[rows][None], *one, **own):
-            verdict.raise_if_failed()
+    ours = out, lse, *torch.autograd.grad(out, (q, k, v), dout)
+    if dropout_p := features.get("dropout_p"):
+        features["dropout_mask"] = kept(with_dropout(dropout_p), len(lengths), heads, *starts[2:], dtype)
+    exact, low = (one_by_one(q, k, v, dout, *starts[:2], d, **features) for d in (torch.float64, dtype))
+    for name, *three in zip(("out", "lse", "dq", "dk", "dv"), ours, exact, low, strict=True):
+        judge(*three, name=name).raise_if_failed()
+
+
+@pytest.mark.parametrize(
+    "features", [{}, dict(causal=True), dict(window_size=(6, 2), dropout_p=0.3), dict(alibi_slopes=SLOPES)]
+)
+def test_packed_sequences(features):
+    check_packed(**features)
 
 
 def test_packed_tensors_are_views():
@@ -203,7 +242,7 @@ WRONG_SEQUENCES = {
     "max too small": (ValueError, "max_seqlen_q=8, but the longest", dict(max_seqlen_q=lambda n: 8)),
     "max a tensor": (TypeError, "pass a Python integer", dict(max_seqlen_k=lambda n: torch.tensor(n))),
     "elsewhere": (ValueError, "move it to the device", dict(cu_seqlens_q=lambda s: s.to("meta"))),
-    "paged": (NotImplementedError, "block_table", dict(block_table=lambda _: torch.zeros(1))),
+    "paged": (ValueError, "as a block_table asks for", dict(block_table=lambda _: torch.zeros(1))),
 }
 
 
@@ -227,26 +266,141 @@ def test_wrong_packing_is_named():
         interface.flash_attn_varlen_func(*[torch.zeros(1, 8, 2, 16)] * 3, None, None, 8, 8)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("head_dim", [59, 64, 128, 256])
-@pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize(("n_q", "n_k"), [(113, 203), (512, 256), (1023, 1024)])
-def test_features_on_a_gpu(n_q, n_k, feature, head_dim, dtype):
-    features = dict(FEATURES[feature])
-    if "window_size" in features:  # scaled to these lengths
-        features["window_size"] = tuple(w if w < 0 else 17 * w for w in features["window_size"])
-    check(*make(n_q, n_k, heads=6, heads_kv=2, head_dim=head_dim, dtype=dtype, batch=2), **features)
+# ---------------------------------------------------------------------------------------------------------------------
+# The grid of flash-attn's own tests, on a GPU
+# ---------------------------------------------------------------------------------------------------------------------
+#
+# Each two of its factors meet in all their values; multiplied out they would be thousands of kernels to compile. That
+# happens once for a dtype, a head dimension and a set of features; once more for an N_q that is a multiple of 16 (N_q
+# is a stride of lse), and once more for as many heads of keys as of queries. Otherwise a length costs nothing.
+
+HALF = [torch.float16, torch.bfloat16]
+HEAD_DIMS = [32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 256]
+LENGTHS = [
+    (113, 203), (128, 217), (113, 211), (108, 256), (256, 512), (512, 256), (1024, 1024), (1023, 1024), (1024, 1023),
+    (2048, 2048),
+]  # fmt: skip
+HEADS = 6
+HEADS_KV = (6, 2, 1)  # multi-head, grouped-query and multi-query attention
+MASKS = {
+    "full": lambda n: {},
+    "causal": lambda n: dict(causal=True),
+    "window": lambda n: dict(window_size=(n // 3 | 1, n // 9 | 1)),
+}
+WINDOWS = {
+    "to the left": lambda n: dict(window_size=(n // 5 | 1, -1)),
+    "to the right": lambda n: dict(window_size=(-1, n // 5 | 1)),
+    "causal": lambda n: dict(window_size=(n // 5 | 1, 3), causal=True),
+    "of one": lambda n: dict(window_size=(0, 0)),
+    "of three": lambda n: dict(window_size=(1, 1)),
+    "of whole tiles": lambda n: dict(window_size=(128, 64)),
+}
+EXTRAS = {
+    "none": {},
+    "ALiBi": dict(alibi_slopes=SLOPES),
+    "softcap": dict(softcap=50.0),
+    "dropout": dict(dropout_p=0.17),
+}
+
+
+def check_lengths(lengths, head_dim, dtype, mask, turn, **extra):
+    """Forward and gradients of `flash_attn_func` by the rule, with factor 2 for both, at each of the lengths.
+
+    `turn` chooses how many heads of keys there are, which changes where another kernel is compiled anyway.
+    """
+    if extra.get("alibi_slopes") is SLOPES:
+        extra["alibi_slopes"] = slopes(2, HEADS) if turn % 2 else slopes(1, HEADS)[0]
+    dropout_p = extra.get("dropout_p", 0.0)
+    for n_q, n_k in lengths:
+        heads_kv = HEADS_KV[(turn + (n_q % 16 == 0)) % 3]
+        q, k, v = make(
+            n_q, n_k, heads=HEADS, heads_kv=heads_kv, head_dim=head_dim, dtype=dtype, batch=2,
+            spread=extra.get("softcap", 1.0),
+        )  # fmt: skip
+        q, k, v = (t.requires_grad_() for t in (q, k, v))
+        features = mask(n_k) | extra
+        out, lse, _ = seeded(
+            interface.flash_attn_func, q, k, v, deterministic=n_k % 2 == 0, return_attn_probs=True, **features
+        )
+        dout = torch.randn_like(out)
+        gradients = torch.autograd.grad(out, (q, k, v), dout)
+        if dropout_p:
+            features["dropout_mask"] = kept(with_dropout(dropout_p), 2, HEADS, n_q, n_k, dtype)
+        verdicts = [check_attention(out, q, k, v, lse=lse, **features)]
+        verdicts += check_gradients(gradients, dout, q, k, v, factor=2.0, **features)
+        wrong = [str(verdict) for verdict in verdicts if not verdict]
+        assert not wrong, f"N_q = {n_q}, N_k = {n_k}, {heads_kv} heads of keys: {wrong}"
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_grid_of_masks(head_dim, dtype, mask):
+    turn = HEAD_DIMS.index(head_dim) + HALF.index(dtype) + list(MASKS).index(mask)
+    check_lengths(LENGTHS, head_dim, dtype, MASKS[mask], turn)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("extra", [name for name in EXTRAS if name != "none"])
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_grid_of_features(head_dim, dtype, extra):
+    """Each with one mask and about half of the lengths, in turn."""
+    place = HEAD_DIMS.index(head_dim)
+    turn = place // 3 + HALF.index(dtype)
+    lengths = [(n_q, n_k) for n_q, n_k in LENGTHS if (n_q % 16 == 0) == (turn % 2 == 0)]
+    check_lengths(lengths, head_dim, dtype, list(MASKS.values())[place % 3], turn, **EXTRAS[extra])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.float16), (128, torch.bfloat16)])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_grid_of_windows(window, head_dim, dtype):
+    check_lengths(LENGTHS, head_dim, dtype, WINDOWS[window], turn=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("head_dim", "dtype"), [(59, torch.bfloat16), (64, torch.float16), (128, torch.bfloat16)])
+def test_all_features_at_once(head_dim, dtype):
+    everything = EXTRAS["ALiBi"] | EXTRAS["softcap"] | EXTRAS["dropout"]
+    check_lengths(LENGTHS, head_dim, dtype, WINDOWS["causal"], turn=1, **everything)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_grid_of_packed_sequences(head_dim, dtype):
+    place, turn = HEAD_DIMS.index(head_dim), HALF.index(dtype)
+    random = torch.randint(1, 400, (14, 2), generator=torch.Generator().manual_seed(place)).tolist()
+    lengths = [(0, 13), (1, 1), *random, (3, 0), (1, 300), (0, 0), (300, 1), (512, 256), (113, 203)]
+    mask = list(MASKS.values())[place % 3](150)
+    extra = list(EXTRAS.values())[(place // 3 + turn) % 4]
+    heads_kv = HEADS_KV[(place // 3 + place + turn) % 3]
+    check_packed(lengths, heads=HEADS, heads_kv=heads_kv, head_dim=head_dim, dtype=dtype, **mask, **extra)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", ["batch", "packed sequences"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.17])
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("feature", [{}, dict(causal=True), dict(window_size=(50, 20)), dict(softcap=50.0)])
-def test_flash_attn_itself_is_not_much_nearer(feature, head_dim, dtype):
-    """Argument for argument against the flash_attn package: our error is at most 1.5 times its own."""
-    theirs = pytest.importorskip("flash_attn", reason="compares with the flash_attn package, which is not installed")
-    q, k, v = make(512, 768, heads=8, heads_kv=2, head_dim=head_dim, dtype=dtype, batch=2)
-    ours = check_attention(interface.flash_attn_func(q, k, v, **feature), q, k, v, **feature)
-    other = check_attention(theirs.flash_attn_func(q, k, v, **feature), q, k, v, **feature)
-    assert ours.error <= 1.5 * other.error + 1e-5, (ours, other)
+def test_100_runs_give_the_same_bits(head_dim, dropout_p, form):
+    """Forward and backward; the backward without `deterministic`, too."""
+    sizes = dict(heads=HEADS, heads_kv=2, head_dim=head_dim, dtype=torch.float16)
+    if form == "batch":
+        function, (q, k, v), starts = interface.flash_attn_func, make(1024, 1100, batch=2, **sizes), ()
+    else:
+        lengths = [(1000, 1100), (0, 5), (301, 77), (640, 640), (1, 900)]
+        function, (q, k, v, *starts) = interface.flash_attn_varlen_func, packed(lengths, **sizes)
+    dout = torch.randn_like(q)
+    q, k, v = (t.requires_grad_() for t in (q, k, v))
+
+    def run():
+        arguments = dict(dropout_p=dropout_p, causal=True, return_attn_probs=True)
+        out, lse, _ = seeded(function, q, k, v, *starts, **arguments)
+        return dict(zip(("dq", "dk", "dv"), torch.autograd.grad(out, (q, k, v), dout))) | dict(out=out, lse=lse)
+
+    first = run()
+    for number in range(2, 101):
+        for name, tensor in run().items():
+            assert torch.equal(tensor, first[name]), f"{name} of run {number} differs from that of run 1"

@@ -20,7 +20,7 @@ import triton.language as tl
 from labutils.kernels.flash_v2 import Options, attend
 from labutils.kernels.launch import SEQUENCE_LENGTHS, SMALLEST_BLOCK, LaunchConfig, launch, pick_config
 from labutils.kernels.scores import LN_2, LOG2_E, columns_of
-from labutils.kernels.tiles import load_tile, row_pointers, store_tile
+from labutils.kernels.tiles import load_tile, row_pointers, source, store_tile
 
 MOST_SPLITS = 128  # the merge holds all parts of a row in one tile
 
@@ -99,6 +99,8 @@ def _decode_kernel(
     head = h_kv * GROUP + offs_m % GROUP
     place_q = token.to(tl.int64) * stride_qn + head * stride_qh
     place_o = token.to(tl.int64) * stride_on + head * stride_oh
+    k_src = source(k_ptr, stride_kn, stride_kd, n_k, D, BLOCK_N, BLOCK_D, False, table_ptr)
+    v_src = source(v_ptr, stride_vn, stride_vd, n_k, D, BLOCK_N, BLOCK_D, False, table_ptr)
     slope = None
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + b * stride_sb + head)[:, None]
@@ -117,21 +119,21 @@ def _decode_kernel(
     last = tl.minimum(first + part, last)
     begin = tl.minimum(tl.maximum(begin, first), last)
     end = tl.minimum(tl.maximum(end, first), last)
-    if window_left is not None:
-        acc, l_i, m_i = attend(
-            acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd, table_ptr, stride_kb, stride_vb,
-            rows, first, begin, n_k, offset, None, slope, None, None, softmax_scale, softcap,
-            window_left, window_right, D, BLOCK_D, BLOCK_N, PAGE, True,
-        )  # fmt: skip
     acc, l_i, m_i = attend(
-        acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd, table_ptr, stride_kb, stride_vb,
-        rows, begin, end, n_k, offset, None, slope, None, None, softmax_scale, softcap,
-        window_left, window_right, D, BLOCK_D, BLOCK_N, PAGE, False,
+        acc, l_i, m_i, q, k_src, v_src, stride_kn, stride_kd, stride_vn, stride_vd, table_ptr, stride_kb, stride_vb,
+        rows, begin, end, None, None, n_k, offset, None, slope, None, None, softmax_scale, softcap,
+        window_left, window_right, D, BLOCK_D, BLOCK_N, PAGE, False, False,
     )  # fmt: skip
+    gap, skip = None, None
+    if window_left is not None:
+        gap, skip = begin, end - begin
+        last -= skip
+    else:
+        first = end
     acc, l_i, m_i = attend(
-        acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd, table_ptr, stride_kb, stride_vb,
-        rows, end, last, n_k, offset, None, slope, None, None, softmax_scale, softcap,
-        window_left, window_right, D, BLOCK_D, BLOCK_N, PAGE, True,
+        acc, l_i, m_i, q, k_src, v_src, stride_kn, stride_kd, stride_vn, stride_vd, table_ptr, stride_kb, stride_vb,
+        rows, first, last, gap, skip, n_k, offset, None, slope, None, None, softmax_scale, softcap,
+        window_left, window_right, D, BLOCK_D, BLOCK_N, PAGE, False, True,
     )  # fmt: skip
 
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)

@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from labutils.kernels.launch import SEQUENCE_LENGTHS, LaunchConfig, launch, pick_config
+from labutils.kernels.launch import SEQUENCE_LENGTHS, LaunchConfig, descriptors_fit, launch, pick_config
 from labutils.kernels.scores import LN_2, columns_of, dropout_keep, score_tile, score_unit, sequence
-from labutils.kernels.tiles import load_tile, paged_rows, row_pointers, store_tile, tile_pointers
+from labutils.kernels.tiles import load_rows, load_tile, source, store_tile, tile_pointers
 
 
 @dataclass(frozen=True)
@@ -75,28 +75,25 @@ def with_batch(t: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def attend(
-    acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd, table_ptr, stride_kp, stride_vp,
-    rows, first, last, n_k, offset, head, slope, seed_ptr, dropout_p, softmax_scale, softcap, window_left, window_right,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, MASKED: tl.constexpr,
+    acc, l_i, m_i, q, k_src, v_src, stride_kn, stride_kd, stride_vn, stride_vd, table_ptr, stride_kp, stride_vp,
+    rows, first, last, gap, skip, n_k, offset, head, slope, seed_ptr, dropout_p, softmax_scale, softcap,
+    window_left, window_right,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, TMA: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Takes the columns from `first` to `last` into acc, l and m of one block of rows.
 
     MASKED is for blocks that hold an edge: the diagonal, the window's end or the sequence's; the others need no mask.
-    With a `table_ptr`, keys and values lie in pages of PAGE rows, stride_kp and stride_vp apart.
+    Where edges lie on both sides, one loop takes them all: from the column `gap` on it is `skip` columns ahead.
     """
     unit = score_unit(softmax_scale, softcap, slope)
-    k_ptrs = tile_pointers(k_ptr, stride_kn, stride_kd, first, BLOCK_N, BLOCK_D)
-    v_ptrs = tile_pointers(v_ptr, stride_vn, stride_vd, first, BLOCK_N, BLOCK_D)
     for start_n in tl.range(first, last, BLOCK_N):
+        if gap is not None:
+            start_n = tl.where(start_n < gap, start_n, start_n + skip)
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        if table_ptr is not None:
-            k_ptrs = row_pointers(
-                k_ptr, stride_kd, paged_rows(table_ptr, offs_n, n_k, stride_kp, stride_kn, PAGE), BLOCK_D
-            )
-            v_ptrs = row_pointers(
-                v_ptr, stride_vd, paged_rows(table_ptr, offs_n, n_k, stride_vp, stride_vn, PAGE), BLOCK_D
-            )
-        k = load_tile(k_ptrs, offs_n, n_k, D, BLOCK_D, MASKED)
+        k = load_rows(
+            k_src, stride_kn, start_n, n_k, D, BLOCK_N, BLOCK_D, MASKED, TMA, table_ptr, stride_kp, stride_kd, PAGE
+        )
         s = tl.dot(q, tl.trans(k), input_precision="ieee")  # S_ij = Q_i K_jᵀ
         s, _ = score_tile(
             s, rows, offs_n[None, :], n_k, offset, softmax_scale, softcap, slope, window_left, window_right, MASKED
@@ -110,12 +107,11 @@ def attend(
         l_i = l_i * alpha + tl.sum(p, axis=1)
         if seed_ptr is not None:  # the softmax is over all keys; what is dropped is missing from the sum over V alone
             p = tl.where(dropout_keep(seed_ptr, dropout_p, head, rows, offs_n[None, :]), p, 0.0)
-        v = load_tile(v_ptrs, offs_n, n_k, D, BLOCK_D, MASKED)
+        v = load_rows(
+            v_src, stride_vn, start_n, n_k, D, BLOCK_N, BLOCK_D, MASKED, TMA, table_ptr, stride_vp, stride_vd, PAGE
+        )
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")  # O_i = alpha O_i + P_ij V_j
         m_i = m_new
-        if table_ptr is None:
-            k_ptrs += BLOCK_N * stride_kn
-            v_ptrs += BLOCK_N * stride_vn
     return acc, l_i, m_i
 
 
@@ -129,7 +125,8 @@ def _forward_kernel(
     stride_vb, stride_vn, stride_vh, stride_vd,
     stride_ob, stride_on, stride_oh, stride_od,
     stride_lb, stride_lh,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     blocks_m = tl.cdiv(N_Q, BLOCK_M)
     bh = tl.program_id(0) // blocks_m  # neighbours in the grid share a head, so its K and V stay in the L2 cache
@@ -154,6 +151,8 @@ def _forward_kernel(
     else:
         k_ptr += batch * stride_kb + start_k * stride_kn
         v_ptr += batch * stride_vb + start_k * stride_vn
+    k_src = source(k_ptr, stride_kn, stride_kd, n_k, D, BLOCK_N, BLOCK_D, TMA, table_ptr)
+    v_src = source(v_ptr, stride_vn, stride_vd, n_k, D, BLOCK_N, BLOCK_D, TMA, table_ptr)
     slope = None
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + b * stride_sb + h)
@@ -166,21 +165,21 @@ def _forward_kernel(
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     first, begin, end, last = columns_of(start_m, n_q, n_k, offset, window_left, window_right, BLOCK_M, BLOCK_N)
-    if window_left is not None:
-        acc, l_i, m_i = attend(
-            acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd, table_ptr, stride_kb, stride_vb,
-            rows, first, begin, n_k, offset, bh, slope, seed_ptr, dropout_p, softmax_scale, softcap,
-            window_left, window_right, D, BLOCK_D, BLOCK_N, PAGE, True,
-        )  # fmt: skip
     acc, l_i, m_i = attend(
-        acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd, table_ptr, stride_kb, stride_vb,
-        rows, begin, end, n_k, offset, bh, slope, seed_ptr, dropout_p, softmax_scale, softcap,
-        window_left, window_right, D, BLOCK_D, BLOCK_N, PAGE, False,
+        acc, l_i, m_i, q, k_src, v_src, stride_kn, stride_kd, stride_vn, stride_vd, table_ptr, stride_kb, stride_vb,
+        rows, begin, end, None, None, n_k, offset, bh, slope, seed_ptr, dropout_p, softmax_scale, softcap,
+        window_left, window_right, D, BLOCK_D, BLOCK_N, PAGE, TMA, False,
     )  # fmt: skip
+    gap, skip = None, None
+    if window_left is not None:  # edges on both sides
+        gap, skip = begin, end - begin
+        last -= skip
+    else:
+        first = end
     acc, l_i, m_i = attend(
-        acc, l_i, m_i, q, k_ptr, v_ptr, stride_kn, stride_kd, stride_vn, stride_vd, table_ptr, stride_kb, stride_vb,
-        rows, end, last, n_k, offset, bh, slope, seed_ptr, dropout_p, softmax_scale, softcap,
-        window_left, window_right, D, BLOCK_D, BLOCK_N, PAGE, True,
+        acc, l_i, m_i, q, k_src, v_src, stride_kn, stride_kd, stride_vn, stride_vd, table_ptr, stride_kb, stride_vb,
+        rows, first, last, gap, skip, n_k, offset, bh, slope, seed_ptr, dropout_p, softmax_scale, softcap,
+        window_left, window_right, D, BLOCK_D, BLOCK_N, PAGE, TMA, True,
     )  # fmt: skip
 
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)
@@ -226,5 +225,6 @@ def forward(
         *with_batch(q).stride(), *with_batch(k).stride(), *with_batch(v).stride(), *with_batch(out).stride(),
         0 if packed else lse.stride(0), lse.stride(-2),
         D=head_dim, BLOCK_D=config.block_d(head_dim), PAGE=0 if options.block_table is None else k.shape[1],
+        TMA=config.tma and descriptors_fit(k, v),
     )  # fmt: skip
     return out, lse

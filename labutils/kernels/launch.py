@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import functools
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 import triton
 from triton.runtime.errors import OutOfResources
 
-KERNELS = ("v1", "forward", "delta", "dkdv", "dq", "decode")
+KERNELS = ("v1", "forward", "dkdv", "dq", "decode")
 SMALLEST_BLOCK = 16  # tl.dot takes no smaller tile
 # Triton compiles a kernel anew for an integer argument that is 1 or a multiple of 16. For these it must not: decoding
 # calls with a new length for every token.
@@ -24,12 +25,14 @@ class LaunchConfig:
         block_m: rows (queries) per tile. block_n: columns (keys) per tile. Powers of two, 16 or more.
         num_warps: warps of 32 threads per program.
         num_stages: depth of the software pipeline of the inner loop: tiles in flight at once.
+        tma: read the tiles of the inner loop through tensor descriptors, where the tensors allow it.
     """
 
     block_m: int
     block_n: int
     num_warps: int = 4
     num_stages: int = 2
+    tma: bool = False
 
     @staticmethod
     def block_d(head_dim: int) -> int:
@@ -37,24 +40,26 @@ class LaunchConfig:
         return max(SMALLEST_BLOCK, triton.next_power_of_2(head_dim))
 
 
-# Tables by (kernel, BLOCK_D up to). Entries as in LaunchConfig: block_m, block_n, num_warps, num_stages.
+# Tables by (kernel, BLOCK_D up to, causal); an entry without the third holds for both. Entries as in LaunchConfig:
+# block_m, block_n, num_warps, num_stages, tma.
 #
-# float16 and bfloat16 where a block may use 227 KiB of shared memory (9.0, 10.0): of 11 to 24 candidates each the one
-# with the least time on an H200 at N = 4,096, full and causal taken together (v1, delta and 256: not searched).
+# float16 and bfloat16 where a block may use 227 KiB of shared memory (9.0, 10.0): of 8 to 40 candidates each the one
+# with the least time on an H200 at N = 4,096 (v1 and 256: not searched).
 _SIXTEEN_BIT_LARGE = {
     ("v1", 64): LaunchConfig(64, 64, 4, 2),
     ("v1", 128): LaunchConfig(64, 32, 4, 2),
-    ("forward", 64): LaunchConfig(128, 64, 8, 3),
-    ("forward", 128): LaunchConfig(128, 128, 8, 3),
-    ("delta", 128): LaunchConfig(64, 64, 4, 1),
-    ("dkdv", 64): LaunchConfig(64, 64, 4, 2),
-    ("dkdv", 128): LaunchConfig(64, 64, 4, 2),
-    ("dq", 64): LaunchConfig(128, 64, 4, 3),
-    ("dq", 128): LaunchConfig(128, 64, 8, 3),
-    ("forward", 256): LaunchConfig(128, 64, 8, 2),
-    ("delta", 256): LaunchConfig(32, 32, 4, 1),
-    ("dkdv", 256): LaunchConfig(32, 64, 8, 2),
-    ("dq", 256): LaunchConfig(64, 32, 8, 2),
+    ("forward", 64, False): LaunchConfig(64, 128, 4, 2, True),
+    ("forward", 64, True): LaunchConfig(64, 64, 4, 3),
+    ("forward", 128, False): LaunchConfig(128, 64, 4, 2, True),
+    ("forward", 128, True): LaunchConfig(64, 64, 4, 3, True),
+    ("forward", 256): LaunchConfig(128, 64, 8, 2, True),
+    ("dkdv", 64): LaunchConfig(64, 64, 4, 3, True),
+    ("dkdv", 128): LaunchConfig(64, 64, 4, 2, True),
+    ("dkdv", 256): LaunchConfig(32, 64, 8, 2, True),
+    ("dq", 64, False): LaunchConfig(128, 64, 8, 3, True),
+    ("dq", 64, True): LaunchConfig(64, 64, 4, 3, True),
+    ("dq", 128): LaunchConfig(128, 64, 8, 3, True),
+    ("dq", 256): LaunchConfig(64, 32, 8, 2, True),
     ("decode", 64): LaunchConfig(64, 128, 4, 3),
     ("decode", 128): LaunchConfig(64, 128, 4, 3),
     ("decode", 256): LaunchConfig(32, 32, 8, 3),
@@ -65,13 +70,11 @@ _SIXTEEN_BIT_SMALL = {
     ("v1", 128): LaunchConfig(64, 32, 4, 2),
     ("forward", 64): LaunchConfig(128, 64, 4, 3),
     ("forward", 128): LaunchConfig(64, 64, 4, 2),
-    ("delta", 128): LaunchConfig(64, 64, 4, 1),
     ("dkdv", 64): LaunchConfig(64, 64, 4, 2),
     ("dkdv", 128): LaunchConfig(32, 64, 4, 2),
     ("dq", 64): LaunchConfig(64, 64, 4, 2),
     ("dq", 128): LaunchConfig(64, 32, 4, 2),
     ("forward", 256): LaunchConfig(64, 32, 8, 1),
-    ("delta", 256): LaunchConfig(32, 32, 4, 1),
     ("dkdv", 256): LaunchConfig(16, 32, 4, 1),
     ("dq", 256): LaunchConfig(32, 16, 4, 1),
     ("decode", 64): LaunchConfig(64, 64, 4, 3),
@@ -129,13 +132,32 @@ def pick_config(
     else:
         table = _SIXTEEN_BIT_LARGE if capability in ((9, 0), (10, 0)) else _SIXTEEN_BIT_SMALL
     block_d = LaunchConfig.block_d(head_dim)
-    fitting = [limit for name, limit in table if name == kernel and limit >= block_d]
+    fitting = [place for place in table if place[0] == kernel and place[1] >= block_d and place[2:] in ((), (causal,))]
     if not fitting:
         raise RuntimeError(
             f"a GPU of compute capability {capability[0]}.{capability[1]} has too little shared memory for the kernel "
             f"{kernel!r} at head dimension {head_dim} in {dtype}: use torch.float16, or split the heads."
         )
-    return table[kernel, min(fitting)]
+    return table[min(fitting, key=lambda place: place[1])]
+
+
+def descriptors_fit(*tensors: torch.Tensor) -> bool:
+    """Whether tensor descriptors can be made of the heads of these tensors: what the copy engine asks of addresses."""
+    return all(
+        t.stride(-1) == 1
+        and t.data_ptr() % 16 == 0
+        and all(stride * t.element_size() % 16 == 0 for stride in t.stride()[:-1])
+        for t in tensors
+    )
+
+
+def _room_for_descriptors(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _launch_with_descriptors(start) -> None:
+    triton.set_allocator(_room_for_descriptors)
+    start()
 
 
 def launch(kernel, grid: tuple[int], config: LaunchConfig, *args, **constants) -> None:
@@ -155,7 +177,12 @@ def launch(kernel, grid: tuple[int], config: LaunchConfig, *args, **constants) -
             kernel[grid](*args, **constants, **blocks)
         else:
             with torch.cuda.device(device):  # Triton launches on the current device, whatever holds the tensors
-                kernel[grid](*args, **constants, **blocks, **options)
+                if constants.get("TMA"):
+                    # A context of its own: the allocator must be set, in every thread, and is not ours to leave set.
+                    start = functools.partial(kernel[grid], *args, **constants, **blocks, **options)
+                    contextvars.copy_context().run(_launch_with_descriptors, start)
+                else:
+                    kernel[grid](*args, **constants, **blocks, **options)
     except OutOfResources as error:
         raise RuntimeError(
             f"{error}. This GPU is too small for {config}: pass a `config` with smaller blocks or fewer stages, or use "
