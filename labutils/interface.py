@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 
 from labutils import checks, operators, runtime
-from labutils.kernels import flash_v1
+from labutils.kernels import flash_v1, prepared
+from labutils.kernels.flash_v2 import Options
 
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]
 
@@ -49,6 +50,27 @@ def _attention(
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table,
     )  # fmt: skip
     return (out, lse, None) if return_attn_probs else out
+
+
+def _short_way(q, k, v, softmax_scale, causal, window_size, softcap) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse without the operators, and for a form that was seen before without checks."""
+
+    def prepare() -> Options:
+        checks.tensors(q, k, v)
+        window = checks.window(window_size, causal)
+        return Options(checks.scale(softmax_scale, q.shape[-1]), window, checks.cap(softcap))
+
+    return prepared.find(q, k, v, (softmax_scale, causal, window_size, softcap), prepare).attend(q, k, v)
+
+
+def _may_be_short(q, k, v, window_size) -> bool:
+    return (
+        not runtime.interpreted
+        and not operators.is_traced(q, k, v)
+        and not torch.is_autocast_enabled("cuda")
+        and q.device.index == torch.cuda.current_device()  # which is where Triton launches
+        and type(window_size) is tuple
+    )
 
 
 def flash_attn_func(
@@ -92,6 +114,9 @@ def flash_attn_func(
         NotImplementedError: a gradient by alibi_slopes.
         RuntimeError: a GPU too old or too small.
     """
+    if dropout_p == 0.0 and alibi_slopes is None and _may_be_short(q, k, v, window_size):
+        out, lse = _short_way(q, k, v, softmax_scale, causal, window_size, softcap)
+        return (out, lse, None) if return_attn_probs else out
     q, k, v = _cast(q, k, v)
     checks.tensors(q, k, v)
     return _attention(

@@ -18,6 +18,19 @@ from labutils.kernels.flash_decode import Cache
 from labutils.kernels.flash_v2 import Options
 
 
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether something looks at operators as they run: a compiler, a FLOP counter, a transform, a kind of tensor.
+
+    Where nothing does, the interface calls the kernels without the detour over the operators, which costs time.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
+    )
+
+
 def _bound(side: int) -> int | None:
     return None if side < 0 else side
 

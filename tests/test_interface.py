@@ -37,7 +37,7 @@ def test_only_the_gradients_that_are_asked_for():
 def test_second_derivatives_are_refused():
     q, k, v = (t.requires_grad_() for t in make())
     (dq,) = torch.autograd.grad(flash_attn_func(q, k, v).square().sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="no second derivative"):
+    with pytest.raises((NotImplementedError, RuntimeError), match="no second derivative|once_differentiable"):
         dq.sum().backward()
 
 

@@ -56,8 +56,7 @@ class Gpu:
     blocks_per_sm: int
 
 
-# Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; the same numbers stand in
-# NVIDIA's CCCL, libcudacxx/include/cuda/__device/arch_traits.h.
+# Source: `arch_traits` in NVIDIA's CCCL, libcudacxx/include/cuda/__device/arch_traits.h.
 GPUS = {
     (7, 5): Gpu("T4, RTX 2080", 64, 64, 32, 16),
     (8, 0): Gpu("A100, A30", 163, 164, 64, 32),

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from labutils.kernels.launch import SEQUENCE_LENGTHS, LaunchConfig, descriptors_fit, launch, pick_config
+from labutils.kernels.launch import SEQUENCE_LENGTHS, LaunchConfig, Launched, descriptors_fit, launch, pick_config
 from labutils.kernels.scores import LN_2, columns_of, dropout_keep, score_tile, score_unit, sequence
 from labutils.kernels.tiles import load_rows, load_tile, source, store_tile, tile_pointers
 
@@ -209,6 +209,13 @@ def forward(
         out in the shape and dtype of q, and lse (B, H, N_q), or (H, total_q) of packed sequences: float32, natural
         logarithm, -inf for rows that see no key.
     """
+    return start(q, k, v, options, config)[:2]
+
+
+def start(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, config: LaunchConfig | None = None
+) -> tuple[torch.Tensor, torch.Tensor, Launched | None]:
+    """`forward`, and what it launched, to be launched again."""
     batch, n_q, n_k = options.sizes(q, k)
     heads, head_dim = q.shape[-2:]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -218,7 +225,7 @@ def forward(
         config = pick_config(
             "forward", head_dim, q.dtype, options.window[1] is not None, q.device, longest=max(n_q, n_k)
         )
-    launch(
+    launched = launch(
         _forward_kernel, (triton.cdiv(n_q, config.block_m) * batch * heads,), config,
         q, k, v, out, lse, *options.arguments(), *options.paging(),
         heads, heads // k.shape[-2], n_q, n_k,
@@ -227,4 +234,4 @@ def forward(
         D=head_dim, BLOCK_D=config.block_d(head_dim), PAGE=0 if options.block_table is None else k.shape[1],
         TMA=config.tma and descriptors_fit(k, v),
     )  # fmt: skip
-    return out, lse
+    return out, lse, launched

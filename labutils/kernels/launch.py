@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -155,36 +156,59 @@ def _room_for_descriptors(size: int, alignment: int, stream: int | None) -> torc
     return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
-def _launch_with_descriptors(start) -> None:
+def with_room_for_descriptors(start: Callable, *args, **kwargs):
+    """Starts a kernel that makes tensor descriptors. Run it in a context of its own, `contextvars.copy_context()`.
+
+    Triton asks an allocator for their memory. It must be set in every thread, autograd's too, and it is not ours to
+    leave set.
+    """
     triton.set_allocator(_room_for_descriptors)
-    start()
+    return start(*args, **kwargs)
 
 
-def launch(kernel, grid: tuple[int], config: LaunchConfig, *args, **constants) -> None:
+@dataclass(frozen=True)
+class Launched:
+    """A launch that can be done again without specialising its arguments anew.
+
+    Attributes:
+        start: called with `arguments`, or others of the same specialisation, launches on the current stream.
+        arguments: all of the kernel's, in its order, constants included.
+        descriptors: whether it needs `with_room_for_descriptors`.
+    """
+
+    start: Callable
+    arguments: tuple
+    descriptors: bool
+
+
+def launch(kernel, grid: tuple[int], config: LaunchConfig, *args, **constants) -> Launched | None:
     """Starts a kernel on the device of its first argument. An empty grid starts nothing.
+
+    Returns:
+        What was launched, or None in the interpreter and for an empty grid.
 
     Raises:
         RuntimeError: the configuration needs more shared memory or registers than this GPU has.
     """
     if grid[0] == 0:
-        return
+        return None
     blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-    blocks = {name: size for name, size in blocks.items() if name in kernel.arg_names}
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    constants |= {name: size for name, size in blocks.items() if name in kernel.arg_names}
     device = args[0].device
+    if device.type == "cpu":
+        kernel[grid](*args, **constants)
+        return None
+    descriptors = bool(constants.get("TMA"))
+    start = functools.partial(kernel[grid], num_warps=config.num_warps, num_stages=config.num_stages)
+    if descriptors:
+        start = functools.partial(contextvars.copy_context().run, with_room_for_descriptors, start)
     try:
-        if device.type == "cpu":
-            kernel[grid](*args, **constants, **blocks)
-        else:
-            with torch.cuda.device(device):  # Triton launches on the current device, whatever holds the tensors
-                if constants.get("TMA"):
-                    # A context of its own: the allocator must be set, in every thread, and is not ours to leave set.
-                    start = functools.partial(kernel[grid], *args, **constants, **blocks, **options)
-                    contextvars.copy_context().run(_launch_with_descriptors, start)
-                else:
-                    kernel[grid](*args, **constants, **blocks, **options)
+        with torch.cuda.device(device):  # Triton launches on the current device, whatever holds the tensors
+            compiled = start(*args, **constants)
     except OutOfResources as error:
         raise RuntimeError(
             f"{error}. This GPU is too small for {config}: pass a `config` with smaller blocks or fewer stages, or use "
             "a smaller head dimension."
         ) from error
+    named = dict(zip(kernel.arg_names, args, strict=False)) | constants
+    return Launched(compiled[(*grid, 1, 1)], tuple(named[name] for name in kernel.arg_names), descriptors)
