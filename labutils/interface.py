@@ -68,7 +68,7 @@ def _may_be_short(q, k, v, window_size) -> bool:
         not runtime.interpreted
         and not operators.is_traced(q, k, v)
         and not torch.is_autocast_enabled("cuda")
-        and q.device.index == torch.cuda.current_device()  # which is where Triton launches
+        and q.device.index == torch._C._cuda_getDevice()  # which is where Triton launches
         and type(window_size) is tuple
     )
 

@@ -17,8 +17,10 @@ from labutils.kernels import append, flash_decode, flash_v2, flash_v2_backward
 from labutils.kernels.flash_decode import Cache
 from labutils.kernels.flash_v2 import Options
 
+_PLAIN = {Tensor, torch.nn.Parameter}
 
-def is_traced(*tensors: Tensor) -> bool:
+
+def is_traced(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether something looks at operators as they run: a compiler, a FLOP counter, a transform, a kind of tensor.
 
     Where nothing does, the interface calls the kernels without the detour over the operators, which costs time.
@@ -27,7 +29,7 @@ def is_traced(*tensors: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
+        or not {type(q), type(k), type(v)} <= _PLAIN
     )
 
 

@@ -1,7 +1,9 @@
 """Argument for argument against the flash_attn package, where there is a GPU and the package: no less exact than it.
 
 The same arguments go to a function of ours and to flash-attn's of the same name, forward and backward. Each of our
-results may be at most 1.5 times as far from float64 as flash-attn's own.
+results may be at most 1.5 times as far from float64 as flash-attn's own, in the root of the mean square. The largest of
+a million errors is a matter of luck, and differs by nearly two either way from one draw of inputs to the next: it may
+be three times theirs.
 """
 
 import math
@@ -55,8 +57,9 @@ def results(module, function, q, k, v, dout, starts, features):
 
 
 def errors(found, exact):
-    """Largest distance from float64, by result, where the exact value is finite; NaN where there is one."""
-    return {name: (found[name].double() - right)[right.isfinite()].abs().max().item() for name, right in exact.items()}
+    """Distances from float64, by result, where the exact value is finite: (root of the mean square, largest)."""
+    distances = {name: (found[name].double() - right)[right.isfinite()] for name, right in exact.items()}
+    return {name: (d.square().mean().sqrt().item(), d.abs().max().item()) for name, d in distances.items()}
 
 
 def compare(flash_attn, function, q, k, v, starts=(), **features):
@@ -80,9 +83,12 @@ def compare(flash_attn, function, q, k, v, starts=(), **features):
     for name, right in exact.items():
         what = f"{name} of {function}, q {tuple(q.shape)}, k {tuple(k.shape)}"
         largest = right[right.isfinite()].abs().max().item()
-        mine, other = our_errors[name], their_errors[name]
-        assert other <= 0.05 * largest, f"{what}: flash-attn computes something else, off by {other:.2e}"
-        assert mine <= 1.5 * other + 1e-5, f"{what}: error {mine:.2e}, and flash-attn's is {other:.2e}"
+        (mine, my_largest), (other, other_largest) = our_errors[name], their_errors[name]
+        assert other_largest <= 0.05 * largest, (
+            f"{what}: flash-attn computes something else, off by {other_largest:.2e}"
+        )
+        assert mine <= 1.5 * other + 1e-6, f"{what}: error {mine:.2e}, and flash-attn's is {other:.2e}"
+        assert my_largest <= 3 * other_largest + 1e-5, f"{what}: largest error {my_largest:.2e} and {other_largest:.2e}"
 
 
 FEATURES = {

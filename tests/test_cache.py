@@ -62,7 +62,8 @@ def make(
     if rotary:
         # The angles of Su et al. (arXiv 2104.09864), for every position that a query or a new key can have.
         r = head_dim // 2 * 2 if rotary is ALL else rotary
-        angles = torch.arange(capacity + n_q)[:, None] * 10_000 ** -(torch.arange(0, r, 2) / r)
+        rows = (-(-capacity // page) * page if page else capacity) + n_q  # flash-attn wants one for each place
+        angles = torch.arange(rows)[:, None] * 10_000 ** -(torch.arange(0, r, 2) / r)
         call |= dict(rotary_cos=angles.cos().to(DEVICE, dtype), rotary_sin=angles.sin().to(DEVICE, dtype))
     if slopes:
         shape = {"a head": (heads,), "a sequence and head": (batch, heads)}[slopes]

@@ -19,9 +19,9 @@ PROCESSES = min(8, len(os.sched_getaffinity(0)))
 V1 = ("v1", 256, torch.float16)
 NO_ENTRY = {capability: {V1} for capability in GPUS} | {(7, 5): {("dkdv", 256, torch.float32)}}
 
-# One GPU for each way that Triton has of making a product of 16-bit tiles. For these the kernels are compiled with their
-# features, which take a little more, and for head dimensions whose rows no tensor descriptor and no wide load can
-# take. Pages are left out: they take less, since less can be loaded ahead.
+# One GPU for each way that Triton has of making a product of 16-bit tiles. For these, kernels are compiled with their
+# features, too, and for head dimensions whose rows no tensor descriptor and no wide load can take: both can need more.
+# Pages are left out: with them kernels need 1 KiB more at most, and mostly less, since less is loaded ahead.
 THOROUGH = {(8, 6), (9, 0), (10, 0)}
 
 BFLOAT16 = [

@@ -1,5 +1,7 @@
 """Every kernel against the oracle by the 2 x rule: shapes, dtypes, strides, masks, tile edges, planted garbage."""
 
+import gc
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -92,9 +94,9 @@ def test_odd_shapes(n_q, n_k, head_dim, blocks, causal, dtype, seed):
     check(q, k, v, causal=causal, config=LaunchConfig(*blocks))
 
 
-def strided_like_gpt2(batch, n, heads, head_dim):
+def strided_like_gpt2(batch, n, heads, head_dim, dtype=torch.float32):
     """q, k, v as GPT-2 hands them over: slices of one fused (B, N, 3 H D) tensor."""
-    fused = torch.randn(batch, n, 3 * heads * head_dim, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    fused = torch.randn(batch, n, 3 * heads * head_dim, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
     return [t.view(batch, n, heads, head_dim) for t in fused.split(heads * head_dim, dim=2)]
 
 
@@ -112,6 +114,31 @@ LAYOUTS = {
 def test_any_strides(layout):
     q, k, v = map(LAYOUTS[layout], strided_like_gpt2(2, 40, 2, 16))
     check(q, k, v, causal=True)
+
+
+ALIGNMENTS = {
+    "contiguous": lambda t: t.contiguous(),
+    "two_bytes_off": lambda t: torch.nn.functional.pad(t, (1, 15), value=float("nan"))[..., 1:-15],
+    "sixteen_bytes_off": lambda t: torch.nn.functional.pad(t, (8, 8), value=float("nan"))[..., 8:-8],
+    "rows_of_odd_length": lambda t: torch.nn.functional.pad(t, (0, 3), value=float("nan"))[..., :-3],
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [40, 64])
+@pytest.mark.parametrize("layout", LAYOUTS | ALIGNMENTS)
+def test_any_strides_in_half_precision(layout, head_dim):
+    """On Hopper tiles are read through tensor descriptors where strides and addresses allow it: in some of these."""
+    arrange = (LAYOUTS | ALIGNMENTS)[layout]
+    inputs = strided_like_gpt2(2, 200, 4, head_dim, torch.float16)
+    q, k, v = (arrange(t).detach().requires_grad_() for t in inputs)
+    out, lse, _ = interface.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+    check_attention(out, q, k, v, lse=lse, causal=True).raise_if_failed()
+    one_row = torch.randn(head_dim, device=DEVICE).half()  # what out.sum(dim=(0, 1, 2)) would hand over, but for values
+    for dout in (arrange(inputs[1]).detach(), one_row.expand(out.shape)):
+        gradients = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+        for verdict in check_gradients(gradients, dout, q, k, v, causal=True):
+            assert verdict, f"dout with strides {dout.stride()}: {verdict}"
 
 
 def test_gradient_of_the_output_may_have_any_strides():
@@ -176,6 +203,42 @@ def test_reads_and_writes_nothing_outside_its_tensors():
     before = backing.clone()
     check(*views, causal=False, config=LaunchConfig(16, 32))
     assert torch.equal(before.isnan(), backing.isnan())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [40, 64, 96])
+def test_reads_nothing_outside_its_tensors_in_half_precision(head_dim):
+    """Neighbours before and behind each row, before the first row and after the last hold NaN."""
+    n = 150
+    backing = torch.full((4, 2 * n, 2, head_dim + 16), float("nan"), dtype=torch.float16, device=DEVICE)
+    q, k, v, dout = backing[:, None, 5 : 5 + n, :, 8:-8]  # at multiples of 16 bytes, as tensor descriptors ask for
+    for view, t in zip((q, k, v), make(n, n, head_dim=head_dim, dtype=torch.float16), strict=True):
+        view.copy_(t)
+    dout.copy_(q.flip(1))
+    for causal in (False, True):
+        inputs = [t.detach().requires_grad_() for t in (q, k, v)]
+        out = interface.flash_attn_func(*inputs, causal=causal)
+        check_attention(out, *inputs, causal=causal).raise_if_failed()
+        for verdict in check_gradients(torch.autograd.grad(out, inputs, dout), dout, *inputs, causal=causal):
+            verdict.raise_if_failed()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_what_a_call_allocates_is_freed(dropout_p):
+    def call(n):
+        q, k, v = (t.requires_grad_() for t in make(n, n, head_dim=64, dtype=torch.float16))
+        interface.flash_attn_func(q, k, v, causal=True, dropout_p=dropout_p).sum().backward()
+
+    def allocated():
+        gc.collect()
+        return torch.cuda.memory_allocated()
+
+    call(100)
+    before = allocated()
+    for n in (64, 101, 128, 200, 64):
+        call(n)
+    assert allocated() == before, f"{allocated() - before} bytes stay allocated"
 
 
 @pytest.mark.parametrize(("n_q", "n_k"), [(0, 5), (5, 0), (0, 0)])

@@ -99,8 +99,8 @@ def _decode_kernel(
     head = h_kv * GROUP + offs_m % GROUP
     place_q = token.to(tl.int64) * stride_qn + head * stride_qh
     place_o = token.to(tl.int64) * stride_on + head * stride_oh
-    k_src = source(k_ptr, stride_kn, stride_kd, n_k, D, BLOCK_N, BLOCK_D, False, table_ptr)
-    v_src = source(v_ptr, stride_vn, stride_vd, n_k, D, BLOCK_N, BLOCK_D, False, table_ptr)
+    k_src = source(k_ptr, stride_kn, stride_kd, BLOCK_N, BLOCK_D, False, table_ptr)
+    v_src = source(v_ptr, stride_vn, stride_vd, BLOCK_N, BLOCK_D, False, table_ptr)
     slope = None
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + b * stride_sb + head)[:, None]
@@ -120,7 +120,8 @@ def _decode_kernel(
     begin = tl.minimum(tl.maximum(begin, first), last)
     end = tl.minimum(tl.maximum(end, first), last)
     acc, l_i, m_i = attend(
-        acc, l_i, m_i, q, k_src, v_src, stride_kn, stride_kd, stride_vn, stride_vd, table_ptr, stride_kb, stride_vb,
+        acc, l_i, m_i, q, k_src, v_src, 0, 0, stride_kn, stride_kd, stride_vn, stride_vd,
+        table_ptr, stride_kb, stride_vb,
         rows, begin, end, None, None, n_k, offset, None, slope, None, None, softmax_scale, softcap,
         window_left, window_right, D, BLOCK_D, BLOCK_N, PAGE, False, False,
     )  # fmt: skip
@@ -131,7 +132,8 @@ def _decode_kernel(
     else:
         first = end
     acc, l_i, m_i = attend(
-        acc, l_i, m_i, q, k_src, v_src, stride_kn, stride_kd, stride_vn, stride_vd, table_ptr, stride_kb, stride_vb,
+        acc, l_i, m_i, q, k_src, v_src, 0, 0, stride_kn, stride_kd, stride_vn, stride_vd,
+        table_ptr, stride_kb, stride_vb,
         rows, first, last, gap, skip, n_k, offset, None, slope, None, None, softmax_scale, softcap,
         window_left, window_right, D, BLOCK_D, BLOCK_N, PAGE, False, True,
     )  # fmt: skip

@@ -14,7 +14,15 @@ import torch
 import triton
 import triton.language as tl
 
-from labutils.kernels.launch import SEQUENCE_LENGTHS, LaunchConfig, Launched, descriptors_fit, launch, pick_config
+from labutils.kernels.launch import (
+    SEQUENCE_LENGTHS,
+    LaunchConfig,
+    Launched,
+    describe,
+    descriptors_fit,
+    launch,
+    pick_config,
+)
 from labutils.kernels.scores import LN_2, columns_of, dropout_keep, score_tile, score_unit, sequence
 from labutils.kernels.tiles import load_rows, load_tile, source, store_tile, tile_pointers
 
@@ -75,7 +83,8 @@ def with_batch(t: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def attend(
-    acc, l_i, m_i, q, k_src, v_src, stride_kn, stride_kd, stride_vn, stride_vd, table_ptr, stride_kp, stride_vp,
+    acc, l_i, m_i, q, k_src, v_src, b, h_kv, stride_kn, stride_kd, stride_vn, stride_vd,
+    table_ptr, stride_kp, stride_vp,
     rows, first, last, gap, skip, n_k, offset, head, slope, seed_ptr, dropout_p, softmax_scale, softcap,
     window_left, window_right,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, TMA: tl.constexpr,
@@ -92,7 +101,21 @@ def attend(
             start_n = tl.where(start_n < gap, start_n, start_n + skip)
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_rows(
-            k_src, stride_kn, start_n, n_k, D, BLOCK_N, BLOCK_D, MASKED, TMA, table_ptr, stride_kp, stride_kd, PAGE
+            k_src,
+            stride_kn,
+            b,
+            h_kv,
+            start_n,
+            n_k,
+            D,
+            BLOCK_N,
+            BLOCK_D,
+            MASKED,
+            TMA,
+            table_ptr,
+            stride_kp,
+            stride_kd,
+            PAGE,
         )
         s = tl.dot(q, tl.trans(k), input_precision="ieee")  # S_ij = Q_i K_jᵀ
         s, _ = score_tile(
@@ -108,7 +131,21 @@ def attend(
         if seed_ptr is not None:  # the softmax is over all keys; what is dropped is missing from the sum over V alone
             p = tl.where(dropout_keep(seed_ptr, dropout_p, head, rows, offs_n[None, :]), p, 0.0)
         v = load_rows(
-            v_src, stride_vn, start_n, n_k, D, BLOCK_N, BLOCK_D, MASKED, TMA, table_ptr, stride_vp, stride_vd, PAGE
+            v_src,
+            stride_vn,
+            b,
+            h_kv,
+            start_n,
+            n_k,
+            D,
+            BLOCK_N,
+            BLOCK_D,
+            MASKED,
+            TMA,
+            table_ptr,
+            stride_vp,
+            stride_vd,
+            PAGE,
         )
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")  # O_i = alpha O_i + P_ij V_j
         m_i = m_new
@@ -144,15 +181,17 @@ def _forward_kernel(
         batch = b * 0  # packed sequences lie in one long one
     q_ptr += batch * stride_qb + start_q * stride_qn + h * stride_qh
     o_ptr += batch * stride_ob + start_q * stride_on + h * stride_oh
-    k_ptr += (h // GROUP) * stride_kh
-    v_ptr += (h // GROUP) * stride_vh
-    if table_ptr is not None:
-        table_ptr += b * stride_tb
-    else:
-        k_ptr += batch * stride_kb + start_k * stride_kn
-        v_ptr += batch * stride_vb + start_k * stride_vn
-    k_src = source(k_ptr, stride_kn, stride_kd, n_k, D, BLOCK_N, BLOCK_D, TMA, table_ptr)
-    v_src = source(v_ptr, stride_vn, stride_vd, n_k, D, BLOCK_N, BLOCK_D, TMA, table_ptr)
+    h_kv = (h // GROUP).to(tl.int32)
+    if not TMA:  # else k_ptr and v_ptr are tensor descriptors, which are told b and h_kv
+        k_ptr += h_kv.to(tl.int64) * stride_kh
+        v_ptr += h_kv.to(tl.int64) * stride_vh
+        if table_ptr is not None:
+            table_ptr += b * stride_tb
+        else:
+            k_ptr += batch * stride_kb + start_k * stride_kn
+            v_ptr += batch * stride_vb + start_k * stride_vn
+    k_src = source(k_ptr, stride_kn, stride_kd, BLOCK_N, BLOCK_D, TMA, table_ptr)
+    v_src = source(v_ptr, stride_vn, stride_vd, BLOCK_N, BLOCK_D, TMA, table_ptr)
     slope = None
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + b * stride_sb + h)
@@ -166,7 +205,8 @@ def _forward_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     first, begin, end, last = columns_of(start_m, n_q, n_k, offset, window_left, window_right, BLOCK_M, BLOCK_N)
     acc, l_i, m_i = attend(
-        acc, l_i, m_i, q, k_src, v_src, stride_kn, stride_kd, stride_vn, stride_vd, table_ptr, stride_kb, stride_vb,
+        acc, l_i, m_i, q, k_src, v_src, bh // H, h_kv, stride_kn, stride_kd, stride_vn, stride_vd,
+        table_ptr, stride_kb, stride_vb,
         rows, begin, end, None, None, n_k, offset, bh, slope, seed_ptr, dropout_p, softmax_scale, softcap,
         window_left, window_right, D, BLOCK_D, BLOCK_N, PAGE, TMA, False,
     )  # fmt: skip
@@ -177,7 +217,8 @@ def _forward_kernel(
     else:
         first = end
     acc, l_i, m_i = attend(
-        acc, l_i, m_i, q, k_src, v_src, stride_kn, stride_kd, stride_vn, stride_vd, table_ptr, stride_kb, stride_vb,
+        acc, l_i, m_i, q, k_src, v_src, bh // H, h_kv, stride_kn, stride_kd, stride_vn, stride_vd,
+        table_ptr, stride_kb, stride_vb,
         rows, first, last, gap, skip, n_k, offset, bh, slope, seed_ptr, dropout_p, softmax_scale, softcap,
         window_left, window_right, D, BLOCK_D, BLOCK_N, PAGE, TMA, True,
     )  # fmt: skip
@@ -225,13 +266,14 @@ def start(
         config = pick_config(
             "forward", head_dim, q.dtype, options.window[1] is not None, q.device, longest=max(n_q, n_k)
         )
+    block_d = config.block_d(head_dim)
+    tma = config.tma and not packed and descriptors_fit(k, v)
     launched = launch(
         _forward_kernel, (triton.cdiv(n_q, config.block_m) * batch * heads,), config,
-        q, k, v, out, lse, *options.arguments(), *options.paging(),
-        heads, heads // k.shape[-2], n_q, n_k,
+        q, *(describe(t, config.block_n, block_d) if tma else t for t in (k, v)), out, lse,
+        *options.arguments(), *options.paging(), heads, heads // k.shape[-2], n_q, n_k,
         *with_batch(q).stride(), *with_batch(k).stride(), *with_batch(v).stride(), *with_batch(out).stride(),
         0 if packed else lse.stride(0), lse.stride(-2),
-        D=head_dim, BLOCK_D=config.block_d(head_dim), PAGE=0 if options.block_table is None else k.shape[1],
-        TMA=config.tma and descriptors_fit(k, v),
+        D=head_dim, BLOCK_D=block_d, PAGE=0 if options.block_table is None else k.shape[1], TMA=tma,
     )  # fmt: skip
     return out, lse, launched

@@ -13,22 +13,22 @@ import triton
 import triton.language as tl
 
 from labutils.kernels.flash_v2 import Options, with_batch
-from labutils.kernels.launch import SEQUENCE_LENGTHS, LaunchConfig, descriptors_fit, launch, pick_config
-from labutils.kernels.scores import LOG2_E, columns_of, dropout_keep, rows_of, score_tile, score_unit, sequence
-from labutils.kernels.tiles import (
-    load_rows,
-    load_tile,
-    load_vector,
-    source,
-    store_tile,
-    tile_pointers,
-    vector_source,
+from labutils.kernels.launch import (
+    SEQUENCE_LENGTHS,
+    LaunchConfig,
+    describe,
+    describe_vectors,
+    descriptors_fit,
+    launch,
+    pick_config,
 )
+from labutils.kernels.scores import LOG2_E, columns_of, dropout_keep, rows_of, score_tile, score_unit, sequence
+from labutils.kernels.tiles import load_rows, load_tile, load_vector, source, store_tile, tile_pointers
 
 
 @triton.jit
 def _dq_inner(
-    dq, q, do, lse, delta, k_src, v_src, stride_kn, stride_vn,
+    dq, q, do, lse, delta, k_src, v_src, b, h_kv, stride_kn, stride_vn,
     rows, first, last, gap, skip, n_k, offset, head, slope, seed_ptr, dropout_p, softmax_scale, softcap,
     window_left, window_right,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
@@ -39,8 +39,8 @@ def _dq_inner(
         if gap is not None:
             start_n = tl.where(start_n < gap, start_n, start_n + skip)
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        k = load_rows(k_src, stride_kn, start_n, n_k, D, BLOCK_N, BLOCK_D, MASKED, TMA)
-        v = load_rows(v_src, stride_vn, start_n, n_k, D, BLOCK_N, BLOCK_D, MASKED, TMA)
+        k = load_rows(k_src, stride_kn, b, h_kv, start_n, n_k, D, BLOCK_N, BLOCK_D, MASKED, TMA)
+        v = load_rows(v_src, stride_vn, b, h_kv, start_n, n_k, D, BLOCK_N, BLOCK_D, MASKED, TMA)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")  # on the tensor cores while others compute the exponents
         s, derivative = score_tile(
@@ -87,11 +87,13 @@ def _dq_kernel(
     o_ptr += batch * stride_ob + start_q * stride_on + h * stride_oh
     do_ptr += batch * stride_dob + start_q * stride_don + h * stride_doh
     dq_ptr += batch * stride_dqb + start_q * stride_dqn + h * stride_dqh
-    k_ptr += batch * stride_kb + start_k * stride_kn + (h // GROUP) * stride_kh
-    v_ptr += batch * stride_vb + start_k * stride_vn + (h // GROUP) * stride_vh
+    h_kv = (h // GROUP).to(tl.int32)
+    if not TMA:
+        k_ptr += batch * stride_kb + start_k * stride_kn + h_kv.to(tl.int64) * stride_kh
+        v_ptr += batch * stride_vb + start_k * stride_vn + h_kv.to(tl.int64) * stride_vh
     per_row = batch * stride_lb + h * stride_lh + start_q
-    k_src = source(k_ptr, stride_kn, stride_kd, n_k, D, BLOCK_N, BLOCK_D, TMA)
-    v_src = source(v_ptr, stride_vn, stride_vd, n_k, D, BLOCK_N, BLOCK_D, TMA)
+    k_src = source(k_ptr, stride_kn, stride_kd, BLOCK_N, BLOCK_D, TMA)
+    v_src = source(v_ptr, stride_vn, stride_vd, BLOCK_N, BLOCK_D, TMA)
     slope = None
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + b * stride_sb + h)
@@ -115,7 +117,7 @@ def _dq_kernel(
 
     first, begin, end, last = columns_of(start_m, n_q, n_k, offset, window_left, window_right, BLOCK_M, BLOCK_N)
     dq = _dq_inner(
-        dq, q, do, lse, delta, k_src, v_src, stride_kn, stride_vn,
+        dq, q, do, lse, delta, k_src, v_src, bh // H, h_kv, stride_kn, stride_vn,
         rows, begin, end, None, None, n_k, offset, bh, slope, seed_ptr, dropout_p, softmax_scale, softcap,
         window_left, window_right, D, BLOCK_D, BLOCK_N, TMA, False,
     )  # fmt: skip
@@ -126,7 +128,7 @@ def _dq_kernel(
     else:
         first = end
     dq = _dq_inner(
-        dq, q, do, lse, delta, k_src, v_src, stride_kn, stride_vn,
+        dq, q, do, lse, delta, k_src, v_src, bh // H, h_kv, stride_kn, stride_vn,
         rows, first, last, gap, skip, n_k, offset, bh, slope, seed_ptr, dropout_p, softmax_scale, softcap,
         window_left, window_right, D, BLOCK_D, BLOCK_N, TMA, True,
     )  # fmt: skip
@@ -136,7 +138,7 @@ def _dq_kernel(
 
 @triton.jit
 def _dkdv_inner(
-    dk, dv, k, v, q_src, do_src, lse_src, delta_src, stride_qn, stride_don,
+    dk, dv, k, v, q_src, do_src, lse_src, delta_src, b, h, stride_qn, stride_don,
     cols, first, last, gap, skip, n_q, n_k, offset, head, slope, seed_ptr, dropout_p, softmax_scale, softcap,
     window_left, window_right,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, TMA: tl.constexpr, VECTOR_TMA: tl.constexpr,
@@ -152,10 +154,10 @@ def _dkdv_inner(
         if gap is not None:
             start_m = tl.where(start_m < gap, start_m, start_m + skip)
         offs_m = start_m + tl.arange(0, BLOCK_M)
-        q = load_rows(q_src, stride_qn, start_m, n_q, D, BLOCK_M, BLOCK_D, MASKED, TMA)
-        do = load_rows(do_src, stride_don, start_m, n_q, D, BLOCK_M, BLOCK_D, MASKED, TMA)
-        lse = load_vector(lse_src, start_m, n_q, BLOCK_M, MASKED, VECTOR_TMA)
-        delta = load_vector(delta_src, start_m, n_q, BLOCK_M, MASKED, VECTOR_TMA)
+        q = load_rows(q_src, stride_qn, b, h, start_m, n_q, D, BLOCK_M, BLOCK_D, MASKED, TMA)
+        do = load_rows(do_src, stride_don, b, h, start_m, n_q, D, BLOCK_M, BLOCK_D, MASKED, TMA)
+        lse = load_vector(lse_src, head, start_m, n_q, BLOCK_M, MASKED, VECTOR_TMA)
+        delta = load_vector(delta_src, head, start_m, n_q, BLOCK_M, MASKED, VECTOR_TMA)
         sT = tl.dot(k, tl.trans(q), input_precision="ieee")  # S_ijᵀ = K_j Q_iᵀ
         dpT = tl.dot(v, tl.trans(do), input_precision="ieee")  # dP_ijᵀ = V_j dO_iᵀ
         sT, derivative = score_tile(
@@ -215,13 +217,15 @@ def _dkdv_kernel(
 
     for member in tl.range(0, GROUP):  # grouped-query attention: all query heads that share this key head
         h = h_kv * GROUP + member
-        q_head = q_ptr + batch * stride_qb + start_q * stride_qn + h * stride_qh
-        do_head = do_ptr + batch * stride_dob + start_q * stride_don + h * stride_doh
-        per_row = batch * stride_lb + h * stride_lh + start_q
-        q_src = source(q_head, stride_qn, stride_qd, n_q, D, BLOCK_M, BLOCK_D, TMA)
-        do_src = source(do_head, stride_don, stride_dod, n_q, D, BLOCK_M, BLOCK_D, TMA)
-        lse_src = vector_source(lse_ptr + per_row, n_q, BLOCK_M, VECTOR_TMA)
-        delta_src = vector_source(delta_ptr + per_row, n_q, BLOCK_M, VECTOR_TMA)
+        q_src, do_src, lse_src, delta_src = q_ptr, do_ptr, lse_ptr, delta_ptr
+        if not TMA:
+            q_src += batch * stride_qb + start_q * stride_qn + h * stride_qh
+            do_src += batch * stride_dob + start_q * stride_don + h * stride_doh
+        if not VECTOR_TMA:
+            lse_src += batch * stride_lb + h * stride_lh + start_q
+            delta_src += batch * stride_lb + h * stride_lh + start_q
+        q_src = source(q_src, stride_qn, stride_qd, BLOCK_M, BLOCK_D, TMA)
+        do_src = source(do_src, stride_don, stride_dod, BLOCK_M, BLOCK_D, TMA)
         head = (b * H + h).to(tl.int32)
         slope = None
         if slopes_ptr is not None:
@@ -230,12 +234,12 @@ def _dkdv_kernel(
         if window_right is not None:  # edges on both sides
             edge_first, edge_last, gap, skip = first, last - (end - begin), begin, end - begin
         dk, dv = _dkdv_inner(
-            dk, dv, k, v, q_src, do_src, lse_src, delta_src, stride_qn, stride_don,
+            dk, dv, k, v, q_src, do_src, lse_src, delta_src, bh // heads_kv, h.to(tl.int32), stride_qn, stride_don,
             cols, edge_first, edge_last, gap, skip, n_q, n_k, offset, head, slope, seed_ptr, dropout_p,
             softmax_scale, softcap, window_left, window_right, D, BLOCK_D, BLOCK_M, TMA, VECTOR_TMA, True,
         )  # fmt: skip
         dk, dv = _dkdv_inner(
-            dk, dv, k, v, q_src, do_src, lse_src, delta_src, stride_qn, stride_don,
+            dk, dv, k, v, q_src, do_src, lse_src, delta_src, bh // heads_kv, h.to(tl.int32), stride_qn, stride_don,
             cols, begin, end, None, None, n_q, n_k, offset, head, slope, seed_ptr, dropout_p,
             softmax_scale, softcap, window_left, window_right, D, BLOCK_D, BLOCK_M, TMA, VECTOR_TMA, False,
         )  # fmt: skip
@@ -287,19 +291,24 @@ def backward(
         return chosen or pick_config(kernel, head_dim, q.dtype, causal, q.device, longest=max(n_q, n_k))
 
     c = config("dq")
+    block_d = c.block_d(head_dim)
+    tma = c.tma and options.cu_seqlens_q is None and descriptors_fit(k, v)
     launch(
         _dq_kernel, (triton.cdiv(n_q, c.block_m) * batch * heads,), c,
-        q, k, v, out, dout, lse, dlse, delta, dq, *options.arguments(), heads, heads // heads_kv, n_q, n_k,
+        q, *(describe(t, c.block_n, block_d) if tma else t for t in (k, v)), out, dout, lse, dlse, delta, dq,
+        *options.arguments(), heads, heads // heads_kv, n_q, n_k,
         *strides[q], *strides[k], *strides[v], *strides[out], *strides[dout], *strides[dq], *lse_strides,
-        D=head_dim, BLOCK_D=c.block_d(head_dim), TMA=c.tma and descriptors_fit(k, v),
+        D=head_dim, BLOCK_D=block_d, TMA=tma,
     )  # fmt: skip
     c = config("dkdv")
-    tma = c.tma and descriptors_fit(q, dout)
+    tma = c.tma and options.cu_seqlens_q is None and descriptors_fit(q, dout)
+    vector_tma = tma and n_q % 4 == 0  # its rows must begin at a multiple of 16 bytes, too
     launch(
         _dkdv_kernel, (triton.cdiv(n_k, c.block_n) * batch * heads_kv,), c,
-        q, k, v, dout, lse, delta, dk, dv, *options.arguments(), heads, heads // heads_kv, n_q, n_k,
+        describe(q, c.block_m, block_d) if tma else q, k, v, describe(dout, c.block_m, block_d) if tma else dout,
+        *(describe_vectors(t, c.block_m) if vector_tma else t for t in (lse, delta)), dk, dv,
+        *options.arguments(), heads, heads // heads_kv, n_q, n_k,
         *strides[q], *strides[k], *strides[v], *strides[dout], *strides[dk], *strides[dv], *lse_strides,
-        D=head_dim, BLOCK_D=c.block_d(head_dim), TMA=tma,
-        VECTOR_TMA=tma and options.cu_seqlens_q is None and n_q % 4 == 0,  # rows of lse must begin at 16 bytes, too
+        D=head_dim, BLOCK_D=block_d, TMA=tma, VECTOR_TMA=vector_tma,
     )  # fmt: skip
     return dq, dk, dv

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import triton
 from triton.runtime.errors import OutOfResources
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 KERNELS = ("v1", "forward", "dkdv", "dq", "decode")
 SMALLEST_BLOCK = 16  # tl.dot takes no smaller tile
@@ -44,21 +44,19 @@ class LaunchConfig:
 # Tables by (kernel, BLOCK_D up to, causal); an entry without the third holds for both. Entries as in LaunchConfig:
 # block_m, block_n, num_warps, num_stages, tma.
 #
-# float16 and bfloat16 where a block may use 227 KiB of shared memory (9.0, 10.0): of 8 to 40 candidates each the one
-# with the least time on an H200 at N = 4,096 (v1 and 256: not searched).
+# float16 and bfloat16 where a block may use 227 KiB of shared memory (9.0, 10.0): of 12 to 30 candidates each the one
+# with the least time on an H200 at N = 1,024 and 4,096 taken together (v1 and 256: not searched).
 _SIXTEEN_BIT_LARGE = {
     ("v1", 64): LaunchConfig(64, 64, 4, 2),
     ("v1", 128): LaunchConfig(64, 32, 4, 2),
-    ("forward", 64, False): LaunchConfig(64, 128, 4, 2, True),
-    ("forward", 64, True): LaunchConfig(64, 64, 4, 3),
-    ("forward", 128, False): LaunchConfig(128, 64, 4, 2, True),
-    ("forward", 128, True): LaunchConfig(64, 64, 4, 3, True),
+    ("forward", 64): LaunchConfig(64, 128, 4, 2, True),
+    ("forward", 128): LaunchConfig(128, 64, 4, 2, True),
     ("forward", 256): LaunchConfig(128, 64, 8, 2, True),
-    ("dkdv", 64): LaunchConfig(64, 64, 4, 3, True),
+    ("dkdv", 64, False): LaunchConfig(64, 64, 4, 3, True),
+    ("dkdv", 64, True): LaunchConfig(64, 64, 4, 2, True),
     ("dkdv", 128): LaunchConfig(64, 64, 4, 2, True),
     ("dkdv", 256): LaunchConfig(32, 64, 8, 2, True),
-    ("dq", 64, False): LaunchConfig(128, 64, 8, 3, True),
-    ("dq", 64, True): LaunchConfig(64, 64, 4, 3, True),
+    ("dq", 64): LaunchConfig(128, 64, 4, 3, True),
     ("dq", 128): LaunchConfig(128, 64, 8, 3, True),
     ("dq", 256): LaunchConfig(64, 32, 8, 2, True),
     ("decode", 64): LaunchConfig(64, 128, 4, 3),
@@ -143,27 +141,33 @@ def pick_config(
 
 
 def descriptors_fit(*tensors: torch.Tensor) -> bool:
-    """Whether tensor descriptors can be made of the heads of these tensors: what the copy engine asks of addresses."""
-    return all(
-        t.stride(-1) == 1
-        and t.data_ptr() % 16 == 0
-        and all(stride * t.element_size() % 16 == 0 for stride in t.stride()[:-1])
-        for t in tensors
-    )
+    """Whether `describe` can describe these (B, N, H, D) tensors: what the copy engine asks of addresses."""
+
+    def fits(t: torch.Tensor) -> bool:
+        strides = [
+            stride * t.element_size() for stride, size in zip(t.stride()[:-1], t.shape, strict=False) if size > 1
+        ]
+        return (
+            t.numel() > 0
+            and t.stride(-1) == 1
+            and t.data_ptr() % 16 == 0
+            and all(stride > 0 and stride % 16 == 0 for stride in strides)
+        )
+
+    return all(map(fits, tensors))
 
 
-def _room_for_descriptors(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")
+def describe(t: torch.Tensor, rows: int, block_d: int) -> TensorDescriptor:
+    """A descriptor of a tensor (B, N, H, D), as (B, H, N, D), for tiles (rows, block_d) of one head."""
+    order = (0, 2, 1, 3)
+    # The stride of a dimension of one element says nothing in PyTorch, but a descriptor wants a multiple of 16 bytes.
+    strides = [t.stride(i) if t.shape[i] > 1 else 128 for i in order[:3]]
+    return TensorDescriptor(t, [t.shape[i] for i in order], [*strides, 1], [1, 1, rows, block_d])
 
 
-def with_room_for_descriptors(start: Callable, *args, **kwargs):
-    """Starts a kernel that makes tensor descriptors. Run it in a context of its own, `contextvars.copy_context()`.
-
-    Triton asks an allocator for their memory. It must be set in every thread, autograd's too, and it is not ours to
-    leave set.
-    """
-    triton.set_allocator(_room_for_descriptors)
-    return start(*args, **kwargs)
+def describe_vectors(t: torch.Tensor, rows: int) -> TensorDescriptor:
+    """A descriptor of lse or Δ, contiguous (B, H, N), as (B * H, N), for `rows` numbers of one head."""
+    return TensorDescriptor(t, [t.shape[0] * t.shape[1], t.shape[2]], [t.shape[2], 1], [1, rows])
 
 
 @dataclass(frozen=True)
@@ -173,12 +177,10 @@ class Launched:
     Attributes:
         start: called with `arguments`, or others of the same specialisation, launches on the current stream.
         arguments: all of the kernel's, in its order, constants included.
-        descriptors: whether it needs `with_room_for_descriptors`.
     """
 
     start: Callable
     arguments: tuple
-    descriptors: bool
 
 
 def launch(kernel, grid: tuple[int], config: LaunchConfig, *args, **constants) -> Launched | None:
@@ -194,21 +196,18 @@ def launch(kernel, grid: tuple[int], config: LaunchConfig, *args, **constants) -
         return None
     blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
     constants |= {name: size for name, size in blocks.items() if name in kernel.arg_names}
-    device = args[0].device
+    device = getattr(args[0], "base", args[0]).device
     if device.type == "cpu":
         kernel[grid](*args, **constants)
         return None
-    descriptors = bool(constants.get("TMA"))
-    start = functools.partial(kernel[grid], num_warps=config.num_warps, num_stages=config.num_stages)
-    if descriptors:
-        start = functools.partial(contextvars.copy_context().run, with_room_for_descriptors, start)
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     try:
         with torch.cuda.device(device):  # Triton launches on the current device, whatever holds the tensors
-            compiled = start(*args, **constants)
+            compiled = kernel[grid](*args, **constants, **options)
     except OutOfResources as error:
         raise RuntimeError(
             f"{error}. This GPU is too small for {config}: pass a `config` with smaller blocks or fewer stages, or use "
             "a smaller head dimension."
         ) from error
     named = dict(zip(kernel.arg_names, args, strict=False)) | constants
-    return Launched(compiled[(*grid, 1, 1)], tuple(named[name] for name in kernel.arg_names), descriptors)
+    return Launched(compiled[(*grid, 1, 1)], tuple(named[name] for name in kernel.arg_names))

@@ -9,15 +9,15 @@ pointers.
 
 from __future__ import annotations
 
-import contextvars
 from collections.abc import Callable
 
 import torch
 from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from labutils.kernels import flash_v2, flash_v2_backward
 from labutils.kernels.flash_v2 import Options
-from labutils.kernels.launch import Launched, with_room_for_descriptors
+from labutils.kernels.launch import Launched
 
 MOST_FORMS = 4096  # generation makes a new length for every token: the oldest forms are forgotten
 
@@ -44,12 +44,18 @@ class Form:
             return out, lse
         out = q.new_empty(self._shapes[0])
         lse = q.new_empty(self._shapes[1], dtype=torch.float32)
-        if launched.descriptors:
-            room = contextvars.copy_context()
-            room.run(with_room_for_descriptors, launched.start, q, k, v, out, lse, *launched.arguments[5:])
-        else:
-            launched.start(q, k, v, out, lse, *launched.arguments[5:])
+        _, k_like, v_like, _, _, *rest = launched.arguments
+        launched.start(q, _like(k_like, k), _like(v_like, v), out, lse, *rest)
         return out, lse
+
+
+def _like(model: torch.Tensor | TensorDescriptor, t: torch.Tensor) -> torch.Tensor | TensorDescriptor:
+    """The tensor, or a descriptor of it with the shape and strides of the `model`, which need no second check."""
+    if type(model) is not TensorDescriptor:
+        return t
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.__dict__.update(model.__dict__, base=t)
+    return descriptor
 
 
 _forms: dict[tuple, Form] = {}

@@ -53,57 +53,48 @@ def load_tile(ptrs, offs_n, N, D: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS
 
 
 @triton.jit
-def source(
-    ptr, stride_n, stride_d, N, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
-    table_ptr=None,
-):  # fmt: skip
-    """What `load_rows` reads tiles of one head from, whose first element is at `ptr`: pointers to the tile at row 0.
+def source(ptr, stride_n, stride_d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr, table_ptr=None):
+    """What `load_rows` reads the tiles of one head from, whose first element is at `ptr`: pointers to the first tile.
 
-    With TMA it is a tensor descriptor (Hopper and later): one thread asks for a whole tile, and the copy engine
-    computes the addresses and fills with zeros what is past N or D. In a paged cache it is `ptr` itself.
+    With TMA `ptr` is a tensor descriptor and remains one; in a paged cache it remains a pointer.
     """
-    if table_ptr is not None:
+    if TMA or table_ptr is not None:
         return ptr
-    elif TMA:
-        return tl.make_tensor_descriptor(ptr, shape=[N, D], strides=[stride_n, 1], block_shape=[BLOCK_N, BLOCK_D])
     else:
         return tile_pointers(ptr, stride_n, stride_d, 0, BLOCK_N, BLOCK_D)
 
 
 @triton.jit
 def load_rows(
-    src, stride_n, start, N, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS: tl.constexpr,
-    TMA: tl.constexpr, table_ptr=None, stride_page=None, stride_d=None, PAGE: tl.constexpr = 0,
+    src, stride_n, b, h, start, N,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS: tl.constexpr, TMA: tl.constexpr,
+    table_ptr=None, stride_page=None, stride_d=None, PAGE: tl.constexpr = 0,
 ):  # fmt: skip
-    """The tile (BLOCK_N, BLOCK_D) from row `start` on, as in `load_tile`; with a table, from pages of PAGE rows."""
+    """The tile (BLOCK_N, BLOCK_D) from row `start` on, as in `load_tile`; with a table, from pages of PAGE rows.
+
+    With TMA (Hopper and later) one thread asks for the tile by its place (b, h, start), and the copy engine computes
+    the addresses and fills with zeros what is past N or D.
+    """
     offs_n = start + tl.arange(0, BLOCK_N)
-    if table_ptr is not None:
+    if TMA:
+        return src.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_D])
+    elif table_ptr is not None:
         rows = paged_rows(table_ptr, offs_n, N, stride_page, stride_n, PAGE)
         return load_tile(row_pointers(src, stride_d, rows, BLOCK_D), offs_n, N, D, BLOCK_D, MASK_ROWS)
-    elif TMA:
-        return src.load([start, 0])
     else:
         return load_tile(src + tl.cast(start, tl.int64) * stride_n, offs_n, N, D, BLOCK_D, MASK_ROWS)
 
 
 @triton.jit
-def vector_source(ptr, N, BLOCK: tl.constexpr, TMA: tl.constexpr):
-    """`source` for one number a row, which lie side by side: what `load_vector` reads from."""
+def load_vector(src, bh, start, N, BLOCK: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr):
+    """One number a row from row `start` on, of head `bh`; those of rows from N on (where MASKED) are zero."""
+    offs = start + tl.arange(0, BLOCK)
     if TMA:
-        return tl.make_tensor_descriptor(ptr, shape=[N], strides=[1], block_shape=[BLOCK])
-    else:
-        return ptr + tl.arange(0, BLOCK)
-
-
-@triton.jit
-def load_vector(src, start, N, BLOCK: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr):
-    """The numbers of the rows from `start` on; those of rows from N on (where MASKED) are zero."""
-    if TMA:
-        return src.load([start])
+        return src.load([bh, start]).reshape([BLOCK])
     elif MASKED:
-        return tl.load(src + start, mask=start + tl.arange(0, BLOCK) < N, other=0.0)
+        return tl.load(src + offs, mask=offs < N, other=0.0)
     else:
-        return tl.load(src + start)
+        return tl.load(src + offs)
 
 
 @triton.jit
