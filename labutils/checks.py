@@ -122,7 +122,8 @@ def window(window_size: tuple[int, int], causal: bool) -> tuple[int | None, int 
         raise ValueError(f"window_size={window_size}: each side is -1 (no bound), 0 or more.")
     if causal:
         right = 0
-    return (None if left == -1 else left), (None if right == -1 else right)
+    # Kernels add a bound to a place in 32 bits; one that is longer than any sequence is none.
+    return tuple(None if side == -1 or side >= 2**30 else side for side in (left, right))
 
 
 def cap(softcap: float) -> float | None:

@@ -52,27 +52,6 @@ def _attention(
     return (out, lse, None) if return_attn_probs else out
 
 
-def _short_way(q, k, v, softmax_scale, causal, window_size, softcap) -> tuple[torch.Tensor, torch.Tensor]:
-    """out and lse without the operators, and for a form that was seen before without checks."""
-
-    def prepare() -> Options:
-        checks.tensors(q, k, v)
-        window = checks.window(window_size, causal)
-        return Options(checks.scale(softmax_scale, q.shape[-1]), window, checks.cap(softcap))
-
-    return prepared.find(q, k, v, (softmax_scale, causal, window_size, softcap), prepare).attend(q, k, v)
-
-
-def _may_be_short(q, k, v, window_size) -> bool:
-    return (
-        not runtime.interpreted
-        and not operators.is_traced(q, k, v)
-        and not torch.is_autocast_enabled("cuda")
-        and q.device.index == torch._C._cuda_getDevice()  # which is where Triton launches
-        and type(window_size) is tuple
-    )
-
-
 def flash_attn_func(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -114,8 +93,14 @@ def flash_attn_func(
         NotImplementedError: a gradient by alibi_slopes.
         RuntimeError: a GPU too old or too small.
     """
-    if dropout_p == 0.0 and alibi_slopes is None and _may_be_short(q, k, v, window_size):
-        out, lse = _short_way(q, k, v, softmax_scale, causal, window_size, softcap)
+    if dropout_p == 0.0 and alibi_slopes is None and type(window_size) is tuple and prepared.may_be_short(q, k, v):
+
+        def prepare() -> Options:
+            checks.tensors(q, k, v)
+            window = checks.window(window_size, causal)
+            return Options(checks.scale(softmax_scale, q.shape[-1]), window, checks.cap(softcap))
+
+        out, lse = prepared.attention(q, k, v, (softmax_scale, causal, window_size, softcap), prepare)
         return (out, lse, None) if return_attn_probs else out
     q, k, v = _cast(q, k, v)
     checks.tensors(q, k, v)

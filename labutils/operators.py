@@ -17,21 +17,6 @@ from labutils.kernels import append, flash_decode, flash_v2, flash_v2_backward
 from labutils.kernels.flash_decode import Cache
 from labutils.kernels.flash_v2 import Options
 
-_PLAIN = {Tensor, torch.nn.Parameter}
-
-
-def is_traced(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether something looks at operators as they run: a compiler, a FLOP counter, a transform, a kind of tensor.
-
-    Where nothing does, the interface calls the kernels without the detour over the operators, which costs time.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or not {type(q), type(k), type(v)} <= _PLAIN
-    )
-
 
 def _bound(side: int) -> int | None:
     return None if side < 0 else side

@@ -112,6 +112,16 @@ def test_any_window(n_q, n_k, left, right, causal, blocks):
     check(*make(n_q, n_k, heads=1), blocks=blocks, causal=causal, window_size=(left, right))
 
 
+@pytest.mark.parametrize("window_size", [(2**31 - 1, 0), (-1, 2**31 - 1), (2**31 - 1, 2**31 - 1)])
+def test_bounds_of_any_size(window_size):
+    q, k, v = (t.requires_grad_() for t in make(50, 30))
+    out = interface.flash_attn_func(q, k, v, window_size=window_size)
+    gradients = torch.autograd.grad(out.sum(), (q, k, v))
+    check_attention(out, q, k, v, window_size=window_size).raise_if_failed()
+    for verdict in check_gradients(gradients, torch.ones_like(out), q, k, v, window_size=window_size):
+        verdict.raise_if_failed()
+
+
 class TestDropout:
     P = 0.3
 

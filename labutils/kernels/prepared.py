@@ -15,71 +15,94 @@ import torch
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from labutils import runtime
 from labutils.kernels import flash_v2, flash_v2_backward
 from labutils.kernels.flash_v2 import Options
-from labutils.kernels.launch import Launched
 
 MOST_FORMS = 4096  # generation makes a new length for every token: the oldest forms are forgotten
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
-class Form:
-    """A call of which all but the values is known; for tensors on the current device."""
+def may_be_short(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether nothing needs the long way, over PyTorch's dispatcher.
 
-    def __init__(self, options: Options):
-        self.options = options
-        self._launched: Launched | None = None
-        self._shapes: tuple[torch.Size, torch.Size] | None = None
-
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """out and lse, differentiable; the first time through Triton's JIT, which compiles where that is needed."""
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            return _FlashAttention.apply(q, k, v, self)
-        return self._forward(q, k, v)
-
-    def _forward(self, q, k, v):
-        launched = self._launched
-        if launched is None:
-            out, lse, self._launched = flash_v2.start(q, k, v, self.options)
-            self._shapes = out.shape, lse.shape
-            return out, lse
-        out = q.new_empty(self._shapes[0])
-        lse = q.new_empty(self._shapes[1], dtype=torch.float32)
-        _, k_like, v_like, _, _, *rest = launched.arguments
-        launched.start(q, _like(k_like, k), _like(v_like, v), out, lse, *rest)
-        return out, lse
+    It is for whatever looks at operators as they run: a compiler, a FLOP counter, a transform, autocast, a subclass of
+    tensors; for the interpreter; and for a GPU that is not the current one, which is where Triton launches.
+    """
+    return (
+        not runtime.interpreted
+        and {type(q), type(k), type(v)} <= _PLAIN
+        and q.device.index == torch._C._cuda_getDevice()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cuda")
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
-def _like(model: torch.Tensor | TensorDescriptor, t: torch.Tensor) -> torch.Tensor | TensorDescriptor:
-    """The tensor, or a descriptor of it with the shape and strides of the `model`, which need no second check."""
-    if type(model) is not TensorDescriptor:
-        return t
-    descriptor = object.__new__(TensorDescriptor)
-    descriptor.__dict__.update(model.__dict__, base=t)
-    return descriptor
-
-
-_forms: dict[tuple, Form] = {}
-
-
-def find(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: tuple, prepare: Callable[[], Options]) -> Form:
-    """The form of this call; `prepare` checks the arguments and makes the options of one that is new."""
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: tuple, prepare: Callable[[], Options]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse, differentiable; `prepare` checks the arguments of a new form and makes its kernel's options."""
     key = (
         q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
         q.device, k.device, v.device, (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16, options,
     )  # fmt: skip
     form = _forms.get(key)
     if form is None:
-        form = Form(prepare())
+        form = _Form(prepare())
         while len(_forms) >= MOST_FORMS:
             del _forms[next(iter(_forms))]
         _forms[key] = form
-    return form
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _FlashAttention.apply(q, k, v, form)
+    return form.forward(q, k, v)
+
+
+class _Form:
+    """A call of which all but the values is known. It holds no tensor."""
+
+    def __init__(self, options: Options):
+        self.options = options
+        self.start: Callable | None = None
+
+    def forward(self, q, k, v):
+        """The first time through Triton's JIT, which compiles where that is needed."""
+        if self.start is None:
+            out, lse, launched = flash_v2.start(q, k, v, self.options)
+            if launched is not None:  # it is for an empty grid
+                _, k_like, v_like, _, _, *self.rest = launched.arguments
+                self.k_like, self.v_like = _without_base(k_like), _without_base(v_like)
+                self.out_shape, self.lse_shape = out.shape, lse.shape
+                self.start = launched.start
+            return out, lse
+        out = q.new_empty(self.out_shape)
+        lse = q.new_empty(self.lse_shape, dtype=torch.float32)
+        if self.k_like is not None:
+            k, v = _with_base(self.k_like, k), _with_base(self.v_like, v)
+        self.start(q, k, v, out, lse, *self.rest)
+        return out, lse
+
+
+def _without_base(argument: torch.Tensor | TensorDescriptor) -> dict | None:
+    """What a descriptor says of a tensor, without the tensor; None where the tensor itself is the argument."""
+    return {**argument.__dict__, "base": None} if type(argument) is TensorDescriptor else None
+
+
+def _with_base(description: dict, t: torch.Tensor) -> TensorDescriptor:
+    """A descriptor without the checks of its constructor, which this form has passed."""
+    descriptor = object.__new__(TensorDescriptor)
+    descriptor.__dict__.update(description, base=t)
+    return descriptor
+
+
+_forms: dict[tuple, _Form] = {}
 
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, form):
-        out, lse = form._forward(q, k, v)
+        out, lse = form.forward(q, k, v)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.options = form.options
         ctx.set_materialize_grads(False)
