@@ -263,6 +263,82 @@ def time_call(fn: Callable[[], Any], *, seconds: float = 0.5, warm_up: bool = Tr
     return _summary(timed(fitting) if fitting > MIN_REPEATS else times)
 
 
+def time_replayed(calls: Sequence[Callable[[], Any]], *, repeats: int = 30) -> float:
+    """Microseconds of one of `calls` on the GPU, without the host: the median over replays of a CUDA graph of all.
+
+    For work shorter than its launch. The L2 cache is not flushed: give each call tensors of its own, several times the
+    cache's size in all, so that none finds its inputs there.
+
+    Raises:
+        Unsupported: no GPU.
+    """
+    if runtime.device.type != "cuda":
+        raise Unsupported("a CUDA graph needs a GPU: there is no time of launches to leave out on this machine.")
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # compiles and allocates, which a graph cannot capture
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    starts, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(repeats)] for _ in range(2))
+    for start, end in zip(starts, ends, strict=True):
+        start.record()
+        graph.replay()
+        end.record()
+    torch.cuda.synchronize()
+    times = [start.elapsed_time(end) for start, end in zip(starts, ends, strict=True)]
+    return 1e3 * _summary(times).median_ms / len(calls)
+
+
+def decode_bandwidth(
+    *,
+    batch: int,
+    seqlen: int,
+    heads: int = 64,
+    heads_kv: int = 8,
+    head_dim: int = 128,
+    page: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[float, float]:
+    """How fast `flash_attn_with_kvcache` reads a full cache for one token: (microseconds, GB/s of keys and values).
+
+    Decoding reads each key and value once and computes little with them, so that memory is its bound: compare with
+    `analysis.measure_ceilings().gb_per_s`.
+
+    Args:
+        batch, seqlen, heads, heads_kv, head_dim: B, N_k, H, H_kv, D.
+        page: rows of a block of a paged cache, the blocks in random order; None for a cache in one piece.
+        dtype: of queries and cache.
+
+    Raises:
+        Unsupported: no GPU.
+    """
+    if runtime.device.type != "cuda":
+        raise Unsupported("decoding is timed on a GPU alone: in the interpreter a time means nothing.")
+    on_gpu = {"device": runtime.device, "dtype": dtype}
+    size = 2 * batch * seqlen * heads_kv * head_dim * dtype.itemsize  # bytes of one cache
+    l2 = torch.cuda.get_device_properties(runtime.device).L2_cache_size
+    copies = max(2, -(-4 * l2 // size))
+    q = torch.randn(batch, 1, heads, head_dim, **on_gpu)
+    table = None
+    if page is not None:
+        blocks = -(-seqlen // page)
+        table = torch.randperm(batch * blocks, device=runtime.device).view(batch, blocks).int()
+    shape = (batch, seqlen) if page is None else (batch * blocks, page)
+    caches = [torch.randn(2, *shape, heads_kv, head_dim, **on_gpu) for _ in range(copies)]
+    lengths = torch.full((batch,), seqlen, dtype=torch.int32, device=runtime.device)
+    calls = [
+        lambda kv=kv: interface.flash_attn_with_kvcache(q, *kv, cache_seqlens=lengths, block_table=table)
+        for kv in caches
+    ]
+    microseconds = time_replayed(calls)
+    return microseconds, size / microseconds / 1e3
+
+
 def torch_profiler(**options: Any) -> torch.profiler.profile:
     """`torch.profiler.profile(**options)`, without the log lines and warnings that it writes to stderr."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when the first profiler starts

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 
-from labutils import benchmark, reference, runtime
+from labutils import analysis, benchmark, reference, runtime
 
 pd = pytest.importorskip("pandas")
 QUICK = {"seconds_per_point": 0.0, "progress": False}
@@ -442,3 +442,20 @@ def test_gpu_out_of_memory_is_a_row_and_leaves_no_memory_behind():
     assert statuses["naive"] == ["ok", "ok", "oom", "oom", "oom", "oom"]
     assert statuses["triton_v2"] == ["ok"] * 6, df["reason"].to_list()
     assert torch.cuda.memory_allocated() - before < 2**20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page", [None, 64])
+def test_decoding_reads_at_a_rate_that_memory_can_have(page):
+    microseconds, rate = benchmark.decode_bandwidth(batch=8, seqlen=4096, page=page)
+    bytes_read = 2 * 8 * 4096 * 8 * 128 * 2
+    assert rate == pytest.approx(bytes_read / microseconds / 1e3)
+    # More than memory delivers would mean that the L2 cache did; a tenth of it, that something else was timed.
+    copied = analysis.measure_ceilings(seconds=0.1).gb_per_s
+    assert 0.1 * copied < rate < 1.3 * copied
+
+
+@pytest.mark.skipif(not runtime.interpreted, reason="there is a GPU to time it on")
+def test_decoding_is_not_timed_in_the_interpreter():
+    with pytest.raises(benchmark.Unsupported, match="means nothing"):
+        benchmark.decode_bandwidth(batch=1, seqlen=64)

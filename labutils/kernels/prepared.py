@@ -30,11 +30,11 @@ def may_be_short(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     tensors; for the interpreter; and for a GPU that is not the current one, which is where Triton launches.
     """
     return (
-        not runtime.interpreted
+        not torch.compiler.is_compiling()  # first: what follows cannot be traced
+        and not runtime.interpreted
         and {type(q), type(k), type(v)} <= _PLAIN
         and q.device.index == torch._C._cuda_getDevice()
         and torch._C._len_torch_dispatch_stack() == 0
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cuda")
         and torch._C._functorch.peek_interpreter_stack() is None
     )
