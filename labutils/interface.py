@@ -31,6 +31,10 @@ def _cast(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [t.to(dtype) if may(t) else t for t in tensors]
 
 
+def _needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 def _attention(
     q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs, batch,
     cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0, block_table=None,
@@ -45,7 +49,9 @@ def _attention(
     if dropout_p > 0.0:
         # From PyTorch's generator of the device, so that manual_seed repeats it and checkpointing restores it.
         seed = torch.randint(2**31 - 1, (1,), dtype=torch.int64, device=q.device)
-    out, lse = operators.flash_attention(
+    direct = prepared.may_be_short(q, k, v) and not _needs_gradient(q, k, v)
+    run = operators.attend if direct else operators.flash_attention
+    out, lse = run(
         q, k, v, scale, *window, softcap, slopes, dropout_p, seed,
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table,
     )  # fmt: skip
@@ -188,7 +194,7 @@ def flash_attn_varlen_func(
     cu_seqlens_k = checks.sequences("cu_seqlens_k", cu_seqlens_k, max_seqlen_k, batch, q.device)
     if block_table is not None:
         block_table = checks.table(block_table, batch, q.device)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+        if _needs_gradient(q, k, v):
             raise NotImplementedError(
                 "block_table: there is no backward through a paged cache. Call under torch.no_grad(), or gather the "
                 "blocks into packed k and v."
@@ -315,7 +321,12 @@ def flash_attn_with_kvcache(
         raise ValueError(
             f"q has batch size {batch}, the cache {k_cache.shape[0]} rows: pass a larger cache, or cache_batch_idx."
         )
-    out, lse = operators.flash_attention_with_cache(
+    direct = prepared.may_be_short(q, k_cache, v_cache) and not _needs_gradient(q, k_cache, v_cache, k, v)
+    run = operators.attend_with_cache if direct else operators.flash_attention_with_cache
+    if direct and k is not None:
+        # What an operator does for tensors that it writes to: a gradient that needs their old values is an error.
+        torch.autograd.graph.increment_version([t for t in (k_cache, v_cache) if not t.is_inference()])
+    out, lse = run(
         q, k_cache, v_cache, k, v,
         *(None if t is None else t.contiguous() for t in (rotary_cos, rotary_sin)),
         seqlens, seqlen, batch_idx, leftpad, block_table,
@@ -347,7 +358,7 @@ def flash_attn_v1_func(
     """
     checks.tensors(q, k, v, largest=128)
     softmax_scale = checks.scale(softmax_scale, q.shape[-1])
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v)):
+    if _needs_gradient(q, k, v):
         raise NotImplementedError(
             "flash_attn_v1_func has no backward pass: call it under torch.no_grad(), or use flash_attn_func."
         )

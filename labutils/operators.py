@@ -1,9 +1,9 @@
 """The kernels as operators that PyTorch knows: for torch.compile, autograd, FLOP counters and CUDA graphs.
 
-`torch.ops.labutils.flash_attention`, its backward, and `flash_attention_with_cache`. They take plain tensors and
-numbers, and expect arguments whose form `labutils.interface` has checked; what must be read from the GPU to be checked
-(lengths of sequences, places in a cache) is checked here, where it is not traced. Windows: -1 is no bound; softcap: 0
-is none.
+`torch.ops.labutils.flash_attention`, its backward, and `flash_attention_with_cache`. `attend` and `attend_with_cache`
+are what two of them do, for callers that need no operator and save its dispatch. All take plain tensors and numbers,
+and expect arguments whose form `labutils.interface` has checked; what must be read from the GPU to be checked (lengths
+of sequences, places in a cache) is checked here, where it is not traced. Windows: -1 is no bound; softcap: 0 is none.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ def _options(
     )  # fmt: skip
 
 
-@torch.library.custom_op("labutils::flash_attention", mutates_args=())
-def flash_attention(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -61,6 +60,9 @@ def flash_attention(
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table,
     )  # fmt: skip
     return flash_v2.forward(q, k, v, options)
+
+
+flash_attention = torch.library.custom_op("labutils::flash_attention", attend, mutates_args=())
 
 
 @flash_attention.register_fake
@@ -132,8 +134,7 @@ flash_attention.register_autograd(_backward, setup_context=_keep_for_backward)
 flash_attention_backward.register_autograd(_second_derivative)
 
 
-@torch.library.custom_op("labutils::flash_attention_with_cache", mutates_args=("k_cache", "v_cache"))
-def flash_attention_with_cache(
+def attend_with_cache(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -173,6 +174,11 @@ def flash_attention_with_cache(
         q = append.rotate(q, cache, rotary_cos, rotary_sin, rotary_interleaved, one_position=one_position)
     options = _options(softmax_scale, window_left, window_right, softcap, alibi_slopes)
     return flash_decode.decode(q, k_cache, v_cache, cache, options, n_new=n_new, splits=num_splits)
+
+
+flash_attention_with_cache = torch.library.custom_op(
+    "labutils::flash_attention_with_cache", attend_with_cache, mutates_args=("k_cache", "v_cache")
+)
 
 
 @flash_attention_with_cache.register_fake

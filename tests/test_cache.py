@@ -762,3 +762,21 @@ def test_arguments_are_those_of_the_flash_attn_here():
     functions = (interface.flash_attn_with_kvcache, theirs.flash_attn_with_kvcache)
     ours, other = ([(p.name, p.default) for p in inspect.signature(f).parameters.values()] for f in functions)
     assert ours == other
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_appending_without_gradients(mode):
+    with mode():
+        call = make((9, 5), n_q=1, n_new=1, heads=4, heads_kv=2)
+        out, lse = interface.flash_attn_with_kvcache(**call, return_softmax_lse=True)
+    assert out.isfinite().all() and lse.isfinite().all()
+    assert torch.equal(call["k_cache"][0, 9], call["k"][0, 0])
+
+
+def test_a_gradient_that_needs_the_cache_as_it_was_is_refused():
+    call = make((9, 5), n_q=1, n_new=1, garbage=0.0)
+    weight = torch.ones((), device=DEVICE, requires_grad=True)
+    loss = (weight * call["k_cache"]).sum()
+    interface.flash_attn_with_kvcache(**call)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
