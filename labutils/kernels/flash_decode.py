@@ -105,7 +105,7 @@ def _decode_kernel(
     if slopes_ptr is not None:
         slope = tl.load(slopes_ptr + b * stride_sb + head)[:, None]
     q_ptrs = row_pointers(q_ptr + b * stride_qb, stride_qd, place_q, BLOCK_D)
-    q = load_tile(q_ptrs, offs_m, N_Q * GROUP, D, BLOCK_D, True)
+    q = load_tile(q_ptrs, offs_m, N_Q * GROUP, D, BLOCK_D)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -117,25 +117,11 @@ def _decode_kernel(
     part = tl.cdiv(tl.cdiv(last - first, BLOCK_N), SPLITS) * BLOCK_N
     first = tl.minimum(first + split * part, last)
     last = tl.minimum(first + part, last)
-    begin = tl.minimum(tl.maximum(begin, first), last)
-    end = tl.minimum(tl.maximum(end, first), last)
     acc, l_i, m_i = attend(
         acc, l_i, m_i, q, k_src, v_src, 0, 0, stride_kn, stride_kd, stride_vn, stride_vd,
         table_ptr, stride_kb, stride_vb,
-        rows, begin, end, None, None, n_k, offset, None, slope, None, None, softmax_scale, softcap,
-        window_left, window_right, D, BLOCK_D, BLOCK_N, PAGE, False, False,
-    )  # fmt: skip
-    gap, skip = None, None
-    if window_left is not None:
-        gap, skip = begin, end - begin
-        last -= skip
-    else:
-        first = end
-    acc, l_i, m_i = attend(
-        acc, l_i, m_i, q, k_src, v_src, 0, 0, stride_kn, stride_kd, stride_vn, stride_vd,
-        table_ptr, stride_kb, stride_vb,
-        rows, first, last, gap, skip, n_k, offset, None, slope, None, None, softmax_scale, softcap,
-        window_left, window_right, D, BLOCK_D, BLOCK_N, PAGE, False, True,
+        rows, first, begin, end, last, n_k, offset, None, slope, None, None, softmax_scale, softcap,
+        window_left, window_right, D, BLOCK_D, BLOCK_N, PAGE, False,
     )  # fmt: skip
 
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)

@@ -38,10 +38,10 @@ def _forward_kernel(
     for start_n in tl.range(0, N_K, BLOCK_N):  # line 5: for each block of K and V
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_tile(
-            tile_pointers(k_ptr, stride_kn, stride_kd, start_n, BLOCK_N, BLOCK_D), offs_n, N_K, D, BLOCK_D, True
+            tile_pointers(k_ptr, stride_kn, stride_kd, start_n, BLOCK_N, BLOCK_D), offs_n, N_K, D, BLOCK_D
         )
         v = load_tile(
-            tile_pointers(v_ptr, stride_vn, stride_vd, start_n, BLOCK_N, BLOCK_D), offs_n, N_K, D, BLOCK_D, True
+            tile_pointers(v_ptr, stride_vn, stride_vd, start_n, BLOCK_N, BLOCK_D), offs_n, N_K, D, BLOCK_D
         )
         first_row = 0
         if CAUSAL:  # rows above start_n - offset see nothing of this block
@@ -50,10 +50,10 @@ def _forward_kernel(
             offs_m = start_m + tl.arange(0, BLOCK_M)
             in_m = offs_m < N_Q
             q = load_tile(
-                tile_pointers(q_ptr, stride_qn, stride_qd, start_m, BLOCK_M, BLOCK_D), offs_m, N_Q, D, BLOCK_D, True
+                tile_pointers(q_ptr, stride_qn, stride_qd, start_m, BLOCK_M, BLOCK_D), offs_m, N_Q, D, BLOCK_D
             )
             o_ptrs = tile_pointers(o_ptr, stride_on, stride_od, start_m, BLOCK_M, BLOCK_D)
-            o = load_tile(o_ptrs, offs_m, N_Q, D, BLOCK_D, True)  # line 8: O_i, l_i, m_i come from HBM
+            o = load_tile(o_ptrs, offs_m, N_Q, D, BLOCK_D)  # line 8: O_i, l_i, m_i come from HBM
             l_old = tl.load(l_ptr + offs_m, mask=in_m, other=0.0)
             m_old = tl.load(m_ptr + offs_m, mask=in_m, other=float("-inf"))
 

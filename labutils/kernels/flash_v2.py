@@ -23,7 +23,7 @@ from labutils.kernels.launch import (
     launch,
     pick_config,
 )
-from labutils.kernels.scores import LN_2, columns_of, dropout_keep, score_tile, score_unit, sequence
+from labutils.kernels.scores import LN_2, columns_of, dropout_keep, mask_tile, score_tile, score_unit, sequence
 from labutils.kernels.tiles import load_rows, load_tile, source, store_tile, tile_pointers
 
 
@@ -85,67 +85,35 @@ def with_batch(t: torch.Tensor) -> torch.Tensor:
 def attend(
     acc, l_i, m_i, q, k_src, v_src, b, h_kv, stride_kn, stride_kd, stride_vn, stride_vd,
     table_ptr, stride_kp, stride_vp,
-    rows, first, last, gap, skip, n_k, offset, head, slope, seed_ptr, dropout_p, softmax_scale, softcap,
+    rows, first, begin, end, last, n_k, offset, head, slope, seed_ptr, dropout_p, softmax_scale, softcap,
     window_left, window_right,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, TMA: tl.constexpr,
-    MASKED: tl.constexpr,
 ):  # fmt: skip
     """Takes the columns from `first` to `last` into acc, l and m of one block of rows.
 
-    MASKED is for blocks that hold an edge: the diagonal, the window's end or the sequence's; the others need no mask.
-    Where edges lie on both sides, one loop takes them all: from the column `gap` on it is `skip` columns ahead.
+    From `begin` to `end` every row sees every column, and no mask is computed. All programs branch alike there, so the
+    branch costs next to nothing; two loops, one with mask and one without, would each fill its own pipeline and hold
+    the registers of both.
     """
     unit = score_unit(softmax_scale, softcap, slope)
     for start_n in tl.range(first, last, BLOCK_N):
-        if gap is not None:
-            start_n = tl.where(start_n < gap, start_n, start_n + skip)
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_rows(
-            k_src,
-            stride_kn,
-            b,
-            h_kv,
-            start_n,
-            n_k,
-            D,
-            BLOCK_N,
-            BLOCK_D,
-            MASKED,
-            TMA,
-            table_ptr,
-            stride_kp,
-            stride_kd,
-            PAGE,
+            k_src, stride_kn, b, h_kv, start_n, n_k, D, BLOCK_N, BLOCK_D, TMA, table_ptr, stride_kp, stride_kd, PAGE
         )
         s = tl.dot(q, tl.trans(k), input_precision="ieee")  # S_ij = Q_i K_jᵀ
-        s, _ = score_tile(
-            s, rows, offs_n[None, :], n_k, offset, softmax_scale, softcap, slope, window_left, window_right, MASKED
-        )
+        s, _ = score_tile(s, rows, offs_n[None, :], offset, softmax_scale, softcap, slope)
+        if (start_n < begin) | (start_n >= end):  # the diagonal, the window's end or the sequence's runs through here
+            s = mask_tile(s, rows, offs_n[None, :], n_k, offset, window_left, window_right)
         m_new = tl.maximum(m_i, tl.max(s, axis=1) * unit)
-        m_safe = m_new
-        if MASKED:  # a row that has seen no key yet: 2^(-inf - 0) = 0, where 2^(-inf + inf) would be NaN
-            m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # no key yet: 2^(-inf - 0) = 0, 2^(-inf + inf) = NaN
         p = tl.math.exp2(s * unit - m_safe[:, None])  # P_ij = exp(S_ij - m_new), one multiply-add and one exp2
         alpha = tl.math.exp2(m_i - m_safe)  # what the old maximum is worth under the new one
         l_i = l_i * alpha + tl.sum(p, axis=1)
         if seed_ptr is not None:  # the softmax is over all keys; what is dropped is missing from the sum over V alone
             p = tl.where(dropout_keep(seed_ptr, dropout_p, head, rows, offs_n[None, :]), p, 0.0)
         v = load_rows(
-            v_src,
-            stride_vn,
-            b,
-            h_kv,
-            start_n,
-            n_k,
-            D,
-            BLOCK_N,
-            BLOCK_D,
-            MASKED,
-            TMA,
-            table_ptr,
-            stride_vp,
-            stride_vd,
-            PAGE,
+            v_src, stride_vn, b, h_kv, start_n, n_k, D, BLOCK_N, BLOCK_D, TMA, table_ptr, stride_vp, stride_vd, PAGE
         )
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")  # O_i = alpha O_i + P_ij V_j
         m_i = m_new
@@ -199,7 +167,7 @@ def _forward_kernel(
     rows = offs_m[:, None]
     offset = n_k - n_q  # bottom-right alignment: causal, row i sees the columns j <= i + offset
 
-    q = load_tile(tile_pointers(q_ptr, stride_qn, stride_qd, start_m, BLOCK_M, BLOCK_D), offs_m, n_q, D, BLOCK_D, True)
+    q = load_tile(tile_pointers(q_ptr, stride_qn, stride_qd, start_m, BLOCK_M, BLOCK_D), offs_m, n_q, D, BLOCK_D)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -207,20 +175,8 @@ def _forward_kernel(
     acc, l_i, m_i = attend(
         acc, l_i, m_i, q, k_src, v_src, bh // H, h_kv, stride_kn, stride_kd, stride_vn, stride_vd,
         table_ptr, stride_kb, stride_vb,
-        rows, begin, end, None, None, n_k, offset, bh, slope, seed_ptr, dropout_p, softmax_scale, softcap,
-        window_left, window_right, D, BLOCK_D, BLOCK_N, PAGE, TMA, False,
-    )  # fmt: skip
-    gap, skip = None, None
-    if window_left is not None:  # edges on both sides
-        gap, skip = begin, end - begin
-        last -= skip
-    else:
-        first = end
-    acc, l_i, m_i = attend(
-        acc, l_i, m_i, q, k_src, v_src, bh // H, h_kv, stride_kn, stride_kd, stride_vn, stride_vd,
-        table_ptr, stride_kb, stride_vb,
-        rows, first, last, gap, skip, n_k, offset, bh, slope, seed_ptr, dropout_p, softmax_scale, softcap,
-        window_left, window_right, D, BLOCK_D, BLOCK_N, PAGE, TMA, True,
+        rows, first, begin, end, last, n_k, offset, bh, slope, seed_ptr, dropout_p, softmax_scale, softcap,
+        window_left, window_right, D, BLOCK_D, BLOCK_N, PAGE, TMA,
     )  # fmt: skip
 
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)

@@ -22,31 +22,29 @@ from labutils.kernels.launch import (
     launch,
     pick_config,
 )
-from labutils.kernels.scores import LOG2_E, columns_of, dropout_keep, rows_of, score_tile, score_unit, sequence
+from labutils.kernels.scores import LOG2_E, columns_of, dropout_keep, mask_tile, rows_of, score_tile, score_unit, sequence
 from labutils.kernels.tiles import load_rows, load_tile, load_vector, source, store_tile, tile_pointers
 
 
 @triton.jit
 def _dq_inner(
-    dq, q, do, lse, delta, k_src, v_src, b, h_kv, stride_kn, stride_vn,
-    rows, first, last, gap, skip, n_k, offset, head, slope, seed_ptr, dropout_p, softmax_scale, softcap,
+    dq, q, do, lse2, delta, k_src, v_src, b, h_kv, stride_kn, stride_vn,
+    rows, first, begin, end, last, n_k, offset, head, slope, seed_ptr, dropout_p, softmax_scale, softcap,
     window_left, window_right,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the columns from `first` to `last` contribute to dQ of one block of rows; `gap`, `skip`: `attend`."""
+    """Adds what the columns from `first` to `last` contribute to dQ of one block of rows; `begin`, `end`: `attend`."""
     unit = score_unit(softmax_scale, softcap, slope)
     for start_n in tl.range(first, last, BLOCK_N):
-        if gap is not None:
-            start_n = tl.where(start_n < gap, start_n, start_n + skip)
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        k = load_rows(k_src, stride_kn, b, h_kv, start_n, n_k, D, BLOCK_N, BLOCK_D, MASKED, TMA)
-        v = load_rows(v_src, stride_vn, b, h_kv, start_n, n_k, D, BLOCK_N, BLOCK_D, MASKED, TMA)
+        k = load_rows(k_src, stride_kn, b, h_kv, start_n, n_k, D, BLOCK_N, BLOCK_D, TMA)
+        v = load_rows(v_src, stride_vn, b, h_kv, start_n, n_k, D, BLOCK_N, BLOCK_D, TMA)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        s, derivative = score_tile(s, rows, offs_n[None, :], offset, softmax_scale, softcap, slope)
+        if (start_n < begin) | (start_n >= end):
+            s = mask_tile(s, rows, offs_n[None, :], n_k, offset, window_left, window_right)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")  # on the tensor cores while others compute the exponents
-        s, derivative = score_tile(
-            s, rows, offs_n[None, :], n_k, offset, softmax_scale, softcap, slope, window_left, window_right, MASKED
-        )
-        p = tl.math.exp2(s * unit - (lse * LOG2_E)[:, None])  # P_ij = exp(S_ij - L_i)
+        p = tl.math.exp2(s * unit - lse2[:, None])  # P_ij = exp(S_ij - L_i)
         if seed_ptr is not None:
             keep = dropout_keep(seed_ptr, dropout_p, head, rows, offs_n[None, :])
             dp = tl.where(keep, dp / (1.0 - dropout_p), 0.0)
@@ -57,7 +55,7 @@ def _dq_inner(
 
 @triton.jit(do_not_specialize=SEQUENCE_LENGTHS)
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dlse_ptr, delta_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr, dq_ptr,
     cu_seqlens_q_ptr, cu_seqlens_k_ptr, slopes_ptr, stride_sb, seed_ptr, dropout_p,
     softmax_scale, softcap, window_left, window_right, H, GROUP, N_Q, N_K,
     stride_qb, stride_qn, stride_qh, stride_qd,
@@ -66,7 +64,7 @@ def _dq_kernel(
     stride_ob, stride_on, stride_oh, stride_od,
     stride_dob, stride_don, stride_doh, stride_dod,
     stride_dqb, stride_dqn, stride_dqh, stride_dqd,
-    stride_lb, stride_lh,
+    stride_lb, stride_lh, stride_rb, stride_rh,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     blocks_m = tl.cdiv(N_Q, BLOCK_M)
@@ -100,37 +98,28 @@ def _dq_kernel(
     offset = n_k - n_q
     offs_m = start_m + tl.arange(0, BLOCK_M)
     rows = offs_m[:, None]
-    q = load_tile(tile_pointers(q_ptr, stride_qn, stride_qd, start_m, BLOCK_M, BLOCK_D), offs_m, n_q, D, BLOCK_D, True)
-    o = load_tile(tile_pointers(o_ptr, stride_on, stride_od, start_m, BLOCK_M, BLOCK_D), offs_m, n_q, D, BLOCK_D, True)
+    q = load_tile(tile_pointers(q_ptr, stride_qn, stride_qd, start_m, BLOCK_M, BLOCK_D), offs_m, n_q, D, BLOCK_D)
+    o = load_tile(tile_pointers(o_ptr, stride_on, stride_od, start_m, BLOCK_M, BLOCK_D), offs_m, n_q, D, BLOCK_D)
     do = load_tile(
-        tile_pointers(do_ptr, stride_don, stride_dod, start_m, BLOCK_M, BLOCK_D), offs_m, n_q, D, BLOCK_D, True
+        tile_pointers(do_ptr, stride_don, stride_dod, start_m, BLOCK_M, BLOCK_D), offs_m, n_q, D, BLOCK_D
     )
     # Δ_i = Σ_d dO_id O_id is what the gradient of softmax subtracts from each dP_ij of row i. A gradient by the
     # log-sum-exp comes in here: ∂L_i/∂S_ij = P_ij, so that dS_ij = P_ij (dP_ij - Δ_i + dL_i).
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + per_row + offs_m, mask=offs_m < n_q, other=0.0)
+    lse2 = tl.load(lse_ptr + per_row + offs_m, mask=offs_m < n_q, other=0.0) * LOG2_E
+    lse2 = tl.where(lse2 == float("-inf"), 0.0, lse2)  # a row that saw no key has no P
+    per_row = batch * stride_rb + h * stride_rh + start_q
     tl.store(delta_ptr + per_row + offs_m, delta, mask=offs_m < n_q)
-    lse = tl.load(lse_ptr + per_row + offs_m, mask=offs_m < n_q, other=0.0)
-    lse = tl.where(lse == float("-inf"), 0.0, lse)  # a row that saw no key has no P
+    tl.store(lse2_ptr + per_row + offs_m, lse2, mask=offs_m < n_q)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     first, begin, end, last = columns_of(start_m, n_q, n_k, offset, window_left, window_right, BLOCK_M, BLOCK_N)
     dq = _dq_inner(
-        dq, q, do, lse, delta, k_src, v_src, bh // H, h_kv, stride_kn, stride_vn,
-        rows, begin, end, None, None, n_k, offset, bh, slope, seed_ptr, dropout_p, softmax_scale, softcap,
-        window_left, window_right, D, BLOCK_D, BLOCK_N, TMA, False,
-    )  # fmt: skip
-    gap, skip = None, None
-    if window_left is not None:  # edges on both sides
-        gap, skip = begin, end - begin
-        last -= skip
-    else:
-        first = end
-    dq = _dq_inner(
-        dq, q, do, lse, delta, k_src, v_src, bh // H, h_kv, stride_kn, stride_vn,
-        rows, first, last, gap, skip, n_k, offset, bh, slope, seed_ptr, dropout_p, softmax_scale, softcap,
-        window_left, window_right, D, BLOCK_D, BLOCK_N, TMA, True,
+        dq, q, do, lse2, delta, k_src, v_src, bh // H, h_kv, stride_kn, stride_vn,
+        rows, first, begin, end, last, n_k, offset, bh, slope, seed_ptr, dropout_p, softmax_scale, softcap,
+        window_left, window_right, D, BLOCK_D, BLOCK_N, TMA,
     )  # fmt: skip
     dq_ptrs = tile_pointers(dq_ptr, stride_dqn, stride_dqd, start_m, BLOCK_M, BLOCK_D)
     store_tile(dq_ptrs, dq * softmax_scale, offs_m, n_q, D, BLOCK_D)
@@ -138,34 +127,31 @@ def _dq_kernel(
 
 @triton.jit
 def _dkdv_inner(
-    dk, dv, k, v, q_src, do_src, lse_src, delta_src, b, h, stride_qn, stride_don,
-    cols, first, last, gap, skip, n_q, n_k, offset, head, slope, seed_ptr, dropout_p, softmax_scale, softcap,
+    dk, dv, k, v, q_src, do_src, lse2_src, delta_src, b, h, stride_qn, stride_don,
+    cols, first, begin, end, last, n_q, n_k, offset, head, slope, seed_ptr, dropout_p, softmax_scale, softcap,
     window_left, window_right,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, TMA: tl.constexpr, VECTOR_TMA: tl.constexpr,
-    MASKED: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the rows from `first` to `last` contribute to dK and dV of one block of keys; `gap`, `skip`: `attend`.
+    """Adds what the rows from `first` to `last` contribute to dK and dV of one block of keys; `begin`, `end`: `attend`.
 
     Everything is transposed, keys down and queries across, so that Pᵀ and dSᵀ are already what the products for dV
     and dK take on their left. Rows past n_q read as zero in Q and dO and so add nothing.
     """
     unit = score_unit(softmax_scale, softcap, slope)
     for start_m in tl.range(first, last, BLOCK_M):
-        if gap is not None:
-            start_m = tl.where(start_m < gap, start_m, start_m + skip)
         offs_m = start_m + tl.arange(0, BLOCK_M)
-        q = load_rows(q_src, stride_qn, b, h, start_m, n_q, D, BLOCK_M, BLOCK_D, MASKED, TMA)
-        do = load_rows(do_src, stride_don, b, h, start_m, n_q, D, BLOCK_M, BLOCK_D, MASKED, TMA)
-        lse = load_vector(lse_src, head, start_m, n_q, BLOCK_M, MASKED, VECTOR_TMA)
-        delta = load_vector(delta_src, head, start_m, n_q, BLOCK_M, MASKED, VECTOR_TMA)
+        q = load_rows(q_src, stride_qn, b, h, start_m, n_q, D, BLOCK_M, BLOCK_D, TMA)
+        do = load_rows(do_src, stride_don, b, h, start_m, n_q, D, BLOCK_M, BLOCK_D, TMA)
+        lse2 = load_vector(lse2_src, head, start_m, BLOCK_M, TMA)
+        delta = load_vector(delta_src, head, start_m, BLOCK_M, TMA)
         sT = tl.dot(k, tl.trans(q), input_precision="ieee")  # S_ijᵀ = K_j Q_iᵀ
+        sT, derivative = score_tile(sT, offs_m[None, :], cols, offset, softmax_scale, softcap, slope)
+        if (start_m < begin) | (start_m >= end):
+            sT = mask_tile(sT, offs_m[None, :], cols, n_k, offset, window_left, window_right)
+            lse2 = tl.where(offs_m < n_q, lse2, 0.0)  # past the end there is anything in memory, NaN too
+            delta = tl.where(offs_m < n_q, delta, 0.0)
         dpT = tl.dot(v, tl.trans(do), input_precision="ieee")  # dP_ijᵀ = V_j dO_iᵀ
-        sT, derivative = score_tile(
-            sT, offs_m[None, :], cols, n_k, offset, softmax_scale, softcap, slope, window_left, window_right, MASKED
-        )
-        if MASKED:  # a row that saw no key has L = -inf, and no P
-            lse = tl.where(lse == float("-inf"), 0.0, lse)
-        pT = tl.math.exp2(sT * unit - (lse * LOG2_E)[None, :])
+        pT = tl.math.exp2(sT * unit - lse2[None, :])
         if seed_ptr is not None:
             keep = dropout_keep(seed_ptr, dropout_p, head, offs_m[None, :], cols)
             dv = tl.dot(tl.where(keep, pT, 0.0).to(do.dtype), do, dv, input_precision="ieee")
@@ -179,7 +165,7 @@ def _dkdv_inner(
 
 @triton.jit(do_not_specialize=SEQUENCE_LENGTHS)
 def _dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr,
     cu_seqlens_q_ptr, cu_seqlens_k_ptr, slopes_ptr, stride_sb, seed_ptr, dropout_p,
     softmax_scale, softcap, window_left, window_right, H, GROUP, N_Q, N_K,
     stride_qb, stride_qn, stride_qh, stride_qd,
@@ -188,9 +174,8 @@ def _dkdv_kernel(
     stride_dob, stride_don, stride_doh, stride_dod,
     stride_dkb, stride_dkn, stride_dkh, stride_dkd,
     stride_dvb, stride_dvn, stride_dvh, stride_dvd,
-    stride_lb, stride_lh,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr, VECTOR_TMA: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    stride_rb, stride_rh,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     blocks_n = tl.cdiv(N_K, BLOCK_N)
     bh = tl.program_id(0) // blocks_n
@@ -209,39 +194,30 @@ def _dkdv_kernel(
     cols = offs_n[:, None]
     k_ptr += batch * stride_kb + start_k * stride_kn + h_kv * stride_kh
     v_ptr += batch * stride_vb + start_k * stride_vn + h_kv * stride_vh
-    k = load_tile(tile_pointers(k_ptr, stride_kn, stride_kd, start_n, BLOCK_N, BLOCK_D), offs_n, n_k, D, BLOCK_D, True)
-    v = load_tile(tile_pointers(v_ptr, stride_vn, stride_vd, start_n, BLOCK_N, BLOCK_D), offs_n, n_k, D, BLOCK_D, True)
+    k = load_tile(tile_pointers(k_ptr, stride_kn, stride_kd, start_n, BLOCK_N, BLOCK_D), offs_n, n_k, D, BLOCK_D)
+    v = load_tile(tile_pointers(v_ptr, stride_vn, stride_vd, start_n, BLOCK_N, BLOCK_D), offs_n, n_k, D, BLOCK_D)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     first, begin, end, last = rows_of(start_n, n_q, n_k, offset, window_left, window_right, BLOCK_M, BLOCK_N)
 
     for member in tl.range(0, GROUP):  # grouped-query attention: all query heads that share this key head
         h = h_kv * GROUP + member
-        q_src, do_src, lse_src, delta_src = q_ptr, do_ptr, lse_ptr, delta_ptr
+        q_src, do_src, lse2_src, delta_src = q_ptr, do_ptr, lse2_ptr, delta_ptr
         if not TMA:
             q_src += batch * stride_qb + start_q * stride_qn + h * stride_qh
             do_src += batch * stride_dob + start_q * stride_don + h * stride_doh
-        if not VECTOR_TMA:
-            lse_src += batch * stride_lb + h * stride_lh + start_q
-            delta_src += batch * stride_lb + h * stride_lh + start_q
+            lse2_src += batch * stride_rb + h * stride_rh + start_q
+            delta_src += batch * stride_rb + h * stride_rh + start_q
         q_src = source(q_src, stride_qn, stride_qd, BLOCK_M, BLOCK_D, TMA)
         do_src = source(do_src, stride_don, stride_dod, BLOCK_M, BLOCK_D, TMA)
         head = (b * H + h).to(tl.int32)
         slope = None
         if slopes_ptr is not None:
             slope = tl.load(slopes_ptr + b * stride_sb + h)
-        edge_first, edge_last, gap, skip = end, last, None, None
-        if window_right is not None:  # edges on both sides
-            edge_first, edge_last, gap, skip = first, last - (end - begin), begin, end - begin
         dk, dv = _dkdv_inner(
-            dk, dv, k, v, q_src, do_src, lse_src, delta_src, bh // heads_kv, h.to(tl.int32), stride_qn, stride_don,
-            cols, edge_first, edge_last, gap, skip, n_q, n_k, offset, head, slope, seed_ptr, dropout_p,
-            softmax_scale, softcap, window_left, window_right, D, BLOCK_D, BLOCK_M, TMA, VECTOR_TMA, True,
-        )  # fmt: skip
-        dk, dv = _dkdv_inner(
-            dk, dv, k, v, q_src, do_src, lse_src, delta_src, bh // heads_kv, h.to(tl.int32), stride_qn, stride_don,
-            cols, begin, end, None, None, n_q, n_k, offset, head, slope, seed_ptr, dropout_p,
-            softmax_scale, softcap, window_left, window_right, D, BLOCK_D, BLOCK_M, TMA, VECTOR_TMA, False,
+            dk, dv, k, v, q_src, do_src, lse2_src, delta_src, bh // heads_kv, h.to(tl.int32), stride_qn, stride_don,
+            cols, first, begin, end, last, n_q, n_k, offset, head, slope, seed_ptr, dropout_p,
+            softmax_scale, softcap, window_left, window_right, D, BLOCK_D, BLOCK_M, TMA,
         )  # fmt: skip
 
     if seed_ptr is not None:
@@ -280,9 +256,9 @@ def backward(
     heads, head_dim = q.shape[-2:]
     heads_kv = k.shape[-2]
     dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    delta = torch.empty_like(lse)
     dlse = None if dlse is None else dlse.contiguous()
-    lse_strides = (0 if lse.dim() == 2 else lse.stride(0), lse.stride(-2))
+    packed = options.cu_seqlens_q is not None
+    lse_strides = (0 if packed else lse.stride(0), lse.stride(-2))
     strides = {t: with_batch(t).stride() for t in (q, k, v, out, dout, dq, dk, dv)}
 
     def config(kernel: str) -> LaunchConfig:
@@ -290,25 +266,32 @@ def backward(
         chosen = (configs or {}).get(kernel)
         return chosen or pick_config(kernel, head_dim, q.dtype, causal, q.device, longest=max(n_q, n_k))
 
+    # L log2 e and Δ, one number a row, for `_dkdv_kernel`: it reads whole blocks of rows, so each row of these tensors
+    # goes on for as much as a block past the last sequence, and starts where the copy engine can read it.
+    columns = triton.cdiv((len(q) if packed else n_q) + config("dkdv").block_m, 16) * 16
+    lse2, delta = torch.empty(2, *lse.shape[:-1], columns, dtype=torch.float32, device=q.device)
+    row_strides = (0 if packed else lse2.stride(0), lse2.stride(-2))
+
     c = config("dq")
     block_d = c.block_d(head_dim)
-    tma = c.tma and options.cu_seqlens_q is None and descriptors_fit(k, v)
+    tma = c.tma and not packed and descriptors_fit(k, v)
     launch(
         _dq_kernel, (triton.cdiv(n_q, c.block_m) * batch * heads,), c,
-        q, *(describe(t, c.block_n, block_d) if tma else t for t in (k, v)), out, dout, lse, dlse, delta, dq,
+        q, *(describe(t, c.block_n, block_d) if tma else t for t in (k, v)), out, dout, lse, dlse,
+        lse2, delta, dq,
         *options.arguments(), heads, heads // heads_kv, n_q, n_k,
         *strides[q], *strides[k], *strides[v], *strides[out], *strides[dout], *strides[dq], *lse_strides,
+        *row_strides,
         D=head_dim, BLOCK_D=block_d, TMA=tma,
     )  # fmt: skip
     c = config("dkdv")
-    tma = c.tma and options.cu_seqlens_q is None and descriptors_fit(q, dout)
-    vector_tma = tma and n_q % 4 == 0  # its rows must begin at a multiple of 16 bytes, too
+    tma = c.tma and not packed and descriptors_fit(q, dout)
     launch(
         _dkdv_kernel, (triton.cdiv(n_k, c.block_n) * batch * heads_kv,), c,
         describe(q, c.block_m, block_d) if tma else q, k, v, describe(dout, c.block_m, block_d) if tma else dout,
-        *(describe_vectors(t, c.block_m) if vector_tma else t for t in (lse, delta)), dk, dv,
+        *(describe_vectors(t, c.block_m) if tma else t for t in (lse2, delta)), dk, dv,
         *options.arguments(), heads, heads // heads_kv, n_q, n_k,
-        *strides[q], *strides[k], *strides[v], *strides[dout], *strides[dk], *strides[dv], *lse_strides,
-        D=head_dim, BLOCK_D=block_d, TMA=tma, VECTOR_TMA=vector_tma,
+        *strides[q], *strides[k], *strides[v], *strides[dout], *strides[dk], *strides[dv], *row_strides,
+        D=head_dim, BLOCK_D=block_d, TMA=tma,
     )  # fmt: skip
     return dq, dk, dv

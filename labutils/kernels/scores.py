@@ -44,13 +44,11 @@ def score_unit(softmax_scale, softcap, slope):
 
 
 @triton.jit
-def score_tile(
-    s, rows, cols, n_k, offset, softmax_scale, softcap, slope, window_left, window_right, MASKED: tl.constexpr
-):
+def score_tile(s, rows, cols, offset, softmax_scale, softcap, slope):
     """Scores of a tile, in units of `score_unit`, from s = Q Kᵀ; with softcap also the derivative by s, else 1.
 
-    In natural units: softcap * tanh(scale * s / softcap), minus slope * |i + N_k - N_q - j|. MASKED tiles get -inf
-    where j is past the end or outside of the window; `offset` is N_k - N_q (masks are aligned to the bottom right).
+    In natural units: softcap * tanh(scale * s / softcap), minus slope * |i + offset - j|; `offset` is N_k - N_q (masks
+    and ALiBi are aligned to the bottom right).
     """
     derivative = 1.0
     if softcap is not None:
@@ -61,14 +59,18 @@ def score_tile(
         s = s * (softmax_scale * LOG2_E)
     if slope is not None:
         s -= (slope * LOG2_E) * tl.abs(rows + offset - cols).to(tl.float32)
-    if MASKED:
-        visible = cols < n_k
-        if window_right is not None:
-            visible = visible & (cols <= rows + offset + window_right)
-        if window_left is not None:
-            visible = visible & (cols >= rows + offset - window_left)
-        s = tl.where(visible, s, float("-inf"))
     return s, derivative
+
+
+@triton.jit
+def mask_tile(s, rows, cols, n_k, offset, window_left, window_right):
+    """s with -inf where j is past the end or outside of the window: for the tiles that an edge runs through."""
+    visible = cols < n_k
+    if window_right is not None:
+        visible = visible & (cols <= rows + offset + window_right)
+    if window_left is not None:
+        visible = visible & (cols >= rows + offset - window_left)
+    return tl.where(visible, s, float("-inf"))
 
 
 @triton.jit

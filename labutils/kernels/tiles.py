@@ -33,23 +33,13 @@ def paged_rows(table_ptr, offs_n, N, stride_page, stride_n, PAGE: tl.constexpr):
 
 
 @triton.jit
-def load_tile(ptrs, offs_n, N, D: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS: tl.constexpr):
-    """Loads a tile; rows from N on (where MASK_ROWS) and columns from D on read as zero.
-
-    Masks that cannot matter are left out at compile time: they would cost a comparison per element.
-    """
+def load_tile(ptrs, offs_n, N, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Loads a tile; rows from N on and columns from D on read as zero."""
     offs_d = tl.arange(0, BLOCK_D)
-    if MASK_ROWS:
-        if D < BLOCK_D:
-            tile = tl.load(ptrs, mask=(offs_n[:, None] < N) & (offs_d[None, :] < D), other=0.0)
-        else:
-            tile = tl.load(ptrs, mask=offs_n[:, None] < N, other=0.0)
+    if D < BLOCK_D:  # a mask that cannot matter is left out at compile time: it costs a comparison per element
+        return tl.load(ptrs, mask=(offs_n[:, None] < N) & (offs_d[None, :] < D), other=0.0)
     else:
-        if D < BLOCK_D:
-            tile = tl.load(ptrs, mask=offs_d[None, :] < D, other=0.0)
-        else:
-            tile = tl.load(ptrs)
-    return tile
+        return tl.load(ptrs, mask=offs_n[:, None] < N, other=0.0)
 
 
 @triton.jit
@@ -67,7 +57,7 @@ def source(ptr, stride_n, stride_d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
 @triton.jit
 def load_rows(
     src, stride_n, b, h, start, N,
-    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, MASK_ROWS: tl.constexpr, TMA: tl.constexpr,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
     table_ptr=None, stride_page=None, stride_d=None, PAGE: tl.constexpr = 0,
 ):  # fmt: skip
     """The tile (BLOCK_N, BLOCK_D) from row `start` on, as in `load_tile`; with a table, from pages of PAGE rows.
@@ -80,21 +70,21 @@ def load_rows(
         return src.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_D])
     elif table_ptr is not None:
         rows = paged_rows(table_ptr, offs_n, N, stride_page, stride_n, PAGE)
-        return load_tile(row_pointers(src, stride_d, rows, BLOCK_D), offs_n, N, D, BLOCK_D, MASK_ROWS)
+        return load_tile(row_pointers(src, stride_d, rows, BLOCK_D), offs_n, N, D, BLOCK_D)
     else:
-        return load_tile(src + tl.cast(start, tl.int64) * stride_n, offs_n, N, D, BLOCK_D, MASK_ROWS)
+        return load_tile(src + tl.cast(start, tl.int64) * stride_n, offs_n, N, D, BLOCK_D)
 
 
 @triton.jit
-def load_vector(src, bh, start, N, BLOCK: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr):
-    """One number a row from row `start` on, of head `bh`; those of rows from N on (where MASKED) are zero."""
-    offs = start + tl.arange(0, BLOCK)
+def load_vector(src, bh, start, BLOCK: tl.constexpr, TMA: tl.constexpr):
+    """One number a row from row `start` on, of head `bh`. No mask: the tensor has room for BLOCK numbers there.
+
+    A mask that is not known at compile time would keep this load out of the software pipeline.
+    """
     if TMA:
         return src.load([bh, start]).reshape([BLOCK])
-    elif MASKED:
-        return tl.load(src + offs, mask=offs < N, other=0.0)
     else:
-        return tl.load(src + offs)
+        return tl.load(src + start + tl.arange(0, BLOCK))
 
 
 @triton.jit
