@@ -4,7 +4,12 @@ Import it before triton: on a machine without a GPU, `labutils.runtime` switches
 Triton reads that switch only once, when it is imported.
 """
 
-from labutils import runtime
+import sys
+
+# While Python looks for the module of `python -m labutils`, the first argument is "-m". A command's help needs no
+# torch; what a command runs imports `runtime` first, as every module does.
+if sys.argv[:1] != ["-m"]:
+    from labutils import runtime  # noqa: F401
 
 __version__ = "0.1.0"
-__all__ = ["runtime", "__version__"]
+__all__ = ["__version__", "runtime"]

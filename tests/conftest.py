@@ -5,7 +5,7 @@ import os
 
 # Before anything can import triton: on a machine without a GPU this switches its interpreter on.
 from labutils import runtime
-from labutils.__main__ import environment_for_kernels
+from labutils.commands.lab import environment_for_kernels
 
 import pytest  # isort: skip
 import torch  # isort: skip

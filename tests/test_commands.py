@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from labutils import __main__ as commands
+from labutils import __main__ as command_line
 from labutils import environment, runtime
+from labutils.commands import lab
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,10 +33,10 @@ def readme_lines():
 
 
 def test_readme_has_two_commands_of_one_line_each():
-    lab, test = readme_lines()
-    assert lab.endswith("-m labutils lab")
+    start, test = readme_lines()
+    assert start.endswith("-m labutils lab")
     assert test.endswith("-m pytest")
-    for line in (lab, test):
+    for line in (start, test):
         steps = [shlex.split(step) for step in line.split(" && ")]
         assert steps[0] == ["python3", "-m", "venv", ".venv"]
         assert [step[0] for step in steps[1:]] == [
@@ -101,17 +102,31 @@ def test_ci_runs_a_clone_fails_with_any_step_and_cleans_up(tmp_path, failing):
 
 def test_help_names_the_commands(capsys):
     with pytest.raises(SystemExit) as caught:
-        commands.main(["--help"])
+        command_line.main(["--help"])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
     assert re.search(r"^ +lab +open the notebooks", printed, re.M)
     assert re.search(r"^ +check +report", printed, re.M)
 
 
+@pytest.mark.parametrize("command", [[], *([module.__name__.split(".")[-1]] for module in command_line.COMMANDS)])
+def test_help_is_answered_without_torch(command):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = ['-m', *{command}, '--help']\n"  # what Python itself sets while it looks for the module
+        "try:\n    runpy.run_module('labutils', run_name='__main__', alter_sys=False)\n"
+        "except SystemExit as end:\n    assert end.code == 0, end.code\n"
+        "assert 'torch' not in sys.modules and 'pandas' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage: python -m labutils" in done.stdout
+
+
 @pytest.mark.parametrize("argv", [[], ["chekc"], ["check", "--forse"], ["check", "--forc"]])
 def test_a_command_line_that_makes_no_sense_is_refused(argv, capsys):
     with pytest.raises(SystemExit) as caught:
-        commands.main(argv)
+        command_line.main(argv)
     assert caught.value.code == 2
     assert "usage: python -m labutils" in capsys.readouterr().err
 
@@ -134,15 +149,15 @@ def test_check_runs_as_a_process_and_force_decides_its_status():
 
 def test_check_prints_the_report(monkeypatch, capsys):
     monkeypatch.setattr(environment, "report", lambda compile_flex: f"report, compile_flex={compile_flex}")
-    assert commands.main(["check"]) == 0
-    assert commands.main(["check", "--compile-flex"]) == 0
+    assert command_line.main(["check"]) == 0
+    assert command_line.main(["check", "--compile-flex"]) == 0
     assert capsys.readouterr().out == "report, compile_flex=None\nreport, compile_flex=True\n"
 
 
 def test_check_force_passes_where_a_compiled_kernel_ran(monkeypatch):
     monkeypatch.setattr(environment, "report", lambda compile_flex: "")
     monkeypatch.setattr(environment, "_compiled_flash", lambda: ["triton_v2"])
-    assert commands.main(["check", "--force"]) == 0
+    assert command_line.main(["check", "--force"]) == 0
 
 
 # -- python -m labutils lab ----------------------------------------------------------------------------------
@@ -160,7 +175,7 @@ def desktop(monkeypatch):
 
 
 def test_lab_on_a_desktop_opens_the_browser(desktop):
-    command = commands.lab_command(Path("/home/ann/my lab"))
+    command = lab.lab_command(Path("/home/ann/my lab"))
     assert command[:3] == [sys.executable, "-m", "jupyterlab"]
     assert "--ServerApp.root_dir=/home/ann/my lab" in command
     assert "--LabApp.default_url=/lab/tree/01-Setup_and_Comparison.ipynb" in command
@@ -169,7 +184,7 @@ def test_lab_on_a_desktop_opens_the_browser(desktop):
 
 def test_lab_as_root_says_so_to_jupyter(desktop, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert "--allow-root" in commands.lab_command(Path("/lab"))
+    assert "--allow-root" in lab.lab_command(Path("/lab"))
 
 
 def no_browser_installed():
@@ -178,25 +193,25 @@ def no_browser_installed():
 
 def test_lab_without_a_screen_prints_the_address(desktop, monkeypatch):
     monkeypatch.delenv("DISPLAY")
-    assert "--no-browser" in commands.lab_command(Path("/lab"))
+    assert "--no-browser" in lab.lab_command(Path("/lab"))
 
 
 @pytest.mark.parametrize("get", [no_browser_installed, lambda: webbrowser.GenericBrowser("w3m")])
 def test_lab_without_a_graphical_browser_prints_the_address(desktop, monkeypatch, get):
     monkeypatch.setattr(webbrowser, "get", get)
-    assert "--no-browser" in commands.lab_command(Path("/lab"))
+    assert "--no-browser" in lab.lab_command(Path("/lab"))
 
 
 def test_lab_trusts_the_variable_browser(desktop, monkeypatch):
     monkeypatch.delenv("DISPLAY")
     monkeypatch.setenv("BROWSER", "/usr/local/bin/open-at-home")
-    assert "--no-browser" not in commands.lab_command(Path("/lab"))
+    assert "--no-browser" not in lab.lab_command(Path("/lab"))
 
 
 def test_lab_passes_arguments_on_and_sets_nothing_twice(desktop, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     given = ["--port=9999", "--no-browser", "--allow-root", "--log-level=INFO"]
-    command = commands.lab_command(Path("/lab"), given)
+    command = lab.lab_command(Path("/lab"), given)
     assert command[-4:] == given
     names = [argument.split("=")[0] for argument in command]
     assert all(names.count(name) == 1 for name in ("--no-browser", "--allow-root", "--log-level"))
@@ -204,10 +219,10 @@ def test_lab_passes_arguments_on_and_sets_nothing_twice(desktop, monkeypatch):
 
 def test_lab_starts_jupyter_without_our_interpreter_switch(desktop, monkeypatch, tmp_path, capsys):
     started = []
-    (tmp_path / commands.FIRST_NOTEBOOK).write_text("")
+    (tmp_path / lab.FIRST_NOTEBOOK).write_text("")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "execve", lambda *arguments: started.append(arguments))
-    commands.main(["lab", "--port", "9999"])
+    command_line.main(["lab", "--port", "9999"])
     ((program, command, kept),) = started
     assert program == sys.executable
     assert command[-2:] == ["--port", "9999"]
@@ -220,24 +235,24 @@ def test_lab_starts_jupyter_without_our_interpreter_switch(desktop, monkeypatch,
 
 def test_lab_finds_the_checkout_from_anywhere(monkeypatch, tmp_path):
     (tmp_path / "clone" / "labutils").mkdir(parents=True)
-    (tmp_path / "clone" / commands.FIRST_NOTEBOOK).write_text("")
-    monkeypatch.setattr(commands, "PACKAGE", tmp_path / "clone" / "labutils")
+    (tmp_path / "clone" / lab.FIRST_NOTEBOOK).write_text("")
+    monkeypatch.setattr(lab, "PACKAGE", tmp_path / "clone" / "labutils")
     monkeypatch.chdir(tmp_path)
-    assert commands.checkout() == tmp_path / "clone"
+    assert lab.checkout() == tmp_path / "clone"
 
 
 def test_lab_without_a_checkout_says_what_to_do(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(commands, "PACKAGE", tmp_path / "site-packages" / "labutils")
+    monkeypatch.setattr(lab, "PACKAGE", tmp_path / "site-packages" / "labutils")
     monkeypatch.chdir(tmp_path)
-    assert commands.main(["lab"]) == 2
+    assert command_line.main(["lab"]) == 2
     assert "clone it, change into it, and run the command of its README" in capsys.readouterr().err
 
 
 def test_lab_without_jupyterlab_says_what_to_do(monkeypatch, tmp_path, capsys):
-    (tmp_path / commands.FIRST_NOTEBOOK).write_text("")
+    (tmp_path / lab.FIRST_NOTEBOOK).write_text("")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: None)
-    assert commands.main(["lab"]) == 2
+    monkeypatch.setattr(lab.importlib.util, "find_spec", lambda name: None)
+    assert command_line.main(["lab"]) == 2
     assert "pip install -e ." in capsys.readouterr().err
 
 
@@ -256,7 +271,7 @@ def server(tmp_path):
         "source": "",
     }
     notebook = {"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
-    (folder / commands.FIRST_NOTEBOOK).write_text(json.dumps(notebook))
+    (folder / lab.FIRST_NOTEBOOK).write_text(json.dumps(notebook))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -298,7 +313,7 @@ def test_lab_serves_the_first_notebook_and_its_kernel_imports_labutils(server):
     import websocket  # of the package websocket-client, which jupyter_server needs
 
     host, path, token = server
-    assert path == f"/lab/tree/{commands.FIRST_NOTEBOOK}"
+    assert path == f"/lab/tree/{lab.FIRST_NOTEBOOK}"
 
     def ask(url, data=None):
         body = None if data is None else json.dumps(data).encode()
@@ -307,9 +322,9 @@ def test_lab_serves_the_first_notebook_and_its_kernel_imports_labutils(server):
             return answer.read().decode()
 
     assert "JupyterLab" in ask(path)
-    assert [entry["name"] for entry in json.loads(ask("/api/contents"))["content"]] == [commands.FIRST_NOTEBOOK]
+    assert [entry["name"] for entry in json.loads(ask("/api/contents"))["content"]] == [lab.FIRST_NOTEBOOK]
     notebook = {
-        "path": commands.FIRST_NOTEBOOK,
+        "path": lab.FIRST_NOTEBOOK,
         "name": "",
         "type": "notebook",
         "kernel": {"name": "python3"},

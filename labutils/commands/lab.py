@@ -1,0 +1,129 @@
+"""`python -m labutils lab`: the notebooks in JupyterLab."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
+
+FIRST_NOTEBOOK = "01-Setup_and_Comparison.ipynb"
+PACKAGE = Path(__file__).resolve().parent.parent
+
+# Browsers that draw into the terminal: they cannot show JupyterLab, and would take the terminal from the
+# server.
+_TEXT_BROWSERS = ("www-browser", "w3m", "lynx", "links", "elinks")
+
+
+def checkout() -> Path:
+    """The folder that holds the notebooks: the current one, or the one that labutils was installed from.
+
+    Raises:
+        FileNotFoundError: neither holds them, as after an installation without a clone.
+    """
+    for folder in (Path.cwd(), PACKAGE.parent):
+        if (folder / FIRST_NOTEBOOK).is_file():
+            return folder
+    raise FileNotFoundError(
+        f"{FIRST_NOTEBOOK} is neither in this folder nor beside the installed labutils package. The "
+        "notebooks are in the repository: clone it, change into it, and run the command of its README there."
+    )
+
+
+def graphical_browser() -> bool:
+    """Whether this machine can open a page in a browser that has a screen to draw on."""
+    if os.environ.get("BROWSER"):
+        return True  # the user, or an editor that forwards ports, has said what opens a page
+    screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if sys.platform.startswith("linux") and not screen:
+        return False
+    try:
+        browser = webbrowser.get()
+    except webbrowser.Error:
+        return False
+    return Path(getattr(browser, "name", "")).name not in _TEXT_BROWSERS
+
+
+def lab_command(folder: Path, extra: Sequence[str] = ()) -> list[str]:
+    """The command that serves `folder` in JupyterLab with the first notebook open.
+
+    Args:
+        folder: the checkout.
+        extra: arguments for Jupyter itself; what they set is not set twice, since Jupyter refuses that.
+    """
+    given = {argument.split("=")[0] for argument in extra}
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        f"--ServerApp.root_dir={folder}",
+        # The page a browser lands on and the printed address alike; a file name would change the first alone.
+        f"--LabApp.default_url=/lab/tree/{FIRST_NOTEBOOK}",
+    ]
+    if hasattr(os, "geteuid") and os.geteuid() == 0 and "--allow-root" not in given:
+        command.append("--allow-root")  # root in a container; JupyterLab refuses to start otherwise
+    if "--no-browser" not in given and not graphical_browser():
+        command.append("--no-browser")  # the address is printed with its token, which JupyterLab does anyway
+    if not given & {"--log-level", "--debug", "--ServerApp.log_level", "--Application.log_level"}:
+        # The address is printed at every level, and at the default one between forty other lines.
+        command.append("--log-level=WARN")
+    return [*command, *extra]
+
+
+def environment_for_kernels() -> dict[str, str]:
+    """This process's environment, without the interpreter's switch where importing labutils has set it here.
+
+    Each kernel imports labutils and sets it for itself. Inherited, it would hide that a notebook imports
+    triton before labutils, and the notebook would fail on the next machine.
+    """
+    import torch
+
+    from labutils import runtime
+
+    kept = dict(os.environ)
+    asked_for = torch.cuda.is_available() and os.environ.get("LABUTILS_DEVICE") != "cpu"
+    if runtime.interpreted and not asked_for:
+        kept.pop("TRITON_INTERPRET", None)
+    return kept
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Replaces this process by JupyterLab; returns only when it could not be started."""
+    try:
+        folder = checkout()
+    except FileNotFoundError as error:
+        print(f"labutils lab: {error}", file=sys.stderr)
+        return 2
+    if importlib.util.find_spec("jupyterlab") is None:
+        print(
+            "labutils lab: JupyterLab is not installed in this Python. Run `python -m pip install -e .` in "
+            "the repository, with this same Python.",
+            file=sys.stderr,
+        )
+        return 2
+    command = lab_command(folder, arguments.extra)
+    how = "Open the address below in a browser" if "--no-browser" in command else "It opens in your browser"
+    print(f"Starting JupyterLab. {how}; Control-C, twice, stops it.", flush=True)
+    # No process stays in between: signals and the exit status are JupyterLab's own.
+    os.execve(command[0], command, environment_for_kernels())
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Adds the command's parser."""
+    parser = commands.add_parser(
+        "lab",
+        help="open the notebooks in JupyterLab",
+        description=(
+            f"Start JupyterLab in the repository, with {FIRST_NOTEBOOK} open. Without a screen or a browser, "
+            "the address to open is printed instead. Root is allowed, as containers need it."
+        ),
+        epilog=(
+            "Whatever else is given goes to JupyterLab. In a container with port 9999 published: "
+            "python -m labutils lab --ip=0.0.0.0 --port=9999"
+        ),
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run, takes_extra=True)
