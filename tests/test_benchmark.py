@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from labutils import analysis, benchmark, reference, runtime
+from labutils.benchmark import measuring, points, storing, sweeping
 
 pd = pytest.importorskip("pandas")
 QUICK = {"seconds_per_point": 0.0, "progress": False}
@@ -19,10 +20,10 @@ def naive(q, k, v, *, causal=False, softmax_scale=None):
     return reference.naive_attention(q, k, v, causal=causal, softmax_scale=softmax_scale)
 
 
-def test_columns_are_the_schema_and_three_more():
+def test_columns_are_the_schema_and_five_more():
     df = benchmark.sweep(["naive", "sdpa_flash"], [32, 16], heads=2, head_dim=16, passes=("fwd", "bwd"), **QUICK)
     schema = "impl pass dtype head_dim causal batch heads seqlen ms tflops peak_mib status"
-    assert " ".join(df.columns) == f"{schema} spread_ms max_error reason"
+    assert " ".join(df.columns) == f"{schema} spread_ms max_error reason overhead_bound rounds_ms"
     assert list(df["seqlen"]) == [16] * 4 + [32] * 4  # ascending
     assert list(df["impl"])[:4] == ["naive", "naive", "sdpa_flash", "sdpa_flash"]
     assert list(df["pass"])[:2] == ["fwd", "bwd"]
@@ -149,7 +150,7 @@ def test_bad_pass():
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_error_is_the_distance_to_exact_attention(causal, monkeypatch):
-    monkeypatch.setitem(benchmark.ORACLE_BYTES, runtime.device.type, 8 * 48 * 10)  # ten rows at a time
+    monkeypatch.setitem(points.ORACLE_BYTES, runtime.device.type, 8 * 48 * 10)  # ten rows at a time
     shift = 0.25
 
     def off(q, k, v, *, causal, softmax_scale):
@@ -217,7 +218,7 @@ def test_the_interpreter_is_never_timed_but_its_error_is_measured():
 
 @pytest.mark.skipif(not runtime.interpreted, reason="kernels are compiled on this machine")
 def test_any_function_is_found_out_that_runs_in_the_interpreter(monkeypatch):
-    monkeypatch.setattr(benchmark, "INTERPRETER_TILES", 0)  # too large to run: stopped at the first launch
+    monkeypatch.setattr(points, "INTERPRETER_TILES", 0)  # too large to run: stopped at the first launch
     mine = benchmark.IMPLEMENTATIONS["triton_v2"]
     began = time.perf_counter()
     (row,) = benchmark.sweep({"mine": mine}, [4096], heads=2, head_dim=16, error_seconds=0, **QUICK).itertuples()
@@ -238,16 +239,20 @@ def test_time_call_of_a_sleep():
 
 
 def test_time_call_is_the_median_with_the_interquartile_range():
-    assert benchmark._summary([1.0, 2.0, 3.0, 4.0, 100.0]) == (3.0, 2.0)
+    assert measuring._summary([1.0, 2.0, 3.0, 4.0, 100.0]) == (3.0, 2.0)
 
 
 def test_time_call_repeats_three_times_at_least():
     calls = []
-    benchmark.time_call(lambda: calls.append(1), seconds=0.0)
-    assert len(calls) == 1 + benchmark.MIN_REPEATS
-    calls.clear()
-    benchmark.time_call(lambda: calls.append(1), seconds=0.0, warm_up=False)
-    assert len(calls) == benchmark.MIN_REPEATS
+    benchmark.time_call(lambda: calls.append(1), seconds=0.0, warm_up=0.0)
+    assert len(calls) == 1 + measuring.MIN_REPEATS
+
+
+def test_time_call_warms_up_for_as_long_as_it_was_told():
+    began, at = time.perf_counter(), []
+    benchmark.time_call(lambda: at.append(time.perf_counter() - began), seconds=0.0, warm_up=0.05)
+    assert sum(t < 0.05 for t in at) >= 1  # before the recorded repeats
+    assert all(t >= 0.05 for t in at[-measuring.MIN_REPEATS :])
 
 
 def test_peak_memory_sees_what_was_freed_again():
@@ -259,13 +264,17 @@ def test_peak_memory_sees_what_was_freed_again():
     assert benchmark.peak_memory_mib(work) == pytest.approx(3, abs=0.05)
 
 
-def test_peak_memory_of_naive_attention_is_its_byte_ledger():
-    """Two N x N matrices at a time: scores and probabilities."""
-    n, heads = 1024, 4
-    df = benchmark.sweep(["naive"], [n], heads=heads, head_dim=16, error_seconds=0, **QUICK)
-    element = runtime.dtype.itemsize
-    scores_and_probabilities = 2 * heads * n * n * element / 2**20
-    assert df["peak_mib"].iloc[0] == pytest.approx(scores_and_probabilities, rel=0.05)
+def naive_peak_against_ledger(n, heads, head_dim, dtype, batch=1):
+    """Measured peak of a naive forward pass by the bytes of its two N x N matrices, scores and probabilities."""
+    df = benchmark.sweep(
+        ["naive"], [n], batch=batch, heads=heads, head_dim=head_dim, dtype=dtype, error_seconds=0, **QUICK
+    )
+    return df["peak_mib"].iloc[0] / (2 * batch * heads * n * n * dtype.itemsize / 2**20)
+
+
+@pytest.mark.parametrize("n", [512, 1024])
+def test_peak_memory_of_naive_attention_is_its_byte_ledger(n):
+    assert naive_peak_against_ledger(n, 4, 16, runtime.dtype) == pytest.approx(1, abs=0.05)
 
 
 def test_flash_needs_no_square_matrix():
@@ -345,12 +354,12 @@ def test_speedup():
 
 
 def test_saved_results_come_back_with_their_environment(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    monkeypatch.setattr(storing, "RESULTS", tmp_path)
     df = benchmark.sweep(["naive", "flash_attn"], [16], heads=1, head_dim=16, **QUICK)
     made_by = {"gpu": "Some GPU", "torch": "2.11.0"}
     path = benchmark.save_results(df, tmp_path / "some_gpu", made_by)
     assert path == tmp_path / "some_gpu" / "attention.csv"
-    back = benchmark.reference_results("some_gpu")
+    back = benchmark.reference_results("some_gpu", dtype=None)
     assert list(back.columns) == list(df.columns)
     assert list(back["status"]) == list(df["status"]) and list(back["reason"]) == list(df["reason"])
     assert back["ms"].iloc[0] == pytest.approx(df["ms"].iloc[0], rel=1e-4)
@@ -359,7 +368,7 @@ def test_saved_results_come_back_with_their_environment(tmp_path, monkeypatch):
 
 
 def test_each_stored_table_keeps_its_own_environment(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    monkeypatch.setattr(storing, "RESULTS", tmp_path)
     attention = pd.DataFrame(columns=benchmark.SCHEMAS["attention"])
     training = pd.DataFrame(columns=benchmark.SCHEMAS["training"])
     benchmark.save_results(attention, tmp_path / "gpu", {"gpu": "G", "git_revision": "a"})
@@ -371,7 +380,7 @@ def test_each_stored_table_keeps_its_own_environment(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_saved_or_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "RESULTS", tmp_path)
+    monkeypatch.setattr(storing, "RESULTS", tmp_path)
     good = pd.DataFrame(columns=benchmark.SCHEMAS["attention"])
     with pytest.raises(ValueError, match="starts with"):
         benchmark.save_results(good[["pass", "impl"]], tmp_path, {"gpu": "G"})
@@ -384,13 +393,216 @@ def test_what_cannot_be_saved_or_read(tmp_path, monkeypatch):
         benchmark.reference_results("no_such_gpu")
 
 
-def test_every_stored_file_obeys_its_schema():
-    for csv in benchmark.RESULTS.glob("*/*.csv"):
-        df = benchmark.reference_results(csv.parent.name, csv.stem)
-        assert len(df), csv
-        assert df.attrs["machine"] and json.dumps(df.attrs["environment"])
-        if "status" in df:
-            assert set(df["status"]) <= {"ok", "oom", "unsupported"}, csv
+def test_the_stored_attention_table_is_read_in_one_dtype(tmp_path, monkeypatch):
+    monkeypatch.setattr(storing, "RESULTS", tmp_path)
+    sweeps = [
+        benchmark.sweep(["naive"], [16, 32], heads=1, head_dim=16, dtype=dtype, **QUICK)
+        for dtype in (torch.float16, torch.bfloat16)
+    ]
+    benchmark.save_results(pd.concat(sweeps), tmp_path / "gpu", {"gpu": "G"})
+    assert benchmark.stored_gpus() == ["gpu"]
+    default = benchmark.reference_results("gpu")
+    assert list(default["dtype"]) == ["bfloat16"] * 2 and list(default.index) == [0, 1]
+    assert default.attrs["machine"] == "G"
+    assert list(benchmark.reference_results("gpu", dtype="float16")["dtype"]) == ["float16"] * 2
+    assert len(benchmark.reference_results("gpu", dtype=None)) == 4
+    with pytest.raises(ValueError, match="no rows in float32; it has bfloat16, float16"):
+        benchmark.reference_results("gpu", dtype="float32")
+
+
+STORED = sorted(benchmark.RESULTS.glob("*/*.csv"))
+MADE_BY = "gpu capability memory_gib driver cuda torch triton transformers flash_attn python os cpu git_revision date"
+
+
+def test_results_are_stored():
+    assert [path.parent.name for path in STORED if path.stem == "attention"] == benchmark.stored_gpus()
+    assert "nvidia_h200" in benchmark.stored_gpus()
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_stored_file_obeys_its_schema(path):
+    df = benchmark.reference_results(path.parent.name, path.stem, dtype=None)
+    assert len(df)
+    assert set(df.attrs["environment"]) == set(MADE_BY.split())
+    assert df.attrs["machine"] and df.attrs["environment"]["git_revision"]
+    assert "+changes" not in df.attrs["environment"]["git_revision"]  # nobody could check that code out
+    schema = benchmark.SCHEMAS[path.stem]
+    if "status" in schema:
+        assert set(df["status"]) <= set(storing.STATUSES)
+        assert df[df["status"] == "ok"][[c for c in schema if c != "cap_gib"]].notna().all(axis=None)
+    if path.stem != "attention":
+        assert tuple(df.columns) == schema
+        return
+    assert set(df.columns) <= set(benchmark.COLUMNS)
+    keys = list(benchmark.Point.KEY)
+    assert not df.duplicated(keys).any() and df[keys].notna().all(axis=None)
+    assert set(df["impl"]) <= set(benchmark.IMPLEMENTATIONS) and set(df["pass"]) <= {"fwd", "bwd"}
+    assert set(df["dtype"]) <= {"float16", "bfloat16", "float32"} and df["causal"].dtype == bool
+    assert (df[["head_dim", "batch", "heads", "seqlen"]] >= 1).all(axis=None)
+    ok, failed = df[df["status"] == "ok"], df[df["status"] != "ok"]
+    assert (ok[["ms", "tflops", "peak_mib"]] > 0).all(axis=None) and (ok["spread_ms"] >= 0).all()
+    assert failed[["ms", "tflops", "peak_mib"]].isna().all(axis=None)
+    assert (ok["reason"] == "").all() and (failed["reason"] != "").all()
+    for row, which in zip(ok.itertuples(), ok["pass"], strict=True):
+        flops = benchmark.attention_flops(
+            batch=row.batch, heads=row.heads, seqlen_q=row.seqlen, head_dim=row.head_dim, causal=row.causal,
+            backward=which == "bwd",
+        )  # fmt: skip
+        assert row.tflops == pytest.approx(flops / row.ms / 1e9, rel=1e-4)
+
+
+@pytest.mark.parametrize("path", sorted(benchmark.RESULTS.glob("*/*.json")), ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_stored_json_is_known(path):
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if path.stem == "environment":
+        assert {table.stem for table in STORED if table.parent == path.parent} <= set(found)
+        assert {made_by["gpu"] for made_by in found.values()} == {found["attention"]["gpu"]}
+    else:
+        assert path.stem == "ceilings"
+        assert analysis.stored_ceilings(path.parent.name).machine == found["machine"]
+        assert "ceilings" in json.loads((path.parent / "environment.json").read_text(encoding="utf-8"))
+
+
+# --- rounds, and rows on disk as they come ----------------------------------------------------------------
+
+
+def test_rounds_go_through_all_points_before_the_next(monkeypatch):
+    order, times = [], iter([4.0, 40.0, 2.0, 20.0, 5.0, 50.0])
+
+    def timed(fn, **options):
+        order.append(fn())
+        return measuring.Timing(next(times), 0.5)
+
+    def one(q, k, v, *, causal, softmax_scale):
+        return q * 1
+
+    def two(q, k, v, *, causal, softmax_scale):
+        return q * 2
+
+    monkeypatch.setattr(points, "time_call", timed)
+    df = benchmark.sweep({"one": one, "two": two}, [16], heads=1, head_dim=16, rounds=3, **QUICK)
+    factors = [round((later / order[0]).mean().item()) for later in order]
+    assert factors == [1, 2, 1, 2, 1, 2]
+    assert list(df["ms"]) == [4.0, 40.0] and list(df["rounds_ms"]) == ["4;2;5", "40;20;50"]
+    assert list(df["spread_ms"]) == [0.5 + 3.0, 0.5 + 30.0]  # of the repeats, and between the rounds
+    assert df["tflops"].iloc[0] == pytest.approx(4 * 16 * 16 * 16 / 4.0 / 1e9)
+
+
+def test_a_point_that_fails_in_a_later_round_is_a_failure():
+    calls = []
+
+    def flaky(q, k, v, *, causal, softmax_scale):
+        calls.append(1)
+        if len(calls) > 20:
+            raise torch.OutOfMemoryError("no room any more")
+        return naive(q, k, v)
+
+    options = {"heads": 1, "head_dim": 16, "rounds": 9, "seconds_per_point": 0.0, "progress": False}
+    (row,) = benchmark.sweep({"flaky": flaky}, [16], **options).itertuples()
+    assert row.status == "oom" and math.isnan(row.ms) and row.rounds_ms == ""
+
+
+ENVIRONMENT = {"gpu": None, "cpu": "Some CPU", "driver": "1", "date": "2026-01-01"}
+
+
+def some_points(impls=("naive", "sdpa_math"), seqlens=(16, 32), **options):
+    return sweeping.plan(impls, seqlens, heads=1, head_dims=(16,), **options)
+
+
+def measured(recorder, planned, rounds=2, stop_after=None):
+    """Measures and writes; returns how many steps that took."""
+    steps = sweeping.measure(
+        planned, benchmark.IMPLEMENTATIONS, recorder.rows, rounds=rounds, seconds_per_point=0.0, warm_up=0.0
+    )
+    for count, _ in enumerate(steps, 1):
+        recorder.write()
+        if count == stop_after:
+            return count
+    return count
+
+
+def test_a_recorder_goes_on_where_it_stopped(tmp_path):
+    planned = some_points(passes=("fwd", "bwd"), causal=(True, False))
+    measured(benchmark.Recorder(tmp_path, ENVIRONMENT), planned, stop_after=19)  # 16 points, and 3 second rounds
+    stopped = benchmark.read_results(tmp_path)
+    assert len(stopped) == 16 and list(stopped["rounds_ms"].str.count(";")) == [1] * 3 + [0] * 13
+
+    again = benchmark.Recorder(tmp_path, ENVIRONMENT | {"date": "2026-01-02"}, resume=True)
+    assert list(again.rows) == planned
+    assert sweeping.pending(planned, again.rows, 2) == 13 == measured(again, planned)
+    whole = benchmark.read_results(tmp_path)
+    assert list(whole["rounds_ms"].str.count(";")) == [1] * 16
+    first = stopped["rounds_ms"].str.split(";").str[0]
+    assert list(whole["rounds_ms"].str.split(";").str[0]) == list(first)  # measured once, and kept
+    assert list(whole["ms"][:3]) == list(stopped["ms"][:3])
+    assert list(tmp_path.glob(".*")) == []  # no half-written file is left
+
+
+def test_a_recorder_neither_overwrites_nor_mixes(tmp_path):
+    measured(benchmark.Recorder(tmp_path, ENVIRONMENT), some_points(), rounds=1)
+    before = (tmp_path / "attention.csv").read_bytes()
+    with pytest.raises(FileExistsError, match="--resume"):
+        benchmark.Recorder(tmp_path, ENVIRONMENT)
+    with pytest.raises(ValueError, match="driver: 1, now 2.*name another folder"):
+        benchmark.Recorder(tmp_path, ENVIRONMENT | {"driver": "2"}, resume=True)
+    assert (tmp_path / "attention.csv").read_bytes() == before
+    assert benchmark.read_results(tmp_path).attrs["environment"]["driver"] == "1"
+
+
+def test_a_failure_is_kept_and_not_tried_again(tmp_path):
+    planned = some_points(["flash_attn", "naive"])
+    recorder = benchmark.Recorder(tmp_path, ENVIRONMENT)
+    recorder.rows[planned[0]] = {"status": "oom", "reason": "no room"}
+    recorder.write()
+    again = benchmark.Recorder(tmp_path, ENVIRONMENT, resume=True)
+    measured(again, planned, rounds=1)
+    df = benchmark.read_results(tmp_path).set_index(["impl", "seqlen"])
+    assert df.loc[("flash_attn", 16), "reason"] == "no room"
+    assert df.loc[("flash_attn", 32), "reason"] == "not tried: it ran out of memory at N = 16"
+    assert set(df.loc["naive", "status"]) == {"ok"}
+
+
+def test_a_stored_table_of_old_can_be_resumed():
+    """Rows without rounds count as one round; their columns survive."""
+    rows = storing.rows_of(benchmark.reference_results(dtype=None))
+    assert len(rows) == len(benchmark.reference_results(dtype=None))
+    assert sweeping.pending(rows, rows, 1) == 0
+    ok = sum(row["status"] == "ok" for row in rows.values())
+    assert sweeping.pending(rows, rows, 2) <= ok
+
+
+def test_compare_two_sweeps():
+    columns = list(benchmark.Point.KEY)
+    keys = [["naive", "fwd", "float16", 64, False, 1, 4, n] for n in (16, 32, 64)]
+    first = pd.DataFrame(keys, columns=columns).assign(ms=[1.0, 2.0, math.nan], spread_ms=[0.5, 0.01, math.nan])
+    second = first.assign(ms=[1.25, 2.1, 4.0])
+    both = benchmark.compare(first, second)
+    assert list(both["seqlen"]) == [16, 32]
+    assert list(both["difference"]) == pytest.approx([0.2, 0.1 / 2.1])
+    assert list(both["covered"]) == [True, False] and not both["overhead_bound"].any()
+    with pytest.raises(ValueError, match="no measured point in common"):
+        benchmark.compare(first, second.assign(dtype="bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hidden": 100, "head_dims": (64,)}, "H would not be whole"),
+        ({"head_dims": ()}, "at least one head dimension"),
+        ({"batch": 0}, "batch=0"),
+        ({"tokens": 0}, "tokens=0"),
+    ],
+)
+def test_a_plan_that_makes_no_sense_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        sweeping.plan(["naive"], [16], **options)
+
+
+def test_a_plan_keeps_tokens_and_width():
+    planned = sweeping.plan(["naive"], [64, 16], head_dims=(64, 128), hidden=256, tokens=64)
+    assert [(p.head_dim, p.heads, p.seqlen, p.batch) for p in planned] == [
+        (64, 4, 16, 4), (64, 4, 64, 1), (128, 2, 16, 4), (128, 2, 64, 1)
+    ]  # fmt: skip
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------
@@ -415,6 +627,50 @@ def test_gpu_flex_takes_more_shapes_than_dynamo_keeps():
     lengths = [128 * i for i in range(1, 11)]
     df = benchmark.sweep(["flex"], lengths, heads=2, seconds_per_point=0.01, error_seconds=0, progress=False)
     assert (df["status"] == "ok").all(), df["reason"].to_list()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=benchmark.dtype_name)
+@pytest.mark.parametrize("shape", [(4096, 16, 64), (8192, 4, 128)], ids=str)
+def test_gpu_peak_memory_of_naive_attention_is_its_byte_ledger(shape, dtype):
+    assert naive_peak_against_ledger(*shape, dtype) == pytest.approx(1, abs=0.05)
+
+
+@pytest.mark.gpu
+def test_gpu_launch_overhead_is_told_from_work():
+    small, large = (torch.randn(n, n, device=runtime.device, dtype=runtime.dtype) for n in (16, 4096))
+
+    def many_small():
+        for _ in range(20):
+            small @ small
+
+    def one_large():
+        large @ large
+
+    for fn, bound in ((many_small, True), (one_large, False)):
+        assert benchmark.overhead_bound(fn, benchmark.time_call(fn, seconds=0.1).median_ms) is bound
+
+
+@pytest.mark.gpu
+def test_gpu_flex_is_compiled_before_it_is_timed(monkeypatch):
+    """Neither the first call of a shape nor the block mask's making is among what is recorded."""
+    from torch._dynamo.utils import counters
+
+    compiled = []
+    plain = points.time_call
+
+    def timed(fn, **options):
+        before = counters["stats"]["unique_graphs"]
+        timing = plain(fn, **options)
+        compiled.append(counters["stats"]["unique_graphs"] - before)
+        return timing
+
+    monkeypatch.setattr(points, "time_call", timed)
+    df = benchmark.sweep(
+        ["flex"], [256], heads=2, causal=True, passes=("fwd", "bwd"), seconds_per_point=0.01, progress=False
+    )
+    assert (df["status"] == "ok").all(), df["reason"].to_list()
+    assert compiled == [0, 0]
 
 
 @pytest.mark.gpu

@@ -1,0 +1,67 @@
+"""Measures attention: time, peak memory and error of every implementation, failures included, as a table.
+
+`sweep` is the one function that measures; it returns a DataFrame with a row for each point, also for those
+that ran out of memory or cannot run, with the reason. `reference_results` reads such a table as it was stored
+on a named GPU. `time_call` and `peak_memory_mib` measure one function.
+
+The parts: `implementations` has what is compared, `measuring` measures one call, `points` one point of a sweep,
+`sweeping` all of them in rounds, `storing` keeps and reads tables, `decoding` times a KV cache.
+"""
+
+from labutils.benchmark.decoding import decode_bandwidth
+from labutils.benchmark.implementations import IMPLEMENTATIONS, Attention, Unsupported
+from labutils.benchmark.measuring import (
+    Timing,
+    attention_flops,
+    dtype_name,
+    overhead_bound,
+    peak_memory_mib,
+    time_call,
+    time_replayed,
+    torch_profiler,
+    watch_interpreter,
+)
+from labutils.benchmark.points import Point
+from labutils.benchmark.storing import (
+    COLUMNS,
+    RESULTS,
+    SCHEMAS,
+    Recorder,
+    check_schema,
+    compare,
+    read_results,
+    reference_results,
+    save_results,
+    speedup,
+    stored_gpus,
+)
+from labutils.benchmark.sweeping import sweep
+
+__all__ = [
+    "COLUMNS",
+    "IMPLEMENTATIONS",
+    "RESULTS",
+    "SCHEMAS",
+    "Attention",
+    "Point",
+    "Recorder",
+    "Timing",
+    "Unsupported",
+    "attention_flops",
+    "check_schema",
+    "compare",
+    "decode_bandwidth",
+    "dtype_name",
+    "overhead_bound",
+    "peak_memory_mib",
+    "read_results",
+    "reference_results",
+    "save_results",
+    "speedup",
+    "stored_gpus",
+    "sweep",
+    "time_call",
+    "time_replayed",
+    "torch_profiler",
+    "watch_interpreter",
+]

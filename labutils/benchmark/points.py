@@ -1,0 +1,243 @@
+"""Measures one point of a sweep: one implementation at one shape, whatever becomes of it."""
+
+from __future__ import annotations
+
+import gc
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from labutils import reference, runtime
+from labutils.benchmark.implementations import Attention, Unsupported
+from labutils.benchmark.measuring import INTERPRETED, overhead_bound, peak_memory_mib, time_call, watch_interpreter
+
+INTERPRETER_TILES = 64  # tiles of 128 x 128 scores that the interpreter may spend on an error: a second or so
+INTERPRETER_BACKWARD = 4  # what forward and backward together cost there, in forward passes
+ORACLE_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}  # float64 scores that the oracle holds at a time
+
+
+class Point(NamedTuple):
+    """What makes a row of attention.csv: the columns before its measurements, in their order there."""
+
+    impl: str
+    which: str
+    """The column `pass`, whose name Python keeps for itself: "fwd" or "bwd"."""
+    dtype: str
+    head_dim: int
+    causal: bool
+    batch: int
+    heads: int
+    seqlen: int
+
+    KEY = ("impl", "pass", "dtype", "head_dim", "causal", "batch", "heads", "seqlen")  # no annotation: no field
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Point:
+        """The point of a row of a table."""
+        values = (record[name] for name in cls.KEY)
+        return cls(*(value.item() if hasattr(value, "item") else value for value in values))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Column -> value."""
+        return dict(zip(self.KEY, self, strict=True))
+
+    def inputs(self) -> tuple:
+        """What points with the same q, k and v have in common: dtype, D, mask, B, H, N."""
+        return tuple(self[2:])
+
+    def without_length(self, which: str | None = None) -> tuple:
+        """What points have in common that differ in their length alone; the batch follows the length."""
+        return (self.impl, which or self.which, self.dtype, self.head_dim, self.causal, self.heads)
+
+
+class Oracle:
+    """Exact output and gradients of one set of inputs, found when first asked for and shared by all
+    implementations.
+
+    Works through heads and blocks of rows, so that no N x N matrix in float64 ever exists, and gives up
+    (None) after `seconds`.
+    """
+
+    def __init__(self, q, k, v, dout, causal: bool, seconds: float):
+        self.inputs, self.dout, self.causal, self.seconds = (q, k, v), dout, causal, seconds
+        self.gave_up = seconds <= 0
+        self._kept: dict[str, tuple[torch.Tensor, ...] | None] = {}
+
+    def get(self, which: str) -> tuple[torch.Tensor, ...] | None:
+        """(out,) for "fwd", (dq, dk, dv) for "bwd", in float64; None where it takes too long."""
+        if which not in self._kept:
+            try:
+                self._kept[which] = None if self.gave_up else self._compute(backward=which == "bwd")
+            except RuntimeError as error:  # float64 takes more memory than what is measured
+                if not is_out_of_memory(error):
+                    raise
+                self._kept[which] = None
+        return self._kept[which]
+
+    def _compute(self, backward: bool) -> tuple[torch.Tensor, ...] | None:
+        q, k, v = self.inputs
+        batch, n, heads, _ = q.shape
+        rows = max(1, ORACLE_BYTES[q.device.type] // (8 * batch * n))
+        result = tuple(
+            torch.zeros(t.shape, dtype=torch.float64, device=t.device) for t in ((q, k, v) if backward else (q,))
+        )
+        began = None
+        for head in range(heads):
+            one = slice(head, head + 1)
+            for start in range(0, n, rows):
+                stop = min(start + rows, n)
+                # With the mask aligned to the bottom right, rows up to `stop` against keys up to `stop` are
+                # causal too.
+                keys = slice(0, stop if self.causal else n)
+                part = [t.detach().double().requires_grad_(backward) for t in
+                        (q[:, start:stop, one], k[:, keys, one], v[:, keys, one])]  # fmt: skip
+                with torch.set_grad_enabled(backward):
+                    out = reference.exact_attention(*part, causal=self.causal)
+                if backward:
+                    gradients = torch.autograd.grad(out, part, self.dout[:, start:stop, one].double())
+                    for total, at, gradient in zip(result, (slice(start, stop), keys, keys), gradients, strict=True):
+                        total[:, at, one] += gradient
+                else:
+                    result[0][:, start:stop, one] = out
+                if q.device.type == "cuda":
+                    torch.cuda.synchronize()
+                if began is None:  # the first block, which also loads libraries, is not held against the rest
+                    began = time.perf_counter()
+                if time.perf_counter() - began > self.seconds:
+                    self.gave_up = True
+                    return None
+        return result
+
+
+def _max_error(results: Sequence[torch.Tensor], exact: Sequence[torch.Tensor] | None) -> float:
+    """max |result - exact| over all tensors; inf where a result is not a number; NaN where there is no
+    oracle."""
+    if exact is None:
+        return math.nan
+    errors = [(r.detach().double() - e).abs().max().item() for r, e in zip(results, exact, strict=True)]
+    return math.inf if any(map(math.isnan, errors)) else max(errors)
+
+
+class _Call:
+    """One implementation on one set of inputs, forward or backward."""
+
+    def __init__(self, attention: Attention, which: str, q, k, v, dout, causal: bool):
+        self.attention, self.which, self.causal = attention, which, causal
+        self.inputs, self.dout = (q, k, v), dout
+        self.leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+
+    def forward(self) -> torch.Tensor:
+        with torch.no_grad():
+            return self.attention(*self.inputs, causal=self.causal, softmax_scale=None)
+
+    def whole(self) -> Sequence[torch.Tensor]:
+        """The results of the pass: out, or the three gradients after a forward pass."""
+        if self.which == "fwd":
+            return (self.forward(),)
+        out = self.attention(*self.leaves, causal=self.causal, softmax_scale=None)
+        if not out.requires_grad:
+            raise Unsupported("it has no backward pass")
+        return torch.autograd.grad(out, self.leaves, self.dout)
+
+    def timed(self) -> Callable[[], Any]:
+        """What is timed: the forward, or the backward alone, over and over through one forward's graph."""
+        if self.which == "fwd":
+            return self.forward
+        out = self.attention(*self.leaves, causal=self.causal, softmax_scale=None)
+        return lambda: torch.autograd.grad(out, self.leaves, self.dout, retain_graph=True)
+
+
+def _measure(call: _Call, oracle: Oracle | None, seconds: float, warm_up: float | None) -> dict:
+    """What one round finds out of a point; the first round has an oracle, and finds more. Raises what the
+    implementation raises."""
+    if oracle is None:
+        timing = time_call(call.timed(), seconds=seconds, warm_up=warm_up)
+        return {"ms": timing.median_ms, "spread_ms": timing.spread_ms, "status": "ok", "reason": ""}
+
+    batch, n, heads, _ = call.inputs[0].shape
+    tiles = batch * heads * math.ceil(n / 128) ** 2 * (1 if call.which == "fwd" else INTERPRETER_BACKWARD)
+    interpreted = False
+
+    def before_launch(*_):
+        nonlocal interpreted
+        interpreted = True
+        if tiles > INTERPRETER_TILES:
+            raise Unsupported(INTERPRETED)
+
+    # The first call is the probe: it compiles, and it shows what cannot run before anything is repeated.
+    with watch_interpreter(before_launch):
+        results = call.whole()
+    error = _max_error(results, oracle.get(call.which))
+    del results
+    if interpreted:
+        return {"status": "unsupported", "reason": INTERPRETED, "max_error": error}
+
+    peak = peak_memory_mib(call.whole)
+    timed = call.timed()
+    timing = time_call(timed, seconds=seconds, warm_up=warm_up)
+    return {
+        "ms": timing.median_ms,
+        "spread_ms": timing.spread_ms,
+        "peak_mib": peak,
+        "max_error": error,
+        "status": "ok",
+        "reason": "",
+        "overhead_bound": overhead_bound(timed, timing.median_ms),
+    }
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the CPU."""
+    # PyTorch's CPU allocator raises a bare RuntimeError
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def _one_line(error: BaseException, warned: Iterable[warnings.WarningMessage] = ()) -> str:
+    parts = [str(error), *(str(w.message) for w in warned)]
+    text = " ".join(" ".join(parts).split())
+    name = "" if isinstance(error, Unsupported) else f"{type(error).__name__}: "
+    return name + (text if len(text) <= 400 else text[:397] + "...")
+
+
+def attempt(
+    attention: Attention,
+    which: str,
+    tensors: Sequence[torch.Tensor],
+    causal: bool,
+    oracle: Oracle | None,
+    *,
+    seconds: float,
+    warm_up: float | None = None,
+) -> dict:
+    """Measures a point for one round; a failure is a row, too.
+
+    Args:
+        attention: the implementation.
+        which: "fwd" or "bwd".
+        tensors: q, k, v and the gradient of the output, (B, N, H, D) each.
+        causal: lower-triangular mask.
+        oracle: exact results for these tensors, in the first round; None in later rounds, which only time.
+        seconds, warm_up: of the repeats, and before them (see `measuring.time_call`).
+
+    Returns:
+        `status` and `reason`, and what was measured of ms, spread_ms, peak_mib, max_error and overhead_bound.
+    """
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")  # SDPA says in warnings why a backend refused
+        try:
+            row = _measure(_Call(attention, which, *tensors, causal), oracle, seconds, warm_up)
+        except Exception as error:
+            status = "oom" if is_out_of_memory(error) else "unsupported"
+            row = {"status": status, "reason": _one_line(error, warned if status == "unsupported" else ())}
+    if row["status"] == "ok":
+        for warning in warned:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+    else:
+        gc.collect()  # only here, with the exception gone, do its frames let go of the tensors
+    if runtime.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return row

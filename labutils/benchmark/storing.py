@@ -1,0 +1,322 @@
+"""Tables of measurements on disk: their columns, the environment that made them, and reading them again."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from labutils.benchmark.points import Point
+
+SCHEMAS: dict[str, tuple[str, ...]] = {
+    name: tuple(columns.split())
+    for name, columns in {
+        "attention": "impl pass dtype head_dim causal batch heads seqlen ms tflops peak_mib status",
+        "training": "model impl checkpointing chunked_loss seqlen batch peak_gib reserved_gib cap_gib "
+        "tokens_per_s loss status",
+        "traffic": "impl seqlen head_dim block_m block_n model_bytes counted_bytes measured_bytes",
+        "prediction": "impl pass head_dim causal batch heads seqlen ms predicted_ms split",
+    }.items()
+}
+"""The columns that each stored table starts with; more may follow."""
+
+COLUMNS: tuple[str, ...] = (
+    *SCHEMAS["attention"],
+    "spread_ms",
+    "max_error",
+    "reason",
+    "overhead_bound",
+    "rounds_ms",
+)
+"""The columns of `sweep`'s table; `sweep` says what they hold."""
+
+NUMBERS = ("ms", "tflops", "peak_mib", "spread_ms", "max_error")
+STATUSES = ("ok", "oom", "unsupported")
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+STORED_DTYPE = "bfloat16"
+"""What the notebooks show of the stored attention table, which holds float16 as well."""
+
+
+def check_schema(df: pd.DataFrame, table: str) -> None:
+    """Raises ValueError unless the table starts with the columns of `SCHEMAS[table]`, in order."""
+    if table not in SCHEMAS:
+        raise ValueError(f"table={table!r} is not known: {', '.join(SCHEMAS)}.")
+    wanted = list(SCHEMAS[table])
+    got = list(df.columns[: len(wanted)])
+    if got != wanted:
+        raise ValueError(f"a table {table!r} starts with the columns {wanted}; this one starts with {got}.")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tables and their environment
+# ------------------------------------------------------------------------------------------------------------
+
+
+def save_results(df: pd.DataFrame, directory: str | Path, environment: Any, *, table: str = "attention") -> Path:
+    """Writes `<directory>/<table>.csv` and, beside it, the environment that made it.
+
+    Args:
+        df: a table with the columns of `SCHEMAS[table]` first.
+        directory: made where it does not exist; one directory for each GPU.
+        environment: a mapping, or an object with `as_dict()` (`environment.environment()`); it needs a key
+            "gpu".
+        table: attention, training, traffic or prediction.
+
+    `environment.json` holds an entry for each table, since tables of one GPU are measured at different times.
+
+    Returns:
+        The path of the CSV file.
+
+    Raises:
+        ValueError: wrong columns, no "gpu" in the environment, or a directory with results of another GPU.
+    """
+    check_schema(df, table)
+    _save_environment(Path(directory), environment, table)
+    path = Path(directory) / f"{table}.csv"
+    _replace(path, df.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    return path
+
+
+def _save_environment(directory: Path, environment: Any, table: str) -> None:
+    made_by = dict(environment.as_dict() if hasattr(environment, "as_dict") else environment)
+    if "gpu" not in made_by:
+        raise ValueError(f"the environment has no entry 'gpu' (it has {sorted(made_by)}): which machine measured this?")
+    directory.mkdir(parents=True, exist_ok=True)
+    environments = _environments(directory)
+    others = {e["gpu"] for name, e in environments.items() if name != table} - {made_by["gpu"]}
+    if others:
+        raise ValueError(f"{directory} holds results of {others}, not of {made_by['gpu']}: use another directory.")
+    environments[table] = made_by
+    _replace(directory / "environment.json", json.dumps(environments, indent=2, sort_keys=True) + "\n")
+
+
+def _environments(directory: Path) -> dict[str, dict]:
+    path = directory / "environment.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file so that whoever reads it, at any moment, finds all of the old text or all of the new."""
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
+
+
+def read_results(directory: str | Path, table: str = "attention") -> pd.DataFrame:
+    """A table that `save_results` or a `Recorder` wrote, with the environment that made it.
+
+    Returns:
+        The table; `.attrs["environment"]` (dict) and `.attrs["machine"]` (the GPU's name, or the CPU's).
+
+    Raises:
+        FileNotFoundError: the folder has no such table, or no environment for it.
+        ValueError: the file does not have the columns of its schema.
+    """
+    directory = Path(directory)
+    path = directory / f"{table}.csv"
+    if not path.exists():
+        raise FileNotFoundError(f"{directory} has no {table}.csv: name a folder that holds one.")
+    df = pd.read_csv(path, dtype={"reason": "str", "rounds_ms": "str"})
+    check_schema(df, table)
+    for text in {"reason", "rounds_ms"} & set(df.columns):
+        df[text] = df[text].fillna("")
+    environments = _environments(directory)
+    if table not in environments:
+        raise FileNotFoundError(f"{directory}/environment.json says nothing of {table}.csv: what made it is not known.")
+    made_by = environments[table]
+    df.attrs.update(environment=made_by, machine=made_by["gpu"] or made_by.get("cpu"))
+    return df
+
+
+def reference_results(
+    gpu: str = "nvidia_h200", table: str = "attention", *, dtype: str | None = STORED_DTYPE
+) -> pd.DataFrame:
+    """A stored table of a named GPU, with the environment that made it.
+
+    Args:
+        gpu: a directory under labutils/results.
+        table: attention, training, traffic or prediction.
+        dtype: of tables with a column `dtype`, the rows of this one alone; None for all rows.
+
+    Returns:
+        The table; `.attrs["environment"]` (dict) and `.attrs["machine"]` (the GPU's name).
+
+    Raises:
+        FileNotFoundError: no such results; the message lists those that there are.
+        ValueError: the file does not have the columns of its schema, or no row of that dtype.
+    """
+    if not (RESULTS / gpu / f"{table}.csv").exists():
+        stored = sorted(f"{p.parent.name}/{p.stem}" for p in RESULTS.glob("*/*.csv"))
+        raise FileNotFoundError(f"no stored table {gpu}/{table}; there are: {', '.join(stored) or 'none'}.")
+    df = read_results(RESULTS / gpu, table)
+    if dtype is None or "dtype" not in df.columns or df.empty:
+        return df
+    rows = df[df["dtype"] == dtype].reset_index(drop=True)
+    if rows.empty:
+        raise ValueError(f"{gpu}/{table} has no rows in {dtype}; it has {', '.join(sorted(set(df['dtype'])))}.")
+    return rows
+
+
+def stored_gpus() -> list[str]:
+    """The names that `reference_results` takes: GPUs of which attention was measured."""
+    return sorted(p.parent.name for p in RESULTS.glob("*/attention.csv"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rows on disk as they come
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """`attention.csv` in a folder, complete on disk after each row; a later run can go on where one ended.
+
+    Args:
+        directory: made where it does not exist.
+        environment: as for `save_results`.
+        resume: go on with the rows that the folder holds.
+
+    Raises:
+        FileExistsError: the folder holds rows, and `resume` was not asked for.
+        ValueError: `resume`, and the rows were measured in another environment; or the folder holds other
+            tables of another GPU.
+    """
+
+    def __init__(self, directory: str | Path, environment: Any, *, resume: bool = False):
+        self.directory = Path(directory)
+        self.path = self.directory / "attention.csv"
+        made_by = dict(environment.as_dict() if hasattr(environment, "as_dict") else environment)
+        self.rows: dict[Point, dict] = {}
+        if self.path.exists():
+            if not resume:
+                raise FileExistsError(
+                    f"{self.path} holds measurements already: go on with --resume, name another folder with --out, "
+                    "or delete that file."
+                )
+            stored = read_results(self.directory)
+            changes = environment_changes(stored.attrs["environment"], made_by)
+            if changes:
+                raise ValueError(
+                    f"{self.path} was measured in another environment ({'; '.join(changes)}), and one table must "
+                    "not mix two. Measure in that environment again, name another folder with --out, or delete that "
+                    "file."
+                )
+            self.rows = rows_of(stored)
+        _save_environment(self.directory, made_by, "attention")
+
+    def write(self) -> None:
+        """Puts all rows on disk; whoever reads the file meanwhile finds whole rows."""
+        lines: list[list[str]] = [list(COLUMNS)]
+        for point, row in self.rows.items():
+            values = point.as_dict() | row
+            lines.append([_text(values.get(column)) for column in COLUMNS])
+        new = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        with new.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(lines)
+        os.replace(new, self.path)
+
+
+def _text(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two environments, apart from the date: ["driver: 570.1, now 580.65", ...]."""
+    return [
+        f"{name}: {before.get(name)}, now {now.get(name)}"
+        for name in sorted({*before, *now} - {"date"})
+        if before.get(name) != now.get(name)
+    ]
+
+
+def rows_of(df: pd.DataFrame) -> dict[Point, dict]:
+    """The rows of an attention table by their points, as a sweep keeps them."""
+    rows = {}
+    for record in df.to_dict("records"):
+        row = {column: record.get(column) for column in COLUMNS if column not in Point.KEY}
+        bound = row["overhead_bound"]
+        row["overhead_bound"] = None if bound is None or pd.isna(bound) else str(bound) == "True"
+        rows[Point.of(record)] = row
+    return rows
+
+
+def as_table(rows: Mapping[Point, Mapping[str, Any]]) -> pd.DataFrame:
+    """A table with `COLUMNS` from rows by point."""
+    df = pd.DataFrame([point.as_dict() | dict(row) for point, row in rows.items()], columns=list(COLUMNS))
+    for column in NUMBERS:
+        df[column] = df[column].astype(float)
+    return df
+
+
+def save_json(df: pd.DataFrame, path: str | Path, environment: Mapping[str, Any]) -> None:
+    """The same table as JSON: {"environment": {...}, "rows": [{column: value, ...}, ...]}, null where there is none."""
+    rows = [{name: _plain(value) for name, value in record.items()} for record in df.to_dict("records")]
+    _replace(Path(path), json.dumps({"environment": dict(environment), "rows": rows}, indent=1) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None if value is None or math.isnan(value) else str(value)
+    return value.item() if hasattr(value, "item") else value
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Two sweeps
+# ------------------------------------------------------------------------------------------------------------
+
+
+def compare(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
+    """The points that two tables have in common, side by side.
+
+    Returns:
+        The columns of the point, then `first_ms` and `second_ms`; `difference`, of the medians, relative to the
+        larger one; `spread`, the larger of both `spread_ms`, relative to the same; `covered`, whether the difference is
+        within it; `overhead_bound`, in either. Points that did not run in both are left out.
+
+    Raises:
+        ValueError: the tables have no measured point in common.
+    """
+    keys = list(Point.KEY)
+    wanted = [*keys, "ms", "spread_ms", *({"overhead_bound"} & set(first.columns) & set(second.columns))]
+    both = first[wanted].merge(second[wanted], on=keys, suffixes=("_1", "_2"))
+    both = both[both["ms_1"].notna() & both["ms_2"].notna()].reset_index(drop=True)
+    if both.empty:
+        raise ValueError("the two tables have no measured point in common: same shapes, dtypes and implementations?")
+    larger = both[["ms_1", "ms_2"]].max(axis=1)
+    difference = (both["ms_1"] - both["ms_2"]).abs() / larger
+    spread = both[["spread_ms_1", "spread_ms_2"]].max(axis=1) / larger
+    bound = pd.Series(False, index=both.index)
+    for column in {"overhead_bound_1", "overhead_bound_2"} & set(both.columns):
+        bound |= both[column].map(lambda value: str(value) == "True")
+    return both[keys].assign(
+        first_ms=both["ms_1"], second_ms=both["ms_2"], difference=difference, spread=spread,
+        covered=difference <= spread, overhead_bound=bound,
+    )  # fmt: skip
+
+
+def speedup(df: pd.DataFrame, over: str = "naive") -> pd.DataFrame:
+    """The table with a column `speedup`: time of `over` by time of the row, at the same pass, dtype and
+    shape.
+
+    NaN where either did not run.
+
+    Raises:
+        ValueError: `over` is not among the implementations, or stands twice at the same point.
+    """
+    if over not in set(df["impl"]):
+        raise ValueError(f"over={over!r} is not in the table, which has {', '.join(sorted(set(df['impl'])))}.")
+    keys = ["pass", "dtype", "head_dim", "causal", "batch", "heads", "seqlen"]
+    base = df.loc[df["impl"] == over, [*keys, "ms"]].rename(columns={"ms": "base_ms"})
+    if base.duplicated(keys).any():
+        raise ValueError(f"{over} stands more than once at the same point: pass one sweep at a time.")
+    merged = df.merge(base, on=keys, how="left")
+    result = merged.drop(columns="base_ms").assign(speedup=merged["base_ms"] / merged["ms"])
+    result.attrs.update(df.attrs)
+    return result
