@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from labutils.commands import check, lab
+from labutils.commands import bench, check, lab
 
-COMMANDS = (lab, check)
+COMMANDS = (lab, check, bench)
 """The modules of the commands, in the order in which the help lists them."""
 
 

@@ -232,6 +232,24 @@ def _like(reference: pd.DataFrame, df: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
+_RING = {
+    "linestyle": "none",
+    "marker": "o",
+    "markersize": 12,
+    "markerfacecolor": "none",
+    "markeredgecolor": "#B00020",
+    "markeredgewidth": 1.3,
+    "label": "bound by launch overhead",
+}
+
+
+def _overhead_bound(df: pd.DataFrame) -> pd.Series:
+    """Which rows the host's launching bounds; none of a table that does not say."""
+    if "overhead_bound" not in df:
+        return pd.Series(False, index=df.index)
+    return df["overhead_bound"].map(lambda value: str(value) == "True").astype(bool)
+
+
 def _draw_quantity(ax: Axes, df: pd.DataFrame, column: str, which: str, reference: pd.DataFrame | None) -> None:
     """Lines over N, one for each implementation."""
     rows = _of_pass(df, which)
@@ -247,6 +265,9 @@ def _draw_quantity(ax: Axes, df: pd.DataFrame, column: str, which: str, referenc
                 half = good["spread_ms"] / 2
                 low = (good["ms"] - half).clip(lower=good["ms"] / 2)  # a bar to zero has no place on this axis
                 ax.fill_between(good["seqlen"], low, good["ms"] + half, color=look["color"], alpha=0.15, linewidth=0)
+            bound = good[_overhead_bound(good)] if column in ("ms", "tflops") else good[:0]
+            if len(bound):
+                ax.plot(bound["seqlen"], bound[column], **_RING)
         failed = group[group["status"] == "oom"]
         if len(failed) and column != "max_error":
             out_of_memory.setdefault(failed["seqlen"].iloc[0], []).append(look["label"])
@@ -313,7 +334,9 @@ def _sweep_notes(df: pd.DataFrame, which: str, reference: pd.DataFrame | None, c
     if any(c != "max_error" for c in columns):
         notes += [f"Not timed: {', '.join(names)} ({reason.rstrip('.')})." for reason, names in reasons.items()]
     if "ms" in columns and "spread_ms" in rows:
-        notes.append("Bands: the middle half of the repeats.")
+        several = "rounds_ms" in rows and rows["rounds_ms"].astype(str).str.contains(";").any()
+        between = " and what the rounds differ by" if several else ""
+        notes.append(f"Bands: the middle half of the repeats{between}.")
     if reference is not None:
         stored = _of_pass(_like(reference, df), which)
         notes.append(f"Dashed: stored results of {_machine(reference)}, {_shape(stored)}.")

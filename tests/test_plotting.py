@@ -113,6 +113,19 @@ def test_the_unsupported_are_named_with_their_reason():
     assert "our Triton v2" in legend(plotting.plot_error(df))  # its error was measured
 
 
+def test_points_bound_by_launching_are_ringed():
+    df = table().assign(overhead_bound=lambda rows: rows["seqlen"] == 512)
+    for quantity in ("ms", "tflops"):
+        figure = plotting.plot_time(df, quantity=quantity)
+        check(figure)
+        rings = [line for line in figure.axes[0].get_lines() if line.get_label() == "bound by launch overhead"]
+        assert [list(ring.get_xdata()) for ring in rings] == [[512]] * 3
+        assert legend(figure).count("bound by launch overhead") == 1
+    assert "launch" not in texts(plotting.plot_memory(df))
+    assert "launch" not in texts(plotting.plot_time(df.assign(overhead_bound=False)))
+    assert "launch" not in texts(plotting.plot_time(df.drop(columns="overhead_bound")))
+
+
 def test_reference_curves_are_dashed_and_labelled_with_their_card():
     figure = plotting.plot_time(table("My laptop"), table("NVIDIA H200", lengths=(4096, 8192)))
     check(figure)

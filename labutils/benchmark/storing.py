@@ -191,6 +191,7 @@ class Recorder:
         self.directory = Path(directory)
         self.path = self.directory / "attention.csv"
         made_by = dict(environment.as_dict() if hasattr(environment, "as_dict") else environment)
+        self.environment = made_by
         self.rows: dict[Point, dict] = {}
         if self.path.exists():
             if not resume:

@@ -1,0 +1,390 @@
+"""`python -m labutils bench`: time, peak memory and error of attention implementations, as files and figures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from labutils.benchmark import Point
+
+NAMES = (
+    "naive", "sdpa_math", "sdpa_efficient", "sdpa_flash", "sdpa_cudnn", "flash_attn", "flex", "triton_v1", "triton_v2",
+    "tiled_v1", "tiled_v2",
+)  # fmt: skip
+"""The implementations, as the help lists them without importing torch; a test holds them to `IMPLEMENTATIONS`."""
+
+DTYPES = ("bfloat16", "float16", "float32")
+FORMATS = ("json", "png", "svg")
+REFERENCE = "nvidia_h200"
+LIMIT = 0.03  # how far medians of two sweeps may differ before --against complains
+SHORTEST_MS = 0.1  # shorter times are not held to that
+INTERRUPTED = 130  # what a shell calls the end by Control-C
+
+
+def _listed(kind: Callable[[str], Any], choices: Sequence[Any] | None = None) -> Callable[[str], list]:
+    """An argparse type: values separated by commas."""
+
+    def parse(text: str) -> list:
+        try:
+            values = [kind(part.strip()) for part in text.split(",") if part.strip()]
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r}: give values such as 512,1024") from error
+        wrong = [value for value in values if choices is not None and value not in choices]
+        if wrong or not values:
+            known = "" if choices is None else f" Choose from {', '.join(map(str, choices))}."
+            raise argparse.ArgumentTypeError(f"{', '.join(map(str, wrong)) or 'nothing'} is not known.{known}")
+        return values
+
+    return parse
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: it must be 1 or more")
+    return number
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < 3600:
+        raise argparse.ArgumentTypeError(f"{text}: it must be a number of seconds, 0 or more")
+    return number
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Adds the command's parser."""
+    parser = commands.add_parser(
+        "bench",
+        help="measure time, peak memory and error of attention implementations",
+        description=(
+            "Measure attention implementations over sequence lengths: time, peak memory and error against float64. "
+            "Rows are on disk as they come: after an interrupt, --resume measures what is missing. What runs out of "
+            "memory or cannot run is a row that says why. Lists are separated by commas."
+        ),
+        epilog=(
+            "In a minute: python -m labutils bench --seqlens 256,512,1024 --out bench-small. All that the notebooks "
+            "show stored: python -m labutils bench --dtype bfloat16,float16 --head-dims 64,128 --full --causal "
+            "--pass fwd,bwd"
+        ),
+        allow_abbrev=False,
+    )
+    what = parser.add_argument_group("what is measured")
+    what.add_argument(
+        "--impls",
+        type=_listed(str, NAMES),
+        metavar="A,B",
+        default=argparse.SUPPRESS,
+        help=f"of {', '.join(NAMES)} (default: without a GPU naive, sdpa_math, sdpa_flash; with one all but tiled_*)",
+    )
+    what.add_argument(
+        "--seqlens",
+        type=_listed(_positive),
+        metavar="N,N",
+        default=argparse.SUPPRESS,
+        help="sequence lengths (default: 256 to 2048 without a GPU, 512 to 16384 with one, in powers of two)",
+    )
+    what.add_argument(
+        "--head-dims", type=_listed(_positive), metavar="D,D", default=[64], help="head dimensions (default: 64)"
+    )
+    batch = what.add_mutually_exclusive_group()
+    batch.add_argument("--batch", type=_positive, metavar="B", default=argparse.SUPPRESS, help="batch size")
+    batch.add_argument(
+        "--tokens",
+        type=_positive,
+        metavar="T",
+        default=argparse.SUPPRESS,
+        help="tokens in a batch: B = T // N (default: 16384 with a GPU; B = 1 without one)",
+    )
+    heads = what.add_mutually_exclusive_group()
+    heads.add_argument("--heads", type=_positive, metavar="H", default=argparse.SUPPRESS, help="heads")
+    heads.add_argument(
+        "--hidden",
+        type=_positive,
+        metavar="W",
+        default=argparse.SUPPRESS,
+        help="width of all heads: H = W / D (default: 2048 with a GPU; H = 4 without one)",
+    )
+    what.add_argument(
+        "--dtype",
+        type=_listed(str, DTYPES),
+        metavar="T,T",
+        default=argparse.SUPPRESS,
+        help=f"of {', '.join(DTYPES)} (default: the fastest that the machine computes well in)",
+    )
+    what.add_argument("--full", action="store_true", help="without a mask (so it is where --causal is not given)")
+    what.add_argument("--causal", action="store_true", help="with the causal mask; with --full as well, both")
+    what.add_argument(
+        "--pass",
+        dest="passes",
+        type=_listed(str, ("fwd", "bwd")),
+        metavar="P,P",
+        default=["fwd"],
+        help="fwd, bwd or fwd,bwd; bwd times the backward pass alone (default: fwd)",
+    )
+    how = parser.add_argument_group("how long")
+    how.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=0.3,
+        help="of recorded repeats for a point, all rounds together (default: %(default)s)",
+    )
+    how.add_argument("--rounds", type=_positive, default=3, help="times through all points (default: %(default)s)")
+    how.add_argument(
+        "--warm-up",
+        type=_seconds,
+        default=argparse.SUPPRESS,
+        help="seconds of load before each measurement (default: 0.1 on a GPU, 0.02 without one)",
+    )
+    how.add_argument(
+        "--error-seconds",
+        type=_seconds,
+        default=2.0,
+        help="for the float64 result of one shape; 0 measures no error (default: %(default)s)",
+    )
+    where = parser.add_argument_group("where it goes")
+    where.add_argument(
+        "--out", type=Path, default=Path("bench-results"), help="folder for tables and figures (default: %(default)s)"
+    )
+    where.add_argument("--resume", action="store_true", help="keep the rows in --out and measure what is missing")
+    where.add_argument(
+        "--write",
+        type=_listed(str, (*FORMATS, "none")),
+        metavar="F,F",
+        default=list(FORMATS),
+        help=f"of {', '.join(FORMATS)}, or none, beside attention.csv and environment.json (default: all)",
+    )
+    where.add_argument(
+        "--reference",
+        nargs="?",
+        const=REFERENCE,
+        metavar="GPU",
+        help=f"draw the stored results of this GPU beside your own; without a name, of {REFERENCE}",
+    )
+    where.add_argument(
+        "--against",
+        type=Path,
+        metavar="FOLDER",
+        help=f"compare with an earlier sweep, and exit with 1 where a median above {SHORTEST_MS} ms differs by more "
+        f"than {100 * LIMIT:.0f} percent",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures, writes and prints. Returns 130 after an interrupt, 1 where --against finds a difference, 2 for bad
+    arguments."""
+    from labutils import benchmark, environment, runtime
+    from labutils.benchmark import sweeping
+
+    try:
+        if arguments.reference is not None:  # a wrong name is told before anything is measured
+            benchmark.reference_results(arguments.reference, dtype=None)
+        earlier = None if arguments.against is None else benchmark.read_results(arguments.against)
+        points = _plan(arguments)
+        recorder = benchmark.Recorder(arguments.out, environment.environment(), resume=arguments.resume)
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        print(f"labutils bench: {error}", file=sys.stderr)
+        return 2
+    kept = len(points) - sum(point not in recorder.rows for point in points)
+    steps = sweeping.pending(points, recorder.rows, arguments.rounds)
+    print(f"{runtime.machine}: {len(points)} points, {kept} of them in {recorder.path} already.")
+    if (recorder.environment["git_revision"] or "").endswith("+changes"):
+        print("The code differs from its commit: nobody will be able to check out what measured this.")
+    interrupted = False
+    with sweeping.progress_bar(steps) as bar:
+        try:
+            for done in sweeping.measure(
+                points, benchmark.IMPLEMENTATIONS, recorder.rows, rounds=arguments.rounds,
+                seconds_per_point=arguments.seconds, warm_up=getattr(arguments, "warm_up", None),
+                error_seconds=arguments.error_seconds, describe=bar.set_description_str,
+            ):  # fmt: skip
+                recorder.write()
+                bar.update(done)
+        except KeyboardInterrupt:
+            interrupted = True
+    if recorder.rows:
+        recorder.write()  # an interrupt may have come while the last row was being written
+    if not recorder.path.exists():
+        print("\nNothing was measured.")
+        return INTERRUPTED if interrupted else 0
+    table = benchmark.read_results(arguments.out)
+    print()
+    print(describe(table))
+    _write(table, arguments)
+    if interrupted:
+        print(f"Interrupted: {len(table)} of {len(points)} points are in {recorder.path}. The same command with "
+              "--resume measures the rest.")  # fmt: skip
+        return INTERRUPTED
+    return 0 if earlier is None else _compare(earlier, table, arguments.against)
+
+
+def _plan(arguments: argparse.Namespace) -> list[Point]:
+    """The points that the arguments ask for, with the defaults of this machine."""
+    import torch
+
+    from labutils import runtime
+    from labutils.benchmark import sweeping
+
+    given = vars(arguments)
+    impls = runtime.choose(
+        cpu=["naive", "sdpa_math", "sdpa_flash"], gpu=[n for n in NAMES if not n.startswith("tiled")]
+    )
+    lengths = runtime.choose(cpu=[256, 512, 1024, 2048], gpu=[512, 1024, 2048, 4096, 8192, 16384])
+    tokens = None if "batch" in given else given.get("tokens", runtime.choose(cpu=None, gpu=16384))
+    hidden = None if "heads" in given else given.get("hidden", runtime.choose(cpu=None, gpu=2048))
+    return sweeping.plan(
+        given.get("impls", impls),
+        given.get("seqlens", lengths),
+        head_dims=arguments.head_dims,
+        dtypes=[getattr(torch, name) for name in given["dtype"]] if "dtype" in given else None,
+        causal=[False] * (arguments.full or not arguments.causal) + [True] * arguments.causal,
+        passes=arguments.passes,
+        batch=given.get("batch", 1),
+        tokens=tokens,
+        heads=given.get("heads"),
+        hidden=hidden,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is printed
+# ------------------------------------------------------------------------------------------------------------
+
+
+def describe(df: pd.DataFrame) -> str:
+    """The table as text, a block for each pass, dtype, head dimension and mask; reasons and marks below."""
+    made = df.attrs["environment"]
+    lines = [f"{df.attrs['machine']}, torch {made['torch']}, triton {made['triton']}, {made['date']}", ""]
+    reasons: dict[str, list[str]] = {}
+    for (which, dtype, d, causal), block in df.groupby(["pass", "dtype", "head_dim", "causal"], sort=False):
+        lines.append(f"{which}, {dtype}, D = {d}, {'causal' if causal else 'full'}")
+        lines.append(
+            f"  {'implementation':<15}{'N':>8}{'B':>5}{'H':>4}{'ms':>11}{'spread':>8}{'TFLOP/s':>9}{'peak MiB':>10}"
+            f"{'max error':>11}"
+        )
+        for row in block.sort_values("seqlen", kind="stable").itertuples():
+            lines.append(_line(row))
+            if row.status != "ok":
+                reasons.setdefault(f"{row.status}: {row.reason}", []).append(row.impl)
+        lines.append("")
+    if df["overhead_bound"].map(lambda value: str(value) == "True").any():
+        lines += ["* bound by launching: the GPU waits for the host, and a faster kernel would change nothing.", ""]
+    lines += [f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in reasons.items()]
+    return "\n".join(lines)
+
+
+def _line(row: Any) -> str:
+    start = f"  {row.impl:<15}{row.seqlen:>8,}{row.batch:>5}{row.heads:>4}"
+    error = "-" if row.max_error != row.max_error else f"{row.max_error:.1e}"
+    if row.status != "ok":
+        return f"{start}{row.status:>12}{'':>26}{error:>11}"
+    mark = "*" if str(row.overhead_bound) == "True" else " "
+    return (
+        f"{start}{row.ms:>11.4g}{mark}{row.spread_ms / row.ms:>7.1%}{row.tflops:>9.3g}{row.peak_mib:>10,.1f}{error:>11}"
+    )
+
+
+def _compare(earlier: pd.DataFrame, now: pd.DataFrame, folder: Path) -> int:
+    """Prints how far two sweeps lie apart; 1 where a median differs by more than `LIMIT`."""
+    from labutils import benchmark
+
+    try:
+        both = benchmark.compare(earlier, now)
+    except ValueError as error:
+        print(f"labutils bench: {error}", file=sys.stderr)
+        return 2
+    long = both[(both["first_ms"] > SHORTEST_MS) & (both["second_ms"] > SHORTEST_MS)]
+    print(f"\nAgainst {folder}: {len(both)} points in common, {len(long)} of them above {SHORTEST_MS} ms.")
+    if long.empty:
+        print("None is long enough to be held to a limit.")
+        return 0
+    print(
+        f"Medians of these differ by up to {long['difference'].max():.2%}, half of them by less than "
+        f"{long['difference'].median():.2%}; the reported spread covers {int(long['covered'].sum())} of {len(long)}."
+    )
+    far = long[(long["difference"] > LIMIT) | ~long["covered"]].sort_values("difference", ascending=False)
+    for row, which in zip(far.itertuples(), far["pass"], strict=True):
+        mask, mark = "causal" if row.causal else "full", ", bound by launching" if row.overhead_bound else ""
+        print(
+            f"  {row.impl} {which} {row.dtype} D={row.head_dim} {mask} N={row.seqlen:,}: {row.first_ms:.4g} and "
+            f"{row.second_ms:.4g} ms, {row.difference:.2%} apart, spread {row.spread:.2%}{mark}"
+        )
+    return 1 if (long["difference"] > LIMIT).any() else 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What is written
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _write(df: pd.DataFrame, arguments: argparse.Namespace) -> None:
+    from labutils.benchmark import storing
+
+    written = ["attention.csv", "environment.json"]
+    if "json" in arguments.write:
+        storing.save_json(df, arguments.out / "attention.json", df.attrs["environment"])
+        written.append("attention.json")
+    pictures = [name for name in arguments.write if name in ("png", "svg")]
+    if pictures:
+        written += _draw(df, arguments.out, pictures, arguments.reference)
+    print(f"\nWritten to {arguments.out}: {', '.join(written)}")
+
+
+def _draw(df: pd.DataFrame, folder: Path, formats: Sequence[str], reference: str | None) -> list[str]:
+    """A figure of time and one of memory for each pass, dtype, head dimension, mask, and further B and H."""
+    import matplotlib
+
+    matplotlib.use("agg")  # no screen is needed, nor opened
+    from labutils import plotting
+
+    written = []
+    for (dtype, d, causal), block in df.groupby(["dtype", "head_dim", "causal"], sort=False):
+        for which, rows in block.groupby("pass", sort=False):
+            for name, part in _drawable(rows):
+                part.attrs.update(df.attrs)
+                stored = _stored(reference, part, which)
+                mask = "causal" if causal else "full"
+                for what, draw in (("time", plotting.plot_time), ("memory", plotting.plot_memory)):
+                    if part["peak_mib" if what == "memory" else "ms"].isna().all():
+                        continue  # nothing but failures: the table says which
+                    figure = draw(part, stored, which=which)
+                    for ending in formats:
+                        path = folder / f"{what}_{which}_{dtype}_d{d}_{mask}{name}.{ending}"
+                        figure.savefig(path, dpi=150)
+                        written.append(path.name)
+    return written
+
+
+def _drawable(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Parts of a table with one row for each implementation and length: resumed sweeps may hold several B and H."""
+    if not rows.duplicated(["impl", "seqlen"]).any():
+        return [("", rows)]
+    return [(f"_b{b}_h{h}", part) for (b, h), part in rows.groupby(["batch", "heads"], sort=False)]
+
+
+def _stored(gpu: str | None, rows: pd.DataFrame, which: str) -> pd.DataFrame | None:
+    """Stored rows at the same head dimension and mask, in the same dtype where there are such rows."""
+    if gpu is None:
+        return None
+    from labutils import benchmark
+
+    stored = benchmark.reference_results(gpu, dtype=None)
+    first = rows.iloc[0]
+    dtype = first["dtype"] if first["dtype"] in set(stored["dtype"]) else benchmark.STORED_DTYPE
+    like = stored[
+        (stored["dtype"] == dtype) & (stored["head_dim"] == first["head_dim"]) & (stored["causal"] == first["causal"])
+    ]
+    if not (like["pass"] == which).any():
+        mask = "causal" if first["causal"] else "full"
+        print(
+            f"{gpu} has no stored rows at D = {first['head_dim']}, {mask}, {which}: that figure shows your own alone."
+        )
+        return None
+    return like
