@@ -319,7 +319,8 @@ def _try(name: str) -> Backend:
     """Runs one backend and judges its result."""
     on_gpu = runtime.device.type == "cuda"
     if name == "flash_attn" and _version("flash-attn") is None:
-        return Backend(name, False, "not installed, and optional: PyTorch's built-in flash kernel is used")
+        built_in = ": PyTorch's built-in flash kernel is used" if _try("sdpa_flash").available else ""
+        return Backend(name, False, f"not installed, and optional{built_in}")
     if name in _GPU_ONLY and not on_gpu:
         return Backend(name, False, "has kernels for NVIDIA GPUs alone, and none is in use here")
 
@@ -381,45 +382,62 @@ def _condense(text: str, longest: int = 220) -> str:
 
 
 def as_dict(*, compile_flex: bool | None = None) -> dict[str, Any]:
-    """Environment, backends and verdict as JSON takes them."""
+    """Environment, backends and verdict as JSON takes them; `cause` and `remedy` are None where flash runs compiled."""
+    tried = backends(compile_flex=compile_flex)
+    flash = _compiled_flash()
+    cause, remedy = (None, None) if flash else _cause_and_remedy()
     return {
         "environment": environment().as_dict(),
         "triton_kernels": "interpreter" if runtime.interpreted else "compiled",
-        "backends": [asdict(backend) for backend in backends(compile_flex=compile_flex)],
-        "compiled_flash_kernels_on_gpu": _compiled_flash(),
+        "backends": [asdict(backend) for backend in tried],
+        "compiled_flash_kernels_on_gpu": flash,
+        "status": _status().removeprefix("Status: "),
+        "cause": cause,
+        "remedy": remedy,
     }
 
 
 def report(*, compile_flex: bool | None = None) -> str:
-    """The checklist: the machine, each backend with its reason, and one line that sums up."""
+    """The machine, then FlashAttention as a checklist: GPU, compute capability, the flash-attn package, each backend
+    with its reason, and one line that sums up."""
     machine = environment()
-    memory = None if machine.memory_gib is None else f"{machine.memory_gib} GiB"
     facts = [  # what, its value, and what to say where there is none
-        ("GPU", machine.gpu, _why_no_gpu()[0]),
-        ("compute capability", _dotted(machine.capability), "none"),
-        ("GPU memory", memory, "none"),
         ("driver", machine.driver, "none found"),
         ("CUDA", machine.cuda, "none: this PyTorch is a CPU build"),
         ("torch", machine.torch, ""),
         ("triton", machine.triton, "not installed"),
         ("transformers", machine.transformers, "not installed"),
-        ("flash-attn", machine.flash_attn, "not installed: PyTorch's built-in flash kernel is used"),
         ("Python", machine.python, ""),
         ("system", machine.os, ""),
         ("CPU", machine.cpu, ""),
         ("Triton kernels", "interpreted, on the CPU" if runtime.interpreted else "compiled, on the GPU", ""),
     ]
-    shape = ", ".join(map(str, PROBE_SHAPE))
     lines = ["This machine"]
     lines += [_row(value is not None, what, value or absent) for what, value, absent in facts]
-    lines.append("")
-    lines.append(f"Attention backends, each tried on tensors (B, N, H, D) = ({shape})")
-    for backend in backends(compile_flex=compile_flex):
-        lines.append(_row(backend.available, TITLES[backend.name], backend.reason, width=30))
+    memory = f"{machine.gpu}, {machine.memory_gib} GiB"
+    shape = ", ".join(map(str, PROBE_SHAPE))
+    lines += ["", f"FlashAttention, each backend tried on tensors (B, N, H, D) = ({shape})"]
+    lines.append(_row(machine.gpu is not None, "GPU", memory if machine.gpu else _why_no_gpu()[0]))
+    lines.append(_row(machine.capability is not None, "compute capability", _about_capability(machine.capability)))
+    found = {backend.name: backend for backend in backends(compile_flex=compile_flex)}
+    for name in ("flash_attn", *(other for other in TITLES if other != "flash_attn")):
+        backend = found[name]
+        version = f"{machine.flash_attn}, " if name == "flash_attn" and backend.available else ""
+        lines.append(_row(backend.available, TITLES[name], version + backend.reason))
     return "\n".join([*lines, "", _status()])
 
 
-def _row(there: bool, what: str, text: str, width: int = 18) -> str:
+def _about_capability(capability: tuple[int, int] | None) -> str:
+    if capability is None:
+        return "none"
+    needed, generation = _LOWEST_CAPABILITY["sdpa_flash"]
+    if capability >= needed:
+        return _dotted(capability)
+    return f"{_dotted(capability)}; PyTorch's flash kernel and flash-attn need {_dotted(needed)} ({generation})"
+
+
+def _row(there: bool, what: str, text: str) -> str:
+    width = max(map(len, TITLES.values()))
     return f"  [{'x' if there else ' '}] {what:<{width}}  {text}"
 
 

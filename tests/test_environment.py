@@ -62,6 +62,12 @@ def gpu(monkeypatch):
     return imitate
 
 
+def rows(lines):
+    """What -> ("x" or " ", text) of a block of the report."""
+    found = (re.fullmatch(r"  \[(.)\] (.+?)  +(.*)", line) for line in lines[1:])
+    return {match[2]: (match[1], match[3]) for match in found}
+
+
 def by_name():
     return {backend.name: backend for backend in environment.backends()}
 
@@ -74,12 +80,18 @@ def test_hopper_with_everything(gpu, capsys):
     assert all(backend.available and backend.runs_on == "gpu" for backend in environment.backends())
     assert environment.verify_flash_attention(force=True) is True
     printed = capsys.readouterr().out
-    assert "[x] GPU                 NVIDIA H200" in printed
-    assert "[x] compute capability  9.0" in printed
-    assert "[x] GPU memory          15.8 GiB" in printed
-    assert "[x] driver              580.65.06" in printed
-    assert "[x] flash-attn          2.8.3" in printed
-    assert "[x] Triton kernels      compiled, on the GPU" in printed
+    facts, checklist = (block.splitlines() for block in printed.split("\n\n")[:2])
+    assert facts[0] == "This machine" and checklist[0].startswith("FlashAttention, each backend tried on")
+    assert rows(facts)["driver"] == ("x", "580.65.06")
+    assert rows(facts)["Triton kernels"] == ("x", "compiled, on the GPU")
+    assert list(rows(checklist)) == [
+        "GPU", "compute capability", "flash-attn package", "PyTorch SDPA, flash", "PyTorch SDPA, cuDNN",
+        "PyTorch SDPA, memory-efficient", "PyTorch SDPA, math", "this lab's Triton v1", "this lab's Triton v2",
+        "FlexAttention",
+    ]  # fmt: skip
+    assert rows(checklist)["GPU"] == ("x", "NVIDIA H200, 15.8 GiB")
+    assert rows(checklist)["compute capability"] == ("x", "9.0")
+    assert rows(checklist)["flash-attn package"] == ("x", "2.8.3, compiled kernel on the GPU, bfloat16")
     assert (
         printed.rstrip().splitlines()[-1].startswith("Status: FlashAttention runs compiled on this GPU (PyTorch SDPA")
     )
@@ -92,7 +104,17 @@ def test_ampere_without_the_flash_attn_package(gpu):
     assert not found["flash_attn"].available
     assert found["flash_attn"].reason == "not installed, and optional: PyTorch's built-in flash kernel is used"
     assert all(backend.available for name, backend in found.items() if name != "flash_attn")
-    assert "[ ] flash-attn          not installed: PyTorch's built-in flash kernel is used" in environment.report()
+    checklist = rows(environment.report().split("\n\n")[1].splitlines())
+    assert checklist["flash-attn package"] == (" ", found["flash_attn"].reason)
+
+
+def test_no_built_in_kernel_is_promised_where_there_is_none(gpu):
+    gpu((7, 5), sdpa_flash=refuse("Flash attention only supports sm80 and later"))
+    assert by_name()["flash_attn"].reason == "not installed, and optional"
+    checklist = rows(environment.report().split("\n\n")[1].splitlines())
+    assert checklist["compute capability"] == (
+        "x", "7.5; PyTorch's flash kernel and flash-attn need 8.0 (Ampere)"
+    )  # fmt: skip
 
 
 def test_turing_is_too_old_for_flash_kernels_but_not_for_ours(gpu):
@@ -282,6 +304,8 @@ def test_environment_is_json_and_names_versions():
 def test_as_dict_is_json():
     stored = json.loads(json.dumps(environment.as_dict()))
     assert [backend["name"] for backend in stored["backends"]] == list(environment.TITLES)
+    assert stored["status"] == environment.report().splitlines()[-1].removeprefix("Status: ")
+    assert bool(stored["cause"]) == bool(stored["remedy"]) == (not stored["compiled_flash_kernels_on_gpu"])
     assert stored["triton_kernels"] == ("interpreter" if runtime.interpreted else "compiled")
 
 
