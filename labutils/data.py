@@ -249,7 +249,37 @@ def pack(documents: Sequence[str], tokenizer: Tokenizer, seqlen: int) -> tuple[t
     return torch.tensor(stream[: count * seqlen], dtype=torch.int64).view(count, seqlen), stats
 
 
-def batches(sequences: torch.Tensor, batch_size: int = 1, *, seed: int = 0) -> Iterator[torch.Tensor]:
+class Batches(Iterator[torch.Tensor]):
+    """What `batches` returns: an endless iterator that knows its place, for checkpoints."""
+
+    def __init__(self, sequences: torch.Tensor, batch_size: int, seed: int):
+        self._sequences, self._batch_size = sequences, batch_size
+        self._generator = torch.Generator().manual_seed(seed)
+        self._waiting: list[int] = []
+
+    def __next__(self) -> torch.Tensor:
+        while len(self._waiting) < self._batch_size:
+            self._waiting += torch.randperm(len(self._sequences), generator=self._generator).tolist()
+        taken, self._waiting = self._waiting[: self._batch_size], self._waiting[self._batch_size :]
+        return self._sequences[taken]
+
+    def state_dict(self) -> dict:
+        """The place: after `load_state_dict` an iterator over the same sequences goes on with the same batches."""
+        return {"generator": self._generator.get_state(), "waiting": list(self._waiting), "of": len(self._sequences)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes to the place of a `state_dict`.
+
+        Raises:
+            ValueError: it is one of another number of sequences.
+        """
+        if state["of"] != len(self._sequences):
+            raise ValueError(f"the place is one among {state['of']} sequences, and here are {len(self._sequences)}")
+        self._generator.set_state(state["generator"])
+        self._waiting = list(state["waiting"])
+
+
+def batches(sequences: torch.Tensor, batch_size: int = 1, *, seed: int = 0) -> Batches:
     """Endless random batches: every sequence once per pass, in a new random order each pass.
 
     Args:
@@ -267,13 +297,4 @@ def batches(sequences: torch.Tensor, batch_size: int = 1, *, seed: int = 0) -> I
         raise ValueError(f"sequences must be (S, N) with S >= 1, got shape {tuple(sequences.shape)}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    return _endless(sequences, batch_size, torch.Generator().manual_seed(seed))
-
-
-def _endless(sequences: torch.Tensor, batch_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    waiting: list[int] = []
-    while True:
-        while len(waiting) < batch_size:
-            waiting += torch.randperm(len(sequences), generator=generator).tolist()
-        taken, waiting = waiting[:batch_size], waiting[batch_size:]
-        yield sequences[taken]
+    return Batches(sequences, batch_size, seed)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from transformers import GPT2LMHeadModel
 
+    from labutils.checkpoints import Checkpoint
+
 GIB = 2**30
 COLUMNS = ("step", "loss", "tokens_per_s", "grad_norm", "peak_allocated_gib", "peak_reserved_gib")
 
@@ -82,6 +84,9 @@ def train(
     chunked_loss: int | None = None,
     log_every: int = 1,
     progress: bool = True,
+    checkpoint: Checkpoint | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    on_row: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> History:
     """Train a language model with AdamW, on the device that it is on.
 
@@ -102,12 +107,17 @@ def train(
         chunked_loss: positions per chunk of the loss (`labutils.models.language_model_loss`), or None.
         log_every: steps per row of the history; the last step always has one.
         progress: show a progress bar.
+        checkpoint: where the state of the run is kept, and where it goes on from; None keeps nothing. `steps`
+            counts from the start of the run, and so does the history. Needs batches of `labutils.data.batches`.
+        stop: asked before each step; True ends the loop between two steps, with a checkpoint, as "interrupted".
+        on_row: given each row of the history when it is made.
 
     Returns:
         The history.
 
     Raises:
         ValueError: `steps` or `log_every` below 1.
+        TypeError: a checkpoint, and batches that do not know their place.
         FloatingPointError: the loss is NaN or infinite at a logged step.
         torch.OutOfMemoryError: the step does not fit; see `try_step`.
     """
@@ -123,6 +133,9 @@ def train(
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=on_gpu)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    source = iter(batches)
+    rows: list[dict[str, float]] = [] if checkpoint is None else checkpoint.rows
+    done = 0 if checkpoint is None else checkpoint.load(model, optimizer, scaler, source)
     was_training = model.training
     model.train()
     if checkpointing:
@@ -130,13 +143,14 @@ def train(
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
 
-    rows: list[dict[str, float]] = []
-    status, done, tokens = "done", 0, 0
+    status, tokens, kept = "done", 0, done
     start = last = time.perf_counter()
-    bar = tqdm(total=steps, file=sys.stdout, disable=not progress, unit="step", mininterval=0.5)
-    source = iter(batches)
+    bar = tqdm(total=steps, initial=done, file=sys.stdout, disable=not progress, unit="step", mininterval=0.5)
     try:
         while done < steps:
+            if stop():
+                status = "interrupted"
+                break
             batch = next(source, None)
             if batch is None:
                 status = "out of data"
@@ -165,11 +179,18 @@ def train(
                     raise FloatingPointError(
                         f"the loss is {value} at step {done}: lower lr (now {lr}) or raise warmup ({warmup})"
                     )
+                on_row(rows[-1])
                 last, tokens = now, 0
                 memory = f", {reserved:.1f} GiB" if on_gpu else ""
                 bar.set_postfix_str(f"loss {value:.3f}, {rows[-1]['tokens_per_s']:,.0f} tokens/s{memory}")
+            if checkpoint is not None and done % checkpoint.every == 0:
+                began = time.perf_counter()
+                checkpoint.save(model, optimizer, scaler, source, done, rows)
+                kept, last = done, last + time.perf_counter() - began  # writing is no part of tokens/s
             bar.update()
-    except KeyboardInterrupt:
+        if checkpoint is not None and done > kept:
+            checkpoint.save(model, optimizer, scaler, source, done, rows)
+    except KeyboardInterrupt:  # perhaps in the midst of a step: nothing is saved, the last checkpoint stands
         status = "interrupted"
     finally:
         bar.close()
@@ -384,6 +405,80 @@ def try_step(
     row |= {"peak_gib": last["peak_allocated_gib"], "reserved_gib": last["peak_reserved_gib"]}
     row |= {"tokens_per_s": last["tokens_per_s"], "loss": last["loss"], "status": "ok"}
     return row
+
+
+def attention_used(
+    model: GPT2LMHeadModel,
+    tokens: torch.Tensor,
+    *,
+    autocast_dtype: torch.dtype | Literal["auto"] | None = "auto",
+    checkpointing: bool = False,
+    chunked_loss: int | None = None,
+) -> dict[str, int]:
+    """Which attention a training step of this model runs, found out by profiling one, forward and backward.
+
+    The step changes nothing: gradients are thrown away, weights and random generators are left as they were.
+
+    Args:
+        model, autocast_dtype, checkpointing, chunked_loss: as for `train`.
+        tokens: int64 (B, N), on any device.
+
+    Returns:
+        How often each ran: name -> calls, of "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math", "flash_attn",
+        "triton_v2" and "naive" (softmax outside of all of them). Recomputation counts.
+    """
+    from labutils.benchmark import torch_profiler
+
+    device = model.device
+    on_gpu = device.type == "cuda"
+    dtype = _autocast_dtype(autocast_dtype, device)
+    tokens = tokens.to(device)
+    activity = torch.profiler.ProfilerActivity
+    was_training = model.training
+    model.train()
+    if checkpointing:
+        _set_checkpointing(model, True)
+    try:
+        with (
+            torch.random.fork_rng(devices=[torch.cuda.current_device()] if on_gpu else []),
+            torch_profiler(activities=[activity.CPU, activity.CUDA] if on_gpu else [activity.CPU]) as profiler,
+        ):
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                loss = language_model_loss(model, tokens, chunked_loss=chunked_loss)
+            loss.backward()
+    finally:
+        model.zero_grad(set_to_none=True)
+        if checkpointing:
+            _set_checkpointing(model, False)
+        model.train(was_training)
+    calls = {event.key: event.count for event in profiler.key_averages()}
+    return _attention_of(calls)
+
+
+# The operator that each attention is, by the name that the profiler records: the one that PyTorch's dispatcher called,
+# not the one that was asked for.
+_OPERATORS = {
+    "aten::_scaled_dot_product_flash_attention": "sdpa_flash",
+    "aten::_scaled_dot_product_flash_attention_for_cpu": "sdpa_flash",
+    "aten::_scaled_dot_product_cudnn_attention": "sdpa_cudnn",
+    "aten::_scaled_dot_product_efficient_attention": "sdpa_efficient",
+    "aten::_scaled_dot_product_attention_math": "sdpa_math",
+    "flash_attn::_flash_attn_forward": "flash_attn",
+    "flash_attn::_flash_attn_varlen_forward": "flash_attn",
+    "labutils::flash_attention": "triton_v2",
+}
+
+
+def _attention_of(calls: dict[str, int]) -> dict[str, int]:
+    """Calls of each attention, from those of each operator."""
+    used: dict[str, int] = {}
+    for operator, name in _OPERATORS.items():
+        if calls.get(operator):
+            used[name] = used.get(name, 0) + calls[operator]
+    outside = calls.get("aten::_softmax", 0) - used.get("sdpa_math", 0)  # that one is made of ordinary operations
+    if outside > 0:
+        used["naive"] = outside
+    return used
 
 
 def _set_checkpointing(model: GPT2LMHeadModel, on: bool) -> None:

@@ -1,0 +1,123 @@
+"""Checkpoints of a training run: everything that the next step depends on, written so that no half of one remains."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = 1
+
+
+class Checkpoint:
+    """A file from which training goes on as if it had never stopped.
+
+    It holds the weights, the optimizer's and the loss scaler's state, the position in the data, the states of the
+    random generators of Python, of PyTorch and of each GPU, the steps done and the rows of the history.
+
+    Args:
+        path: the file; its folder is made. It is replaced as a whole, so that a kill leaves the one before.
+        every: steps between two checkpoints. One more is written at the end, and when `train` is asked to stop.
+        settings: what must be the same where training goes on: model, data, learning rate, ...
+        resume: go on from the file; without it, a file that is there is not overwritten.
+
+    Raises:
+        FileExistsError: the file is there, and `resume` was not asked for.
+        FileNotFoundError: `resume`, and there is no file.
+        ValueError: `resume`, and the settings differ, or the file is of another format; `every` below 1.
+    """
+
+    def __init__(
+        self, path: str | Path, *, every: int = 100, settings: Mapping[str, Any] | None = None, resume: bool = False
+    ):
+        if every < 1:
+            raise ValueError(f"every={every}: a checkpoint is written every so many steps, at least 1.")
+        self.path, self.every, self.settings = Path(path), every, dict(settings or {})
+        self.stored: dict[str, Any] | None = None
+        if not resume:
+            if self.path.exists():
+                raise FileExistsError(
+                    f"{self.path} is there already: go on from it with --resume, name another folder, or delete it."
+                )
+            return
+        if not self.path.exists():
+            raise FileNotFoundError(f"there is no {self.path} to go on from: start without --resume.")
+        # Tensors and plain values alone: a file from somebody else cannot run code here.
+        self.stored = torch.load(self.path, map_location="cpu", weights_only=True)
+        if self.stored.get("format") != FORMAT:
+            raise ValueError(f"{self.path} is of format {self.stored.get('format')}, this version reads {FORMAT}.")
+        before = self.stored["settings"]
+        changes = [
+            f"{name}: {before.get(name)!r}, now {self.settings.get(name)!r}"
+            for name in sorted({*before, *self.settings})
+            if before.get(name) != self.settings.get(name)
+        ]
+        if changes:
+            raise ValueError(
+                f"{self.path} was made with other settings ({'; '.join(changes)}), and the losses would not go on as "
+                "they were: use the same settings, or train in another folder."
+            )
+
+    @property
+    def rows(self) -> list[dict[str, float]]:
+        """The history up to the checkpoint that is gone on from; empty for a new run."""
+        return [] if self.stored is None else list(self.stored["rows"])
+
+    def load(self, model: torch.nn.Module, optimizer: Any, scaler: Any, batches: Any) -> int:
+        """Puts the stored state into these objects and the generators; the number of steps done, 0 for a new run.
+
+        Raises:
+            TypeError: the batches cannot say where in the data they are.
+        """
+        if not hasattr(batches, "state_dict"):
+            raise TypeError("a checkpoint needs batches with state_dict(), such as labutils.data.batches makes")
+        if self.stored is None:
+            return 0
+        stored, self.stored = self.stored, None  # the copy of the weights is not kept for the whole run
+        model.load_state_dict(stored["model"])
+        optimizer.load_state_dict(stored["optimizer"])
+        scaler.load_state_dict(stored["scaler"])
+        batches.load_state_dict(stored["batches"])
+        version, numbers, gauss = stored["random"]["python"]
+        random.setstate((version, tuple(numbers), gauss))
+        torch.set_rng_state(stored["random"]["torch"])
+        if stored["random"]["cuda"]:
+            torch.cuda.set_rng_state_all(stored["random"]["cuda"])
+        return stored["steps"]
+
+    def save(
+        self,
+        model: torch.nn.Module,
+        optimizer: Any,
+        scaler: Any,
+        batches: Any,
+        steps: int,
+        rows: list[dict[str, float]],
+    ) -> None:
+        """Writes the state after `steps` steps."""
+        state = {
+            "format": FORMAT,
+            "settings": self.settings,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "batches": batches.state_dict(),
+            "random": {
+                "python": random.getstate(),
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            },
+            "steps": steps,
+            "rows": rows,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        with new.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())  # on disk before it takes the other's place
+        os.replace(new, self.path)

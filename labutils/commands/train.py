@@ -1,0 +1,456 @@
+"""`python -m labutils train`: the training loop of notebook 03, from a YAML file and dotted flags."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+    from jsonargparse import ArgumentParser, Namespace
+
+SMOKE_TEST = {
+    "model.size": "tiny",
+    "model.seqlen": 128,
+    "data.text": "reference",
+    "data.vocab_size": 512,
+    "data.batch_size": 4,
+    "data.held_out": 8,
+    "optimization.steps": 20,
+    "optimization.lr": 3e-3,
+    "optimization.warmup": 5,
+    "optimization.memory_cap_gib": None,
+    "run.save_every": 10,
+    "run.log_every": 1,
+}
+"""What --smoke-test sets; everything else stays as it was given. It keeps nothing: its folder is a temporary one."""
+
+FLASH = ("sdpa_flash", "sdpa_cudnn", "flash_attn", "triton_v2")
+INTERRUPTED = 130  # what a shell calls the end by Control-C
+
+WHAT_RAN = {
+    "sdpa_flash": "PyTorch's flash kernel",
+    "sdpa_cudnn": "cuDNN's flash kernel",
+    "sdpa_efficient": "PyTorch's memory-efficient kernel",
+    "sdpa_math": "PyTorch's math backend, which stores the N x N matrix",
+    "flash_attn": "the flash-attn package's kernel",
+    "triton_v2": "this lab's Triton kernel",
+    "naive": "standard attention, which stores the N x N matrix",
+}
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Adds the command's parser; its own arguments are jsonargparse's, see `arguments_parser`."""
+    parser = commands.add_parser(
+        "train",
+        help="train a GPT-2 on long texts, from a YAML file and flags",
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run, takes_extra=True)
+
+
+def arguments_parser() -> ArgumentParser:
+    """All arguments of the command; each name is a key of the YAML file, too."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(
+        prog="python -m labutils train",
+        description=(
+            "Train a GPT-2 on long texts, as notebook 03 does, and say which attention really ran. A flag has the name "
+            "of its key in the YAML file; later ones win over earlier ones."
+        ),
+        epilog=(
+            "In a minute, on any machine: python -m labutils train --smoke-test. On a GPU with 16 GB: python -m "
+            "labutils train --config train.yaml. After Control-C, the same command with --resume goes on."
+        ),
+    )
+    parser.add_argument("--config", action="config", help="a YAML file with these keys, such as train.yaml")
+    parser.add_argument(
+        "--smoke-test",
+        action="store_true",
+        help="a tiny model and 20 short steps; fails unless the held-out loss goes down, and keeps nothing. Attention, "
+        "memory savers and precision are as given",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in run.folder")
+    for group, described, options in _OPTIONS:
+        part = parser.add_argument_group(group, described)
+        for name, kind, default, text in options:
+            part.add_argument(f"--{group}.{name}", type=kind, default=default, help=text)
+    return parser
+
+
+_OPTIONS: tuple[tuple[str, str, tuple[tuple[str, Any, Any, str], ...]], ...] = (
+    (
+        "model",
+        "a GPT-2 with random weights",
+        (
+            ("size", Literal["124M", "355M", "774M", "1558M", "tiny", "nano"], "124M", "parameters"),
+            ("seqlen", int, 8192, "tokens in a sequence, N"),
+            ("dropout", float, 0.0, "of attention weights; PyTorch's flash kernel for the CPU has none"),
+        ),
+    ),
+    (
+        "data",
+        "texts that are on every machine, or your own; nothing is downloaded",
+        (
+            ("text", str, "sources", "reference, sources (of Python's own library), or a folder of .txt files"),
+            ("vocab_size", int, 4096, "entries of the tokenizer that is trained on them"),
+            ("batch_size", int, 1, "sequences in a step"),
+            ("held_out", int, 8, "sequences of other texts on which the loss is measured before and after; 0: none"),
+            ("seed", int, 0, "of the split and of the order"),
+        ),
+    ),
+    (
+        "optimization",
+        "how a step is made",
+        (
+            ("flash_attention", bool, True, "true: a flash kernel; false: standard attention"),
+            ("flash_attention_force", bool, False, "raise an error unless a flash kernel runs"),
+            ("disable_math_fallback", bool, False, "forbid the math backend, which stores the N x N matrix"),
+            (
+                "implementation",
+                Literal["auto", "labutils", "sdpa"],
+                "auto",
+                "of flash attention: this lab's kernels, PyTorch's, or the first on a GPU of compute capability 8.0 or "
+                "higher and else the second",
+            ),
+            ("steps", int, 100, "optimizer steps, those before --resume included"),
+            ("lr", float, 6e-4, "learning rate of AdamW"),
+            ("warmup", int, 10, "steps until it is reached"),
+            ("weight_decay", float, 0.1, "of matrices"),
+            ("clip", float, 1.0, "largest gradient norm"),
+            ("precision", Literal["auto", "float32", "bfloat16", "float16"], "auto", "autocast; auto: the GPU's"),
+            ("checkpointing", bool, False, "recompute activations in the backward instead of keeping them"),
+            ("chunked_loss", int | None, None, "positions for which logits exist at a time; null: all"),
+            ("memory_cap_gib", float | None, None, "imitate a GPU with so many GiB; null: no cap"),
+        ),
+    ),
+    (
+        "run",
+        "what is kept",
+        (
+            ("folder", str | None, None, "for checkpoint.pt, history.csv, config.yaml and run.json; null: nothing"),
+            ("save_every", int, 50, "steps between checkpoints"),
+            ("log_every", int, 1, "steps between rows of the history"),
+            ("seed", int, 0, "of the weights"),
+            ("deterministic", bool, True, "the same losses in each run, with slower kernels where they are needed"),
+        ),
+    ),
+)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Trains. Returns 130 after an interrupt, 1 where training failed, 2 for bad arguments."""
+    parser = arguments_parser()
+    options = parser.parse_args(arguments.extra)
+    if options.smoke_test:
+        for name, value in SMOKE_TEST.items():
+            options[name] = value
+    try:
+        _check(options)
+    except ValueError as error:
+        return _complain(error, 2)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; deterministic sums need it
+    import torch
+
+    try:
+        with _polite_interrupts() as asked_to_stop, TemporaryDirectory() as temporary:
+            if options.smoke_test:
+                options.run.folder = temporary
+            return _train(options, parser, asked_to_stop)
+    except KeyboardInterrupt:
+        print("\nInterrupted.")
+        return INTERRUPTED
+    except torch.OutOfMemoryError as error:
+        remedy = "shorten model.seqlen, or set optimization.checkpointing=true or optimization.chunked_loss=2048"
+        return _complain(f"the step does not fit into memory: {remedy}. ({error})", 1)
+    except (ValueError, FileExistsError, FileNotFoundError) as error:
+        return _complain(error, 2)
+    except (RuntimeError, FloatingPointError) as error:
+        return _complain(error, 1)
+
+
+def _complain(error: object, status: int) -> int:
+    print(f"labutils train: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+def _check(options: Namespace) -> None:
+    """Raises ValueError where options contradict each other; what others check is left to them."""
+    how = options.optimization
+    for name, on in {
+        "flash_attention_force": how.flash_attention_force,
+        "disable_math_fallback": how.disable_math_fallback,
+        "implementation": how.implementation != "auto",
+    }.items():
+        if on and not how.flash_attention:
+            raise ValueError(
+                f"optimization.flash_attention=false asks for standard attention, and optimization.{name} for another: "
+                "leave one of them out."
+            )
+    if not 0.0 <= options.model.dropout < 1.0:
+        raise ValueError(f"model.dropout={options.model.dropout}: it must be from 0 to below 1.")
+    least = {
+        "optimization.steps": 1, "optimization.warmup": 0, "run.save_every": 1, "run.log_every": 1, "data.held_out": 0,
+        "data.batch_size": 1, "model.seqlen": 2,
+    }  # fmt: skip
+    for name, number in least.items():
+        if options[name] < number:
+            raise ValueError(f"{name}={options[name]}: it must be at least {number}.")
+    if options.resume and options.smoke_test:
+        raise ValueError("--smoke-test keeps nothing, so that there is nothing for --resume to go on with.")
+    if options.resume and options.run.folder is None:
+        raise ValueError("--resume needs the folder of the run to go on with: give --run.folder.")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The run
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _train(options: Namespace, parser: ArgumentParser, asked_to_stop: Callable[[], bool]) -> int:
+    import torch
+
+    from labutils import data, environment, models, runtime, training
+
+    how = options.optimization
+    print(runtime.summary())
+    if not options.smoke_test and runtime.device.type != "cuda":
+        print("Without a GPU, a step of a long sequence takes minutes: --smoke-test ends in one.")
+    sequences, held_out, vocab_size = _texts(options)
+    folder = None if options.run.folder is None else Path(options.run.folder)
+    checkpoint = _checkpoint(options, folder, sequences)
+
+    with ExitStack() as settings:
+        if options.run.deterministic:
+            settings.enter_context(_deterministic())
+        if how.memory_cap_gib is not None:
+            print(f"Memory: {settings.enter_context(training.memory_cap(how.memory_cap_gib))}")
+        settings.enter_context(_allowed_backends(options))
+        runtime.seed(options.run.seed)
+        attention = _attention(options)
+        model = models.gpt2(
+            options.model.size, n_positions=options.model.seqlen, vocab_size=vocab_size, attention=attention,
+            attn_pdrop=options.model.dropout,
+        ).to(runtime.device)  # fmt: skip
+        precision = how.precision if how.precision == "auto" else getattr(torch, how.precision)
+        shared = {
+            "autocast_dtype": None if precision == torch.float32 else precision,
+            "chunked_loss": how.chunked_loss,
+        }
+        used = _find_out(model, sequences[: options.data.batch_size], options, attention, shared)
+        before = training.evaluate(model, held_out, **shared) if held_out else None
+        if before is not None:
+            print(f"Held-out loss before: {before:.3f} nats a token")
+        with _history_file(folder, checkpoint) as on_row:
+            history = training.train(
+                model, data.batches(sequences, options.data.batch_size, seed=options.data.seed), steps=how.steps,
+                lr=how.lr, warmup=how.warmup, weight_decay=how.weight_decay, clip=how.clip,
+                checkpointing=how.checkpointing, log_every=options.run.log_every, checkpoint=checkpoint,
+                stop=asked_to_stop, on_row=on_row, **shared,
+            )  # fmt: skip
+        print(history)
+        after = None
+        if held_out and not history.interrupted:
+            after = training.evaluate(model, held_out, **shared)
+            print(f"Held-out loss after: {after:.3f} nats a token")
+    if folder is not None:
+        outcome = {
+            "attention": used, "held_out_before": before, "held_out_after": after, "status": history.status,
+            "steps": history.steps, "environment": environment.environment().as_dict(),
+        }  # fmt: skip
+        (folder / "run.json").write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
+        options.resume = False  # how this run came about is no setting of it
+        (folder / "config.yaml").write_text(parser.dump(options), encoding="utf-8")
+    if folder is not None and not options.smoke_test:
+        names = ("checkpoint.pt", "history.csv", "config.yaml", "run.json")
+        print(f"Kept in {folder}: {', '.join(name for name in names if (folder / name).exists())}")
+    if history.interrupted:
+        goes_on = folder is not None and (folder / "checkpoint.pt").exists() and not options.smoke_test
+        kept = "The same command with --resume goes on." if goes_on else "There is no checkpoint to go on from."
+        print(f"Interrupted after {history.steps} of {how.steps} steps. {kept}")
+        return INTERRUPTED
+    if options.smoke_test:
+        if after is not None and not after < before:
+            return _complain(f"the smoke test failed: the held-out loss went from {before:.3f} to {after:.3f}", 1)
+        print("Smoke test passed.")
+    return 0
+
+
+def _texts(options: Namespace) -> tuple[torch.Tensor, Sequence[torch.Tensor], int]:
+    """Sequences to train on (S, N), batches of others to evaluate on, and the vocabulary's size."""
+    from labutils import data
+
+    what, n = options.data.text, options.model.seqlen
+    if what in ("reference", "sources"):
+        documents = data.python_reference() if what == "reference" else data.python_sources()
+    else:
+        paths = sorted(Path(what).glob("*.txt"))
+        if len(paths) < 2:
+            raise ValueError(
+                f"data.text={what!r} is neither 'reference' nor 'sources' nor a folder with two .txt files or more."
+            )
+        documents = list(dict.fromkeys(path.read_text(encoding="utf-8") for path in paths))
+    train, other = data.split(documents, seed=options.data.seed)
+    tokenizer = data.train_tokenizer(train, options.data.vocab_size)
+    sequences, stats = data.pack(train, tokenizer, n)
+    print(f"Text: {stats}")
+    held_out: Sequence[torch.Tensor] = []
+    if options.data.held_out:
+        held_out = data.pack(other, tokenizer, n)[0][: options.data.held_out].split(options.data.batch_size)
+    return sequences, held_out, tokenizer.get_vocab_size()
+
+
+def _checkpoint(options: Namespace, folder: Path | None, sequences: torch.Tensor) -> Any:
+    """The run's checkpoint; its settings are what the losses depend on."""
+    if folder is None:
+        return None
+    from labutils.checkpoints import Checkpoint
+
+    how = options.optimization
+    shaping = ("flash_attention", "implementation", "lr", "warmup", "weight_decay", "clip", "precision",
+               "checkpointing", "chunked_loss")  # fmt: skip
+    settings = {
+        **{f"model.{name}": options.model[name] for name in ("size", "seqlen", "dropout")},
+        **{f"data.{name}": options.data[name] for name in ("batch_size", "seed")},
+        **{f"optimization.{name}": how[name] for name in shaping},
+        "run.seed": options.run.seed,
+        "texts (SHA-256)": hashlib.sha256(sequences.numpy().tobytes()).hexdigest(),
+    }
+    return Checkpoint(folder / "checkpoint.pt", every=options.run.save_every, settings=settings, resume=options.resume)
+
+
+def _attention(options: Namespace) -> str:
+    """The name under which transformers finds the attention that was asked for."""
+    from labutils import runtime
+
+    how = options.optimization
+    if not how.flash_attention:
+        return "eager"
+    if how.implementation != "auto":
+        return how.implementation
+    # Triton uses tensor cores from compute capability 8.0 on; the interpreter is far too slow to train in.
+    return "labutils" if runtime.capability is not None and runtime.capability >= (8, 0) else "sdpa"
+
+
+def _allowed_backends(options: Namespace) -> Any:
+    """Which of SDPA's backends may run; it raises where it may use none of them."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    how = options.optimization
+    if how.flash_attention_force:
+        return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION])
+    if how.disable_math_fallback:
+        return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION])
+    return nullcontext()
+
+
+def _find_out(model: Any, tokens: torch.Tensor, options: Namespace, attention: str, shared: dict) -> dict[str, int]:
+    """Profiles one step, prints which attention ran in it, and raises where that may not be.
+
+    Raises:
+        RuntimeError: no backend that is allowed can run, or what ran is none of them.
+    """
+    from labutils import runtime, training
+
+    how = options.optimization
+    try:
+        used = training.attention_used(model, tokens, checkpointing=how.checkpointing, **shared)
+    except RuntimeError as error:
+        text = str(error)
+        if "No available kernel" not in text and "No viable backend" not in text:
+            raise
+        switch = "flash_attention_force" if how.flash_attention_force else "disable_math_fallback"
+        why = "it has no dropout on a CPU; " if options.model.dropout and runtime.device.type == "cpu" else ""
+        raise RuntimeError(
+            f"optimization.{switch}=true, and no kernel that it allows can run this step: {why}`python -m labutils "
+            f"check` says which run here. PyTorch says: {text}"
+        ) from error
+    where = {"cpu": "the CPU", "cuda": "the GPU"}[runtime.device.type]
+    if "triton_v2" in used and runtime.interpreted:
+        where = "the CPU, in Triton's interpreter"
+    ran = "; ".join(f"{WHAT_RAN[name]} ({name}), {calls} times" for name, calls in used.items())
+    print(f"Attention that ran in a profiled step, on {where}: {ran or 'none that is known'}. Asked for: {attention}.")
+    slow = [name for name in used if name not in FLASH]
+    if how.flash_attention_force and (slow or not used):
+        raise RuntimeError(
+            f"optimization.flash_attention_force=true, but {', '.join(WHAT_RAN[name] for name in slow) or 'nothing'} "
+            "ran: `python -m labutils check` says what runs on this machine and why the rest does not."
+        )
+    if how.disable_math_fallback and {"sdpa_math", "naive"} & set(used):
+        raise RuntimeError("optimization.disable_math_fallback=true, but the math backend ran.")
+    return used
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Around it
+# ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _polite_interrupts() -> Iterator[Callable[[], bool]]:
+    """The first SIGINT or SIGTERM asks the loop to stop between two steps; the second interrupts where it is."""
+    asked = False
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+        print("\nStopping after this step; once more stops at once.", flush=True)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """PyTorch's deterministic kernels where it has them; where it has none it warns."""
+    import torch
+
+    was, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    warned_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and nothing here reads such memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(was, warn_only=warned_only)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@contextmanager
+def _history_file(folder: Path | None, checkpoint: Any) -> Iterator[Callable[[dict], None]]:
+    """history.csv, a row at a time. Rows after the checkpoint that is gone on from are made anew."""
+    if folder is None:
+        yield lambda row: None
+        return
+    from labutils.training import COLUMNS
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "history.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(checkpoint.rows)
+        file.flush()
+
+        def write(row: dict) -> None:
+            writer.writerow(row)
+            file.flush()
+
+        yield write
