@@ -65,6 +65,23 @@ def test_out_of_memory_is_a_row_and_longer_lengths_are_not_tried():
     assert (df[df["impl"] == "naive"]["status"] == "ok").all()
 
 
+def test_what_failed_at_one_batch_is_tried_at_a_smaller_one():
+    def greedy(q, k, v, *, causal, softmax_scale):
+        if q.shape[0] * q.shape[1] > 64:
+            raise torch.OutOfMemoryError("no room")
+        return naive(q, k, v)
+
+    planned = sweeping.plan(["greedy"], [16, 32, 64, 128], batches=(4, 1), heads=1, head_dims=(16,))
+    rows = {}
+    list(sweeping.measure(planned, {"greedy": greedy}, rows, seconds_per_point=0.0))
+    found = {(p.batch, p.seqlen): (row["status"], row["reason"].split(":")[0]) for p, row in rows.items()}
+    tried, not_tried = ("oom", "OutOfMemoryError"), ("oom", "not tried")
+    assert found == {
+        (4, 16): ("ok", ""), (4, 32): tried, (4, 64): not_tried, (4, 128): not_tried,
+        (1, 16): ("ok", ""), (1, 32): ("ok", ""), (1, 64): ("ok", ""), (1, 128): not_tried,
+    }  # fmt: skip
+
+
 def test_memory_for_the_backward_alone_does_not_stop_the_forward():
     def greedy(q, k, v, *, causal, softmax_scale):
         if torch.is_grad_enabled():
@@ -253,6 +270,65 @@ def test_time_call_warms_up_for_as_long_as_it_was_told():
     benchmark.time_call(lambda: at.append(time.perf_counter() - began), seconds=0.0, warm_up=0.05)
     assert sum(t < 0.05 for t in at) >= 1  # before the recorded repeats
     assert all(t >= 0.05 for t in at[-measuring.MIN_REPEATS :])
+
+
+class SimulatedGpu:
+    """A clock for the host and a queue for the GPU: what launches and events would show, without a GPU."""
+
+    def __init__(self, monkeypatch):
+        self.host = self.free_at = 0.0  # ms; when the host is, and when the GPU has done all that it was given
+        self.flushes = 0
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = max(gpu.free_at, gpu.host)
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+
+        class Flush:
+            def zero_(self):
+                gpu.flushes += 1
+                gpu.launch(host=0.005, on_gpu=0.03)
+
+        monkeypatch.setattr(runtime, "device", torch.device("cuda"))
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", self.wait)
+        monkeypatch.setattr(measuring, "_l2_flush_buffer", Flush)
+        monkeypatch.setattr(measuring.time, "perf_counter", lambda: self.host / 1e3)
+
+    def launch(self, *, host, on_gpu):
+        self.host += host
+        self.free_at = max(self.free_at, self.host) + on_gpu
+
+    def wait(self):
+        self.host = max(self.host, self.free_at)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "host", "on_gpu", "median", "bound"),
+    [
+        (1, 0.01, 2.0, 2.0, False),  # launched while the GPU flushes: nothing to see of it
+        (10, 0.02, 0.3, 3.0, False),  # the first waits, the others queue up behind it
+        (10, 0.02, 0.001, 0.171, True),  # the GPU is done with each before the next comes
+        (1, 0.2, 0.1, 0.175, True),  # a call that takes long to begin, in part while the GPU flushes
+    ],
+)
+def test_time_and_launch_overhead_on_a_simulated_gpu(monkeypatch, kernels, host, on_gpu, median, bound):
+    gpu = SimulatedGpu(monkeypatch)
+
+    def fn():
+        for _ in range(kernels):
+            gpu.launch(host=host, on_gpu=on_gpu)
+
+    timing = benchmark.time_call(fn, seconds=0.05, warm_up=0.02)
+    assert gpu.host > 0.9 * (20 + 50)  # for about that long it has warmed up and measured
+    assert timing.median_ms == pytest.approx(median, rel=0.1)
+    assert benchmark.overhead_bound(fn, timing.median_ms) is bound
 
 
 def test_peak_memory_sees_what_was_freed_again():
@@ -589,7 +665,8 @@ def test_compare_two_sweeps():
     [
         ({"hidden": 100, "head_dims": (64,)}, "H would not be whole"),
         ({"head_dims": ()}, "at least one head dimension"),
-        ({"batch": 0}, "batch=0"),
+        ({"batches": (2, 0)}, "batch=0"),
+        ({"batches": ()}, "batch=0"),
         ({"tokens": 0}, "tokens=0"),
     ],
 )
@@ -640,14 +717,17 @@ def test_gpu_peak_memory_of_naive_attention_is_its_byte_ledger(shape, dtype):
 def test_gpu_launch_overhead_is_told_from_work():
     small, large = (torch.randn(n, n, device=runtime.device, dtype=runtime.dtype) for n in (16, 4096))
 
-    def many_small():
-        for _ in range(20):
-            small @ small
+    def slow_to_launch():
+        small + small
+        until = time.perf_counter() + 3e-4  # what a program does between two launches
+        while time.perf_counter() < until:
+            pass
+        small + small
 
     def one_large():
         large @ large
 
-    for fn, bound in ((many_small, True), (one_large, False)):
+    for fn, bound in ((slow_to_launch, True), (one_large, False)):
         assert benchmark.overhead_bound(fn, benchmark.time_call(fn, seconds=0.1).median_ms) is bound
 
 

@@ -49,8 +49,8 @@ class Point(NamedTuple):
         """What points with the same q, k and v have in common: dtype, D, mask, B, H, N."""
         return tuple(self[2:])
 
-    def without_length(self, which: str | None = None) -> tuple:
-        """What points have in common that differ in their length alone; the batch follows the length."""
+    def but_size(self, which: str | None = None) -> tuple:
+        """What points have in common that differ in batch and length alone."""
         return (self.impl, which or self.which, self.dtype, self.head_dim, self.causal, self.heads)
 
 

@@ -25,7 +25,7 @@ def plan(
     dtypes: Iterable[torch.dtype] | None = None,
     causal: Iterable[bool] = (False,),
     passes: Sequence[str] = ("fwd",),
-    batch: int = 1,
+    batches: Iterable[int] = (1,),
     tokens: int | None = None,
     heads: int | None = None,
     hidden: int | None = None,
@@ -39,8 +39,8 @@ def plan(
         dtypes: `runtime.dtype` where not given.
         causal: False, True or both.
         passes: "fwd", "bwd" or both.
-        batch: B.
-        tokens: keeps B * N at this number: B is tokens // N, at least 1, and `batch` is not used.
+        batches: B.
+        tokens: keeps B * N at this number: B is tokens // N, at least 1, and `batches` is not used.
         heads: H; 4 on a CPU, 16 on a GPU where neither this nor `hidden` is given.
         hidden: keeps H * D at this number: H is hidden // D, and `heads` is not used.
 
@@ -48,6 +48,7 @@ def plan(
         ValueError: nothing to measure, a number below 1, an unknown pass, or a `hidden` that D does not divide.
     """
     lengths, widths, impls = sorted(set(seqlens)), list(dict.fromkeys(head_dims)), list(dict.fromkeys(impls))
+    batches = list(dict.fromkeys(batches))
     if not lengths or lengths[0] < 1:
         raise ValueError(f"seqlens={lengths}: give at least one sequence length, each 1 or more.")
     if not passes or set(passes) - {"fwd", "bwd"}:
@@ -56,7 +57,7 @@ def plan(
         raise ValueError("no implementation to measure: name at least one.")
     if not widths or min(widths) < 1:
         raise ValueError(f"head_dims={widths}: give at least one head dimension, each 1 or more.")
-    for name, value in {"batch": batch, "tokens": tokens, "heads": heads, "hidden": hidden}.items():
+    for name, value in {"batch": min(batches, default=0), "tokens": tokens, "heads": heads, "hidden": hidden}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: it must be 1 or more.")
     wrong = [] if hidden is None else [d for d in widths if hidden % d]
@@ -65,12 +66,13 @@ def plan(
     heads = runtime.choose(cpu=4, gpu=16) if heads is None else heads
     return [
         Point(
-            impl, which, dtype_name(dtype), d, mask, batch if tokens is None else max(1, tokens // n),
+            impl, which, dtype_name(dtype), d, mask, b if tokens is None else max(1, tokens // n),
             heads if hidden is None else hidden // d, n,
         )
         for dtype in dict.fromkeys((runtime.dtype,) if dtypes is None else dtypes)
         for d in widths
         for mask in dict.fromkeys(causal)
+        for b in (batches if tokens is None else [0])
         for n in lengths
         for impl in impls
         for which in dict.fromkeys(passes)
@@ -108,7 +110,7 @@ def measure(
     """
     oracle_seconds: dict[tuple, float] = {}  # what is left of the oracle's patience, for each dtype, D and mask
     for number in range(rounds):
-        exhausted: dict[tuple, str] = {}  # a point without its length -> why it is not tried any more
+        exhausted: dict[tuple, list[Point]] = {}  # what has run out of memory, by all but batch and length
         for shape, group in groupby(points, key=Point.inputs):
             group = list(group)
             for point in group:
@@ -130,11 +132,11 @@ def measure(
             for point in todo:
                 describe(f"{point.impl} {point.which} N={n:,}")
                 before = rows.get(point)
-                why = exhausted.get(point.without_length())
+                less = next((p for p in exhausted.get(point.but_size(), ()) if _needs_no_more(p, point)), None)
                 if tensors is None:
                     found = {"status": "oom", "reason": f"not tried: at N = {n:,} the inputs alone do not fit"}
-                elif before is None and why is not None:
-                    found = {"status": "oom", "reason": why}
+                elif before is None and less is not None:
+                    found = {"status": "oom", "reason": f"not tried: it ran out of memory at N = {less.seqlen:,}"}
                 else:
                     found = attempt(
                         implementations[point.impl], point.which, tensors, causal, oracle if before is None else None,
@@ -165,11 +167,15 @@ def _rounds(row: Mapping) -> list[float]:
     return [float(part) for part in str(text).split(";") if part] or [row["ms"]]
 
 
-def _note_exhausted(exhausted: dict[tuple, str], point: Point) -> None:
-    why = f"not tried: it ran out of memory at N = {point.seqlen:,}"
-    exhausted.setdefault(point.without_length(), why)
+def _note_exhausted(exhausted: dict[tuple, list[Point]], point: Point) -> None:
+    exhausted.setdefault(point.but_size(), []).append(point)
     if point.which == "fwd":  # the backward pass needs what the forward one needs, and more
-        exhausted.setdefault(point.without_length(which="bwd"), why)
+        exhausted.setdefault(point.but_size(which="bwd"), []).append(point)
+
+
+def _needs_no_more(failed: Point, point: Point) -> bool:
+    """Whether memory for `point`, be it as B * N or as B * N², is at least what there was not for `failed`."""
+    return failed.seqlen <= point.seqlen and failed.batch * failed.seqlen <= point.batch * point.seqlen
 
 
 def _merged(point: Point, before: Mapping | None, found: Mapping) -> dict:
@@ -256,7 +262,7 @@ def sweep(
     functions = chosen(impls)
     points = plan(
         functions, seqlens, head_dims=(head_dim,), dtypes=None if dtype is None else (dtype,), causal=(causal,),
-        passes=passes, batch=batch, tokens=tokens, heads=heads,
+        passes=passes, batches=(batch,), tokens=tokens, heads=heads,
     )  # fmt: skip
     rows: dict[Point, dict] = {}
     interrupted = False

@@ -94,7 +94,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--head-dims", type=_listed(_positive), metavar="D,D", default=[64], help="head dimensions (default: 64)"
     )
     batch = what.add_mutually_exclusive_group()
-    batch.add_argument("--batch", type=_positive, metavar="B", default=argparse.SUPPRESS, help="batch size")
+    batch.add_argument("--batch", type=_listed(_positive), metavar="B,B", default=argparse.SUPPRESS, help="batch sizes")
     batch.add_argument(
         "--tokens",
         type=_positive,
@@ -246,7 +246,7 @@ def _plan(arguments: argparse.Namespace) -> list[Point]:
         dtypes=[getattr(torch, name) for name in given["dtype"]] if "dtype" in given else None,
         causal=[False] * (arguments.full or not arguments.causal) + [True] * arguments.causal,
         passes=arguments.passes,
-        batch=given.get("batch", 1),
+        batches=given.get("batch", [1]),
         tokens=tokens,
         heads=given.get("heads"),
         hidden=hidden,
@@ -275,7 +275,7 @@ def describe(df: pd.DataFrame) -> str:
                 reasons.setdefault(f"{row.status}: {row.reason}", []).append(row.impl)
         lines.append("")
     if df["overhead_bound"].map(lambda value: str(value) == "True").any():
-        lines += ["* bound by launching: the GPU waits for the host, and a faster kernel would change nothing.", ""]
+        lines += ["* bound by launching: for a tenth of this time or more the GPU waits for the host.", ""]
     lines += [f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in reasons.items()]
     return "\n".join(lines)
 
