@@ -312,7 +312,12 @@ def _legend_above(fig: Figure, *axes: Axes, ncols: int = 3) -> None:
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    fig.legend(entries.values(), entries.keys(), loc="outside upper left", ncols=min(ncols, len(entries) or 1))
+    longest = max(map(len, entries), default=0)
+    fitting = int((fig.get_figwidth() + 0.25) // (0.068 * longest + 0.7))  # inches: a character of 9 points, a handle
+    ncols = max(1, min(ncols, fitting, len(entries)))
+    rows = math.ceil(len(entries) / ncols)
+    fig.set_figheight(fig.get_figheight() + 0.19 * max(0, rows - 3))  # the axes keep their size
+    fig.legend(entries.values(), entries.keys(), loc="outside upper left", ncols=ncols)
 
 
 def _shape(df: pd.DataFrame) -> str:

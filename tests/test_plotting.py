@@ -126,6 +126,14 @@ def test_points_bound_by_launching_are_ringed():
     assert "launch" not in texts(plotting.plot_time(df.drop(columns="overhead_bound")))
 
 
+def test_a_long_legend_stays_on_the_page():
+    every = [name for name in benchmark.IMPLEMENTATIONS if not name.startswith("tiled")]
+    df = table(impls=every).assign(overhead_bound=lambda rows: rows["seqlen"] == 512)
+    figure = plotting.plot_time(df, table("NVIDIA H200", impls=every))
+    check(figure)
+    assert len(legend(figure)) == 2 * len(every) + 1
+
+
 def test_reference_curves_are_dashed_and_labelled_with_their_card():
     figure = plotting.plot_time(table("My laptop"), table("NVIDIA H200", lengths=(4096, 8192)))
     check(figure)
