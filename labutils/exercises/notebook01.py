@@ -1,0 +1,568 @@
+"""Checks of notebook 01: bytes, softmax, the online update, merging, tiles."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from labutils.exercises.core import Call, Wrong, exercise, same_number, same_tensor, several, tensor
+from labutils.reference import causal_mask, exact_attention, naive_attention
+
+
+def draw(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Standard normal numbers of a shape, on the CPU."""
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def pick(generator: torch.Generator, values: list[int]) -> int:
+    """One of the values."""
+    return values[int(torch.randint(len(values), (), generator=generator))]
+
+
+def integer(generator: torch.Generator, low: int, high: int) -> int:
+    """An integer from low to high, both included."""
+    return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bytes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@exercise(
+    "01",
+    "The bytes of the scores",
+    2,
+    [
+        "How many rows and columns has S for one head, and how many heads are there in a batch?",
+        "One number takes `itemsize` bytes, and there are batch · heads · seqlen · seqlen of them.",
+    ],
+)
+def score_bytes(call: Call, generator: torch.Generator) -> None:
+    """Bytes of one (B, H, N, N) matrix."""
+    for _ in range(3):
+        batch, heads = pick(generator, [3, 5]), pick(generator, [7, 11, 13])
+        n, size = integer(generator, 100, 9000), pick(generator, [2, 4])
+        right = batch * heads * n * n * size
+        same_number(
+            call(batch, heads, n, size),
+            right,
+            "the number of bytes of S",
+            f"B = {batch}, H = {heads}, N = {n:,}, {size} bytes a number",
+            {
+                "You counted one number a row. S has N rows of N numbers: its size grows with N².": right // n,
+                "The heads are missing: each has an S of its own.": right // heads,
+                "The batch is missing: each entry of it has its own S.": right // batch,
+                "That is how many numbers S has. In bytes it is `itemsize` times as much.": right // size,
+                "That is in bits. `itemsize` counts bytes.": right * 8,
+                "That is S and P together. One matrix was asked for.": right * 2,
+                "That is in KiB. Bytes were asked for.": right / 2**10,
+                "That is in MiB. Bytes were asked for.": right / 2**20,
+            },
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Softmax
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _index(index: tuple[int, ...]) -> str:
+    return f"row {list(index[:-1])}, column {index[-1]}" if len(index) > 2 else f"row {index[0]}, column {index[-1]}"
+
+
+@exercise(
+    "01",
+    "A softmax that does not overflow",
+    5,
+    [
+        "e^(x - m) cannot overflow if m is the largest number of the row. Why does taking m out change nothing?",
+        "Each row needs an m of its own: x.amax(dim=-1, keepdim=True). With keepdim it fits against x.",
+        "p = (x - m).exp(), and each row of p is divided by its own sum, over the same dimension and with keepdim.",
+    ],
+)
+def safe_softmax(call: Call, generator: torch.Generator) -> None:
+    """Softmax over the last dimension."""
+    ordinary = draw(generator, 6, 9)
+    levels = draw(generator, 5, 12) + torch.tensor([0.0, -300.0, 40.0, -150.0, 60.0])[:, None]
+    cases = {
+        "ordinary rows": ordinary,
+        "three dimensions": draw(generator, 2, 4, 7),
+        "rows of large numbers": draw(generator, 4, 10) * 30 + 200,
+        "rows on different levels": levels,
+    }
+    for case, x in cases.items():
+        m = x.amax(dim=-1, keepdim=True)
+        p = (x - m).exp()
+        of_all = (x - x.max()).exp()
+        columns = (x - x.amax(dim=0, keepdim=True)).exp()
+        same_tensor(
+            tensor(call(x), x.shape, "The softmax"),
+            x.double().softmax(dim=-1),
+            x.softmax(dim=-1),
+            name="softmax(x)",
+            requirement=f"Softmax over the last dimension is not right for {case}.",
+            place=_index,
+            atol=(
+                1e-4 if "large" in case or "levels" in case else 1e-5
+            ),  # exp(x - lse) with lse near 300 is right to 3e-5
+            mistakes={
+                "These are the numbers e^(x - m), not yet divided by their row's sum.": p,
+                "You divided by the sum of the whole tensor: each row has its own (dim=-1, keepdim=True).": (
+                    p / p.sum()
+                ),
+                "The columns sum to 1 and not the rows: the softmax runs over the last dimension, dim=-1.": (
+                    columns / columns.sum(dim=0, keepdim=True)
+                ),
+                "e^x overflowed to inf, and inf / inf is NaN: take the row's maximum out of x first.": (
+                    x.exp() / x.exp().sum(dim=-1, keepdim=True)
+                ),
+                (
+                    "One maximum for the whole tensor: rows far below it become 0 / 0. Take each row's own maximum, "
+                    "x.amax(dim=-1, keepdim=True)."
+                ): (of_all / of_all.sum(dim=-1, keepdim=True)),
+            },
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The online update
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _gap(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """exp(a - b) with 0 where a is -inf."""
+    return torch.where(a.isneginf(), 0.0, (a - b).exp())
+
+
+@exercise(
+    "01",
+    "m and l of a row, a block at a time",
+    10,
+    [
+        "First the new maximum: the larger of m and the block's own maximum, row by row.",
+        "l counted multiples of e^m. In multiples of e^(m_new) it is worth e^(m - m_new) · l. Add the block's sum.",
+        (
+            "Where m_new is still -inf, m - m_new is -inf - (-inf), which is NaN. Such a row has seen nothing, so "
+            "that its l must stay 0: torch.where(m.isneginf(), 0.0, (m - m_new).exp())."
+        ),
+    ],
+)
+def online_update(call: Call, generator: torch.Generator) -> None:
+    """(m, l) after one more block of scores."""
+    rows, widths = 4, (8, 8, 8, 3)
+    x = draw(generator, rows, sum(widths)) * 2 + torch.arange(sum(widths)) / 6
+    m, l = torch.full((rows,), -math.inf), torch.zeros(rows)
+    start = 0
+    for number, width in enumerate(widths):
+        m, l = _one_update(
+            call, m, l, x[:, start : start + width], f"block {number} (columns {start} to {start + width - 1})"
+        )
+        start += width
+    # decreasing scores: the maximum of the first block stays
+    low = x[:, :5] - 40
+    m, l = _one_update(call, m, l, low, "a block whose scores are all below the old maximum")
+    hidden = x[:, :6].clone()
+    hidden[1] = -math.inf
+    _one_update(call, m, l, hidden, "a block that is masked (-inf) for row 1")
+    _one_update(
+        call,
+        torch.full((rows,), -math.inf),
+        torch.zeros(rows),
+        hidden,
+        "a first block that is masked (-inf) for row 1",
+    )
+
+
+def _one_update(call, m, l, x, case) -> tuple[torch.Tensor, torch.Tensor]:
+    got_m, got_l = several(call(m, l, x), ("m_new", "l_new"))
+    got_m, got_l = tensor(got_m, m.shape, "m_new"), tensor(got_l, l.shape, "l_new")
+    block_max = x.amax(dim=-1)
+    m_new = torch.maximum(m, block_max)
+    m_64, x_64, new_64 = m.double(), x.double(), m_new.double()
+    exact = l.double() * _gap(m_64, new_64) + _gap(x_64, new_64[:, None]).sum(dim=-1)
+    p_sum = _gap(x, m_new[:, None]).sum(dim=-1)
+    low = l * _gap(m, m_new) + p_sum
+    before = f"m = {m[0]:.3g} and l = {l[0]:.3g} in row 0 before it"
+    same_tensor(
+        got_m,
+        new_64,
+        m_new,
+        name="m_new",
+        requirement=f"The running maximum is not right after {case}, with {before}.",
+        place=lambda index: f"row {index[0]}",
+        mistakes={
+            "That is the maximum of this block alone: the maximum of the blocks before counts, too.": block_max,
+            "That is the old maximum: the new block is not in it.": m,
+        },
+    )
+    same_tensor(
+        got_l,
+        exact,
+        low,
+        name="l_new",
+        requirement=f"The running sum is not right after {case}, with {before}.",
+        place=lambda index: f"row {index[0]}",
+        mistakes={
+            (
+                "-inf - (-inf) is NaN. A row that has seen no score keeps l = 0: set the exponential to 0 where its "
+                "argument came from -inf."
+            ): (l * (m - m_new).exp() + (x - m_new[:, None]).exp().sum(dim=-1)),
+            (
+                "The old l was not rescaled: it is in multiples of e^m, the new sum in multiples of e^(m_new). "
+                "Multiply it by e^(m - m_new)."
+            ): (l + p_sum),
+            "The old l was rescaled by the inverse factor e^(m_new - m): it must become smaller when m grows.": (
+                l * (m_new - m).exp() + p_sum
+            ),
+            "The block was summed under the old maximum: in its exponentials, subtract m_new.": (
+                l * _gap(m, m_new) + (x - m[:, None]).exp().sum(dim=-1)
+            ),
+            "That is this block's sum alone: what the blocks before it left is gone.": p_sum,
+            (
+                "Each block was summed under its own maximum: subtract m_new from its scores, which the blocks "
+                "before may have set."
+            ): (l * _gap(m, m_new) + _gap(x, block_max[:, None]).sum(dim=-1)),
+        },
+    )
+    return m_new, low
+
+
+@exercise(
+    "01",
+    "The output, normalised at every step",
+    15,
+    [
+        "o is the average over the columns seen so far, so that o · l is their sum that is not yet divided.",
+        "That sum, too, is in multiples of e^m: rescale it by e^(m - m_new) as l was.",
+        "o_new = (e^(m - m_new) · l · o + p @ v) / l_new, where l, o are the old ones. Mind the shapes: l[:, None].",
+    ],
+)
+def normalised_update(call: Call, generator: torch.Generator) -> None:
+    """(m, l, o) after one more block, with o divided by l at every step, as FlashAttention-1 keeps it."""
+    rows, depth, widths = 4, 5, (6, 6, 6, 2)
+    x = draw(generator, rows, sum(widths)) * 2 + torch.arange(sum(widths)) / 5
+    v = draw(generator, sum(widths), depth)
+    m, l, o = torch.full((rows,), -math.inf), torch.zeros(rows), torch.zeros(rows, depth)
+    start = 0
+    for number, width in enumerate(widths):
+        part, values = x[:, start : start + width], v[start : start + width]
+        got = several(call(m, l, o, part, values), ("m_new", "l_new", "o_new"))
+        got_m, got_l = tensor(got[0], m.shape, "m_new"), tensor(got[1], l.shape, "l_new")
+        got_o = tensor(got[2], o.shape, "o_new")
+        seen, seen_v = x[:, : start + width], v[: start + width]
+        m_new = seen.amax(dim=-1)
+        p, alpha = (part - m_new[:, None]).exp(), (m - m_new).exp()
+        exact_l = (seen.double() - m_new.double()[:, None]).exp().sum(dim=-1)
+        exact = seen.double().softmax(dim=-1) @ seen_v.double()
+        l_new = alpha * l + p.sum(dim=-1)
+        case = f"block {number} (columns {start} to {start + width - 1})"
+        for name, value, right, low in (("m_new", got_m, m_new.double(), m_new), ("l_new", got_l, exact_l, l_new)):
+            same_tensor(
+                value,
+                right,
+                low,
+                name=name,
+                requirement=f"{name} is not right after {case}. It is that of the exercise before this one.",
+                place=lambda index: f"row {index[0]}",
+            )
+        low_o = ((alpha * l)[:, None] * o + p @ v[start : start + width]) / l_new[:, None]
+        same_tensor(
+            got_o,
+            exact,
+            seen.softmax(dim=-1) @ seen_v,
+            name="o_new",
+            requirement=f"After {case}, o must be the attention over all columns seen so far.",
+            place=lambda index: f"row {index[0]}, dimension {index[1]}",
+            mistakes={
+                (
+                    "The old o was not multiplied by the old l: it is already divided by it, and must be a sum again "
+                    "before something is added."
+                ): ((alpha[:, None] * o + p @ values) / l_new[:, None]),
+                "The old o was not rescaled by e^(m - m_new): what it sums was weighed under the old maximum.": (
+                    (l[:, None] * o + p @ values) / l_new[:, None]
+                ),
+                "That is the sum, not yet divided by l_new.": (alpha * l)[:, None] * o + p @ values,
+                "You added this block's own average to the old one: both must be weighed by what they sum.": (
+                    o + p @ values / p.sum(dim=-1, keepdim=True)
+                ),
+                "That is the attention over this block alone.": p @ values / p.sum(dim=-1, keepdim=True),
+                "Divided by the old l, and not by l_new.": ((alpha * l)[:, None] * o + p @ values) / l[:, None],
+            },
+        )
+        m, l, o = m_new, l_new, low_o
+        start += width
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Merging
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@exercise(
+    "01",
+    "Combine what several processors found",
+    15,
+    [
+        "Piece s saw scores that sum to e^(lse_s). In the whole it weighs e^(lse_s) / (sum of all of them).",
+        (
+            "Take the largest lse of each row out before the exponentials, as in any softmax; "
+            "torch.logsumexp(lses, dim=0) does that for the new lse."
+        ),
+        "weights = (lses - lse).exp(), and 0 where lses is -inf; out = (weights[..., None] * outs).sum(dim=0).",
+    ],
+)
+def combine(call: Call, generator: torch.Generator) -> None:
+    """(out, lse) of a row from those of S pieces of its keys."""
+    pieces, rows, depth = 3, 5, 4
+    scores = draw(generator, rows, 24) * 2
+    values = draw(generator, 24, depth)
+    for case, shift in (("ordinary scores", 0.0), ("large scores", 300.0), ("very negative scores", -300.0)):
+        _one_combine(call, scores + shift, values, pieces, case)
+    hidden = scores.clone()
+    hidden[1, 8:16] = -math.inf
+    _one_combine(call, hidden, values, pieces, "row 1 seeing nothing of piece 1")
+    hidden[3] = -math.inf
+    _one_combine(call, hidden, values, pieces, "row 3 seeing nothing at all")
+
+
+def _one_combine(call, scores, values, pieces, case) -> None:
+    def whole(x, v):
+        p = x.softmax(dim=-1).nan_to_num(nan=0.0)  # a row of -inf is NaN in softmax, and zero in attention
+        return p @ v, x.logsumexp(dim=-1)
+
+    parts = [whole(x, v) for x, v in zip(scores.chunk(pieces, dim=-1), values.chunk(pieces), strict=True)]
+    outs, lses = torch.stack([o for o, _ in parts]), torch.stack([lse for _, lse in parts])
+    out, lse = several(call(outs, lses), ("out", "lse"))
+    out, lse = tensor(out, outs.shape[1:], "out"), tensor(lse, lses.shape[1:], "lse")
+    exact_lse = torch.logsumexp(lses.double(), dim=0)  # of the pieces as they were handed over, rounded
+    exact_out = (_gap(lses.double(), exact_lse)[..., None] * outs.double()).sum(dim=0)
+    low_lse = torch.logsumexp(lses, dim=0)
+    low_out = (_gap(lses, low_lse)[..., None] * outs).sum(dim=0)
+    naive = lses.exp() / lses.exp().sum(dim=0)
+    top = lses.amax(dim=0)
+    blind = (lses - lses.logsumexp(dim=0)).exp()
+    proportional = lses / lses.sum(dim=0)
+    overflow = "e^lse overflowed (or all of them became 0): take the largest lse of the row out first."
+    nothing = (
+        "A row that sees nothing has lse = -inf in every piece, and -inf - (-inf) is NaN. Its out is 0, its lse -inf."
+    )
+    same_tensor(
+        lse,
+        exact_lse,
+        low_lse,
+        name="lse",
+        requirement=f"The log-sum-exp of the whole is not right, with {case}.",
+        place=lambda index: f"row {index[0]}",
+        mistakes={
+            nothing: top + (lses - top).exp().sum(dim=0).log(),
+            overflow: lses.exp().sum(dim=0).log(),
+            "That is the sum of the lses. What adds up are the numbers e^lse.": lses.sum(dim=0),
+            "That is their mean. What adds up are the numbers e^lse.": lses.mean(dim=0),
+            "That is the largest of them: the others contribute, too.": top,
+            "That is the sum of the numbers e^lse: its logarithm is missing.": lses.exp().sum(dim=0),
+        },
+    )
+    same_tensor(
+        out,
+        exact_out,
+        low_out,
+        name="out",
+        atol=1e-4,  # weights from lses near 300 are known to 3e-5
+        requirement=f"The output of the whole is not right, with {case}.",
+        place=lambda index: f"row {index[0]}, dimension {index[1]}",
+        mistakes={
+            nothing: (blind[..., None] * outs).sum(dim=0),
+            overflow: (naive[..., None] * outs).sum(dim=0),
+            "That is the plain mean: a piece whose scores are larger weighs more.": outs.mean(dim=0),
+            "That is the plain sum: the weights of the pieces must sum to 1.": outs.sum(dim=0),
+            "You weighed by lse. The weight of a piece is e^(lse_s - lse).": (
+                (proportional[..., None] * outs).sum(dim=0)
+            ),
+            "Weights taken over the rows: the softmax of the lses runs over the pieces, dim=0.": (
+                (lses.softmax(dim=1)[..., None] * outs).sum(dim=0)
+            ),
+            "The weights are e^(lse_s - largest lse) and do not yet sum to 1.": (
+                ((lses - top).exp()[..., None] * outs).sum(dim=0)
+            ),
+        },
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tiles
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def head_attention(q, k, v, *, scale=None, mask=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one head, (N, D), with any boolean mask; zeros and -inf for rows that see nothing."""
+    s = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is not None:
+        s = s.masked_fill(~mask, -math.inf)
+    return s.softmax(dim=-1).nan_to_num(nan=0.0) @ v, s.logsumexp(dim=-1)
+
+
+def tiles_without(q, k, v, block, *, causal, rescale_l=True, rescale_o=True) -> tuple[torch.Tensor, torch.Tensor]:
+    """The v2 loop over blocks of keys with one of its rescalings left out; (N, D), in float64."""
+    q, k, v = q.double(), k.double(), v.double()
+    mask = causal_mask(len(q), len(k)) if causal else torch.ones(len(q), len(k), dtype=torch.bool)
+    s = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, -math.inf)
+    m, l, o = (
+        torch.full((len(q),), -math.inf).double(),
+        torch.zeros(len(q)).double(),
+        torch.zeros(len(q), v.shape[1]).double(),
+    )
+    for start in range(0, len(k), block):
+        part = s[:, start : start + block]
+        m_new = torch.maximum(m, part.amax(dim=-1))
+        alpha, p = _gap(m, m_new), _gap(part, m_new[:, None])
+        l = (alpha if rescale_l else 1.0) * l + p.sum(dim=-1)
+        o = (alpha[:, None] if rescale_o else 1.0) * o + p @ v[start : start + block]
+        m = m_new
+    return o / torch.where(l == 0, 1.0, l)[:, None], m + l.log()
+
+
+@exercise(
+    "01",
+    "Causal attention in tiles",
+    30,
+    [
+        (
+            "Begin with the loops of `my_tiled_attention`, for one head and in float32. Slices q[i : i + block_m] end"
+            " at the end of the tensor by themselves, so that the tail needs no mask."
+        ),
+        (
+            "Row i may see column j where j <= i + N_k - N_q. Build that for one tile: torch.arange for its rows and"
+            " its columns, and masked_fill with -inf before the maximum. Tiles without a visible column can be"
+            " skipped."
+        ),
+        (
+            "A row that has seen nothing has m_new = -inf, and -inf - (-inf) is NaN: use torch.where as in"
+            " online_update. At the end divide by torch.where(l == 0, 1.0, l), so that such a row gives 0; its lse is"
+            " m + log(l) = -inf."
+        ),
+    ],
+)
+def tiled_attention(call: Call, generator: torch.Generator) -> None:
+    """(out, lse) of one head, never more than a tile of the scores at a time."""
+    _one_tiling(call, generator, 48, 48, (16, 16), False)
+    _one_tiling(call, generator, 48, 48, (16, 16), True)
+    _one_tiling(call, generator, 45, 45, (16, 8), True)
+    _one_tiling(call, generator, 20, 45, (8, 16), True)
+    _one_tiling(call, generator, 45, 20, (8, 16), True)
+    _one_tiling(call, generator, 40, 800, (40, 4), False, torch.float16)
+    q, k, v = (draw(generator, 512, 8) for _ in range(3))
+    call(q, k, v, 16, 16, True)
+    if call.largest >= 512 * 512 // 2:
+        raise Wrong(
+            "The results are right, but no tensor may be as large as the matrix of scores.\n  With N = 512 and blocks"
+            f" of 16 the largest that was made has {call.largest:,} elements; S has {512 * 512:,}, and a tile"
+            f" {16 * 16}.\n  Compute scores and mask of one tile at a time, inside the loops."
+        )
+
+
+def _one_tiling(call, generator, n_q, n_k, blocks, causal, dtype=torch.float32) -> None:
+    q, k, v = (
+        draw(generator, n_q, 16, dtype=dtype),
+        draw(generator, n_k, 16, dtype=dtype),
+        draw(generator, n_k, 16, dtype=dtype),
+    )
+    q = q * 2  # scores far enough apart that the maximum of a row moves from block to block
+    if dtype == torch.float16:
+        v = v + 8
+    name = str(dtype).removeprefix("torch.")
+    case = (
+        f"N_q = {n_q}, N_k = {n_k}, blocks of {blocks[0]} rows and {blocks[1]} columns,"
+        f" {'causal' if causal else 'full'}, {name}"
+    )
+    out, lse = several(call(q, k, v, *blocks, causal), ("out", "lse"))
+    out = tensor(out, q.shape, "out", dtype)
+    lse = tensor(lse, (n_q,), "lse")
+    batched = [t[None, :, None] for t in (q, k, v)]  # (N, D) -> (1, N, 1, D)
+    exact, exact_lse = (t.squeeze() for t in exact_attention(*batched, causal=causal, return_lse=True))
+    low, low_lse = (t.squeeze() for t in naive_attention(*batched, causal=causal, return_lse=True))
+
+    wrong: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    full = torch.ones(n_q, n_k, dtype=torch.bool)
+    mask = causal_mask(n_q, n_k) if causal else full
+    floats = [t.float() for t in (q, k, v)]
+    scale = 16**-0.5
+    wrong["O was not rescaled when the maximum grew: multiply it by e^(m - m_new), as l."] = tiles_without(
+        q, k, v, blocks[1], causal=causal, rescale_o=False
+    )
+    wrong["l was not rescaled when the maximum grew: multiply it by e^(m - m_new), as O."] = tiles_without(
+        q, k, v, blocks[1], causal=causal, rescale_l=False
+    )
+    wrong["Neither l nor O was rescaled when the maximum grew: multiply both by e^(m - m_new)."] = tiles_without(
+        q, k, v, blocks[1], causal=causal, rescale_l=False, rescale_o=False
+    )
+    wrong["The factor 1 / √D is missing."] = head_attention(*floats, scale=1.0, mask=mask)
+    wrong["The scores were multiplied by 1 / √D twice."] = head_attention(*floats, scale=scale**2, mask=mask)
+    if causal:
+        wrong["The causal mask is missing: row i may see column j where j <= i + N_k - N_q."] = head_attention(*floats)
+        # aligned to the top left: another number of rows or columns shifts nothing
+        top_left = torch.ones(n_q, n_k, dtype=torch.bool).tril()
+        if n_q != n_k:
+            wrong[
+                "The mask is aligned to the top left. The last query sees the last key: j <= i + N_k - N_q (bottom"
+                " right)."
+            ] = head_attention(*floats, mask=top_left)
+        strict = torch.ones(n_q, n_k, dtype=torch.bool).tril(n_k - n_q - 1)
+        wrong["The diagonal itself is masked: row i may see column i + N_k - N_q, too."] = head_attention(
+            *floats, mask=strict
+        )
+        if n_q > n_k:
+            blind = (q.float() @ k.float().mT * scale).masked_fill(~mask, -math.inf).softmax(dim=-1) @ v.float()
+            wrong[
+                "NaN in rows that see no key (N_q > N_k): -inf - (-inf), and then 0 / 0. Their output is 0, their lse"
+                " -inf."
+            ] = (blind, blind[:, 0] + exact_lse.float())
+    kept = n_k // blocks[1] * blocks[1]
+    if kept < n_k:
+        rest = mask.clone()
+        rest[:, kept:] = False
+        wrong["The last columns were left out, those that fill no whole block: loop to N_k with a step of block_n."] = (
+            head_attention(*floats, mask=rest)
+        )
+
+    def row(index):
+        return f"row {index[0]} (block {index[0] // blocks[0]} of queries)" + (
+            f", dimension {index[1]}" if len(index) > 1 else ""
+        )
+
+    try:
+        same_tensor(
+            out,
+            exact,
+            low,
+            name="out",
+            requirement=f"The output is not right for {case}.",
+            place=row,
+            mistakes={text: value for text, (value, _) in wrong.items()},
+        )
+        same_tensor(
+            lse,
+            exact_lse,
+            low_lse,
+            name="lse",
+            requirement=f"The output is right, the log-sum-exp is not, for {case}.",
+            place=row,
+            mistakes={text: value for text, (_, value) in wrong.items()}
+            | {
+                "That is l: the log-sum-exp is m + log(l).": (exact_lse - _row_max(q, k, scale, mask)).exp(),
+                "That is log(l): m is missing, lse = m + log(l).": exact_lse - _row_max(q, k, scale, mask),
+                "That is in base 2: the log-sum-exp is a natural logarithm.": exact_lse / math.log(2),
+            },
+        )
+    except Wrong as reason:
+        if dtype == torch.float16 and "\n  " in str(reason) and str(reason).count("\n") == 1:
+            raise Wrong(
+                f"{reason}\n  The same code is right in float32. m, l and O must be summed in float32 whatever the"
+                " inputs are: convert the tiles with .float(), and the result back at the end."
+            ) from None
+        raise
+
+
+def _row_max(q, k, scale, mask) -> torch.Tensor:
+    return (q.double() @ k.double().mT * scale).masked_fill(~mask, -math.inf).amax(dim=-1)

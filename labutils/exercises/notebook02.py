@@ -1,0 +1,454 @@
+"""Checks of notebook 02: the grid, a masked load, kinds of tiles, a kernel with a window, the backward pass, heads."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from labutils import runtime
+from labutils.exercises.core import Call, Wrong, exercise, number, same_number, same_tensor, tensor
+from labutils.exercises.notebook01 import draw, integer, pick
+from labutils.reference import exact_attention, naive_attention, visible_mask
+
+
+@exercise(
+    "02",
+    "How many programs",
+    2,
+    [
+        "One program does one block of rows of one head of one sequence.",
+        "N / block_m, rounded up: the last block may be short. triton.cdiv(a, b) is that, as is -(-a // b).",
+    ],
+)
+def program_count(call: Call, generator: torch.Generator) -> None:
+    """Programs of the v2 kernel's launch."""
+    for _ in range(3):
+        batch, heads, block = pick(generator, [3, 5]), pick(generator, [7, 11, 13]), pick(generator, [32, 64, 128])
+        blocks = integer(generator, 3, 40)
+        n = blocks * block - integer(generator, 1, block - 1)
+        right = batch * heads * blocks
+        same_number(
+            call(batch, heads, n, block),
+            right,
+            "the number of programs",
+            f"B = {batch}, H = {heads}, N = {n}, block_m = {block}",
+            {
+                "The last rows have no program: N is no multiple of block_m, so round up.": (
+                    batch * heads * (blocks - 1)
+                ),
+                "N / block_m is not rounded: there are whole programs alone, so round up.": batch * heads * n / block,
+                "That is version 1: one program for a whole head. Version 2 has one for each block of its rows.": (
+                    batch * heads
+                ),
+                "The heads are missing: each head has programs of its own.": batch * blocks,
+                "The batch is missing: each sequence has programs of its own.": heads * blocks,
+                "That is the number of blocks of one head. Batch and heads are missing.": blocks,
+                "That is one program for each tile. A program walks along its row of tiles.": (
+                    batch * heads * blocks**2
+                ),
+                (
+                    "One too many for each head: -(-N // block_m) rounds up, N // block_m + 1 only where there is a "
+                    "rest."
+                ): (batch * heads * (blocks + 1)),
+            },
+        )
+    batch, heads, block = 2, 3, 64
+    same_number(
+        call(batch, heads, 4 * block, block),
+        4 * batch * heads,
+        "the number of programs",
+        f"B = {batch}, H = {heads}, N = {4 * block}, block_m = {block}",
+        {
+            "N is a multiple of block_m here, and has no rest to make a block of: round up, do not add 1.": (
+                5 * batch * heads
+            )
+        },
+    )
+
+
+@exercise(
+    "02",
+    "A masked load",
+    10,
+    [
+        (
+            "As in softmax_kernel: offsets 0 to BLOCK - 1, a mask that says which columns exist, one program for each"
+            " row."
+        ),
+        "What does not exist must change neither the maximum nor the sum: load it as -inf, and exp makes it 0.",
+        "tl.store(y_ptr + row, m + tl.log(tl.sum(tl.exp(x - m), axis=0))), with m = tl.max(x, axis=0).",
+    ],
+    parts=["row_lse_kernel"],
+)
+def row_lse(call: Call, generator: torch.Generator) -> None:
+    """log(sum(exp(x))) of each row, by a Triton kernel."""
+    wide = draw(generator, 5, 40)
+    cases = {
+        "16 columns, a whole block": draw(generator, 5, 16),
+        "11 columns in a block of 16": draw(generator, 6, 11) - 3,
+        "11 columns of a matrix with 40, rows 40 apart": wide[:, 7:18],
+        "large numbers": draw(generator, 4, 13) * 20 + 300,
+    }
+    for case, x in cases.items():
+        block = 1 << (x.shape[1] - 1).bit_length()
+        x_max, rest = x.amax(dim=-1), block - x.shape[1]
+        zeros = torch.cat([x, torch.zeros(len(x), rest)], dim=-1)
+        m_zero = zeros.amax(dim=-1)
+        wrong = {
+            "The logarithm of the sum is there, the maximum is missing: the result is m + log(sum).": (
+                (x - x_max[:, None]).exp().sum(dim=-1).log()
+            ),
+            "That is the maximum of each row. The log-sum-exp is m + log(sum(exp(x - m))).": x_max,
+            "e^x overflowed: take the row's maximum out before tl.exp.": x.exp().sum(dim=-1).log(),
+            "That is the sum of the row's exponentials: the logarithm is missing.": x.exp().sum(dim=-1),
+            "tl.log2 gives a logarithm to base 2; the natural one is tl.log.": (
+                x_max + (x - x_max[:, None]).exp().sum(dim=-1).log2()
+            ),
+        }
+        if rest:
+            wrong["Columns that do not exist were read as 0, and e^0 was added: `other` must be -inf."] = (
+                zeros.logsumexp(-1)
+            )
+            wrong[
+                "Columns that do not exist were read as 0 for the maximum and the sum: `other` must be -inf, not 0."
+            ] = m_zero + (zeros - m_zero[:, None]).exp().sum(dim=-1).log()
+        got = tensor(call(x), (len(x),), "The result")
+        unmasked = _unmasked(x, block)
+        if unmasked is not None:
+            wrong[
+                "Neighbours were read as well: the load needs mask=offs < n_columns (and other=-inf for the rest)."
+            ] = unmasked
+        contiguous = _as_if_contiguous(x)
+        if contiguous is not None:
+            wrong["Rows were taken to be n_columns apart. From one row to the next it is row_stride elements."] = (
+                contiguous
+            )
+        same_tensor(
+            got,
+            x.double().logsumexp(dim=-1),
+            x.logsumexp(dim=-1),
+            name="log-sum-exp",
+            requirement=f"The log-sum-exp is not right for {case}.",
+            place=lambda index: f"row {index[0]}",
+            mistakes=wrong,
+        )
+
+
+def _memory(x: torch.Tensor) -> torch.Tensor:
+    """What stands in memory around x on the device: its elements in a sea of NaN, from x's first element on."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    memory = torch.full((extent + 64,), math.nan)
+    torch.as_strided(memory, x.shape, x.stride()).copy_(x)
+    return memory
+
+
+def _unmasked(x: torch.Tensor, block: int) -> torch.Tensor | None:
+    """What a load without a mask gives, where that differs."""
+    if block == x.shape[1]:
+        return None
+    memory = _memory(x)
+    rows = torch.stack([memory[i * x.stride(0) : i * x.stride(0) + block] for i in range(len(x))])
+    # tl.max and NumPy's maximum may pass a NaN on or not; a row that holds one gives NaN in the end
+    return rows.logsumexp(dim=-1)
+
+
+def _as_if_contiguous(x: torch.Tensor) -> torch.Tensor | None:
+    if x.is_contiguous():
+        return None
+    memory, n = _memory(x), x.shape[1]
+    return torch.stack([memory[i * n : (i + 1) * n].logsumexp(dim=0) for i in range(len(x))])
+
+
+KINDS = ("skipped", "masked", "plain")
+
+
+@exercise(
+    "02",
+    "Which tiles need a mask",
+    10,
+    [
+        (
+            "Row i may see the columns j <= i + n_k - n_q. Which rows and columns has the tile: "
+            "start_m to min(start_m + block_m, n_q) - 1, and start_n to min(start_n + block_n, n_k) - 1."
+        ),
+        "Nothing is visible if even the last row cannot see the first column: start_n > last row + n_k - n_q.",
+        (
+            "All is visible if the first row sees the last column. And a tile that reaches beyond n_k needs a mask for"
+            " its tail."
+        ),
+    ],
+)
+def tile_kind(call: Call, generator: torch.Generator) -> None:
+    """skipped, masked or plain, for the tile at (start_m, start_n) of a causal mask."""
+    shapes = [
+        (96, 96, 16, 16),
+        (96, 96, 32, 16),
+        (96, 96, 16, 32),
+        (90, 90, 32, 32),
+        (40, 100, 16, 32),
+        (100, 40, 16, 16),
+        (97, 90, 16, 32),
+    ]
+    for n_q, n_k, block_m, block_n in shapes:
+        visible = visible_mask(n_q, n_k, causal=True)
+        shift = n_k - n_q
+        for start_m in range(0, n_q, block_m):
+            for start_n in range(0, n_k, block_n):
+                part = visible[start_m : start_m + block_m, start_n : start_n + block_n]
+                tail = start_n + block_n > n_k
+                right = "skipped" if not part.any() else "masked" if tail or not part.all() else "plain"
+                got = call(start_m, block_m, start_n, block_n, n_q, n_k)
+                if got == right:
+                    continue
+                case = (
+                    f"the tile of rows {start_m} to {min(start_m + block_m, n_q) - 1} and columns {start_n} to "
+                    f"{start_n + block_n - 1} of N_q = {n_q}, N_k = {n_k}"
+                )
+                if got not in KINDS:
+                    raise Wrong(f"It must return one of {', '.join(map(repr, KINDS))}; for {case} it returned {got!r}.")
+                last, stop = min(start_m + block_m, n_q) - 1, start_n + block_n - 1
+                why = ""
+                if shift and got == _kind(start_m, last, start_n, stop, 0, n_k):
+                    why = "The diagonal was taken from the top left: row i may see columns up to i + n_k - n_q."
+                elif right == "masked" and got == "skipped":
+                    why = (
+                        "Only if even its last row sees nothing may a tile be skipped; you asked about an earlier row."
+                    )
+                    if start_n == last + shift:
+                        why = (
+                            "Its last row sees its first column, just: that is on the diagonal, so skip where start_n"
+                            " is larger."
+                        )
+                elif right == "masked" and tail and got == "plain" and part.all():
+                    why = "Everything in it that exists is visible, but it reaches beyond n_k: the tail needs a mask."
+                elif right == "masked" and got == "plain":
+                    why = "Plain means that each row sees each column: even the first row must see the last column."
+                elif right == "plain" and got == "masked":
+                    why = "Every row sees every column: a mask here costs time and changes nothing."
+                    if stop == start_m + shift:
+                        why = "Its first row sees its last column, just: plain includes the diagonal (<=, not <)."
+                elif right == "skipped" and got == "masked":
+                    why = "Not one of its elements is visible: the loop of the kernel must not visit it."
+                raise Wrong(
+                    f"The kind is not right for {case}.\n  Expected {right!r}, got"
+                    f" {got!r}.{chr(10) + '  ' + why if why else ''}"
+                )
+
+
+def _kind(first: int, last: int, start: int, stop: int, shift: int, n_k: int) -> str:
+    if start > last + shift:
+        return "skipped"
+    return "plain" if stop <= first + shift and stop < n_k else "masked"
+
+
+@exercise(
+    "02",
+    "A kernel with a sliding window",
+    30,
+    [
+        (
+            "Start from flash_v2_kernel. Its loop runs over the columns from 0 to `last`; with a window the first"
+            " block that the first row of the program may see begins at (start_m - window) rounded down to a multiple"
+            " of BLOCK_N, and not below 0."
+        ),
+        "Visible is what exists, is not above the diagonal, and is not left of the window: offs_n >= offs_m - window.",
+        (
+            "In the first block of the window some rows see nothing, so that their m_new is -inf, and -inf - (-inf) is"
+            " NaN. Let such rows subtract 0 in place of m_new: safe = tl.where(m_new == float('-inf'), 0.0, m_new)."
+        ),
+    ],
+    parts=["window_kernel"],
+)
+def window_attention(call: Call, generator: torch.Generator) -> None:
+    """Causal attention in which a query sees itself and the `window` keys before it, by a Triton kernel."""
+    low = torch.float16 if runtime.capability is None or runtime.capability < (8, 0) else runtime.dtype
+    cases = [
+        (1, 64, 1, 64, torch.float32),
+        (1, 60, 2, 1000, torch.float32),
+        (2, 75, 2, 20, torch.float32),
+        (1, 130, 1, 7, torch.float32),
+        (1, 100, 1, 0, torch.float32),
+        (1, 150, 2, 40, low),
+    ]
+    for batch, n, heads, window, dtype in cases:
+        q, k, v = (draw(generator, batch, n, heads, 32, dtype=dtype) for _ in range(3))
+        q = 2 * q
+        name = str(dtype).removeprefix("torch.")
+        options = {"causal": True, "window_size": (window, 0)}
+        out = tensor(call(q, k, v, window), q.shape, "out", dtype)
+
+        def variant(left=window, right=0, scale=32**-0.5, causal=True, q=q, k=k, v=v):
+            visible = {"causal": causal, "window_size": (left, right)}
+            return naive_attention(q.float(), k.float(), v.float(), softmax_scale=scale, **visible)
+
+        wrong = {
+            "The window is not applied: a row sees all columns up to its own. Mask offs_n < offs_m - window, too.": (
+                variant(left=-1)
+            ),
+            "The causal mask is missing: rows see columns to the right of the diagonal.": variant(
+                right=-1, causal=False
+            ),
+            "The window is one too narrow: offs_m - window itself is visible (>=).": (
+                variant(left=window - 1) if window else torch.full(v.shape, math.inf)
+            ),
+            "The window is one too wide: offs_m - window - 1 is no longer visible.": variant(left=window + 1),
+            "The diagonal itself is masked: a row sees its own column (<=).": (
+                variant(right=-1, causal=False) if n == 1 else _strict(q, k, v, window)
+            ),
+            "The scale 1 / √D is missing.": variant(scale=1.0),
+            "The scores were multiplied by the scale twice.": variant(scale=1 / 32),
+            "log2(e) is missing from the scale: tl.exp2 computes 2^x.": variant(scale=32**-0.5 * math.log(2)),
+            "log2(e) is in the scale, but tl.exp computes e^x: use tl.exp2, or leave log2(e) out.": variant(
+                scale=32**-0.5 / math.log(2)
+            ),
+        }
+        for block_n in (16, 32, 64, 128):
+            wrong |= _unscaled(q, k, v, window, block_n)
+        exact = exact_attention(q, k, v, **options)
+        try:
+            same_tensor(
+                out,
+                exact,
+                naive_attention(q, k, v, **options),
+                name="out",
+                requirement=(
+                    f"The output is not right for B = {batch}, N = {n}, H = {heads}, window = {window}, {name}."
+                ),
+                place=lambda index: f"batch entry {index[0]}, row {index[1]}, head {index[2]}, dimension {index[3]}",
+                mistakes=wrong,
+            )
+        except Wrong as reason:
+            if out.isnan().any() and "\n  Where a NaN" in str(reason):
+                first = str(reason).split("\n  Where a NaN")[0]
+                raise Wrong(
+                    f"{first}\n  -inf - (-inf) is NaN: in the first block of its window a row may see nothing yet, and"
+                    " its m_new is -inf. Subtract 0 there, not m_new."
+                ) from None
+            raise
+
+
+def _strict(q, k, v, window) -> torch.Tensor:
+    """The window without the diagonal itself."""
+    n = q.shape[1]
+    visible = visible_mask(n, n, causal=True, window_size=(window, 0)) & ~torch.eye(n, dtype=torch.bool)
+    q, k, v = (t.float().transpose(1, 2) for t in (q, k, v))
+    s = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~visible, -math.inf)
+    return (s.softmax(dim=-1).nan_to_num(nan=0.0) @ v).transpose(1, 2)
+
+
+def _unscaled(q, k, v, window, block_n) -> dict[str, torch.Tensor]:
+    """What comes out where o or l is not rescaled, with blocks of that many columns."""
+    n = q.shape[1]
+    visible = visible_mask(n, n, causal=True, window_size=(window, 0))
+    q, k, v = (t.double().transpose(1, 2) for t in (q, k, v))
+    s = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~visible, -math.inf)
+    results = {}
+    for message, rescale_o, rescale_l in (
+        ("o was not rescaled when the maximum grew: multiply it by alpha, as l.", False, True),
+        ("l was not rescaled when the maximum grew: multiply it by alpha, as o.", True, False),
+        ("Neither l nor o was rescaled when the maximum grew: multiply both by alpha.", False, False),
+    ):
+        m = torch.full(s.shape[:-1], -math.inf).double()
+        l, o = torch.zeros_like(m), torch.zeros_like(q)
+        for start in range(0, n, block_n):
+            part = s[..., start : start + block_n]
+            m_new = torch.maximum(m, part.amax(dim=-1))
+            safe = torch.where(m_new.isneginf(), 0.0, m_new)
+            alpha, p = (m - safe).exp(), (part - safe[..., None]).exp()
+            l = (alpha if rescale_l else 1.0) * l + p.sum(dim=-1)
+            o = (alpha[..., None] if rescale_o else 1.0) * o + p @ v[:, :, start : start + block_n]
+            m = m_new
+        results[f"{message} (As with blocks of {block_n} columns.)"] = (o / l[..., None]).transpose(1, 2)
+    return results
+
+
+@exercise(
+    "02",
+    "The gradient of the scores",
+    15,
+    [
+        "Without dL it is the formula above: dS = P · (dP - Δ), with dP = dO Vᵀ and Δ one number for each row.",
+        "What is ∂L_i / ∂S_ij, if L_i = log(sum_j e^(S_ij))? You have met that quotient.",
+        "∂L_i / ∂S_ij = P_ij, so that dL_i · P_ij is added: dS = P · (dP - Δ + dL), dL and Δ as columns, [:, None].",
+    ],
+)
+def score_gradient(call: Call, generator: torch.Generator) -> None:
+    """dS of one head from S, V, dO and the gradient dL by the log-sum-exp."""
+    for n_q, n_k, with_dl in ((7, 7, False), (7, 12, True), (12, 5, True)):
+        s, v = draw(generator, n_q, n_k), draw(generator, n_k, 6)
+        d_out, d_lse = draw(generator, n_q, 6), draw(generator, n_q) if with_dl else torch.zeros(n_q)
+        p, dp = s.softmax(dim=-1), d_out @ v.mT
+        delta = (p * dp).sum(dim=-1, keepdim=True)
+        dl = d_lse[:, None]
+        low = p * (dp - delta + dl)
+        p_64, dp_64 = s.double().softmax(dim=-1), d_out.double() @ v.double().mT
+        exact = p_64 * (dp_64 - (p_64 * dp_64).sum(dim=-1, keepdim=True) + dl.double())
+        wrong = {
+            "Δ is missing: the derivative of a softmax is P · (dP - Δ), since a row of P sums to 1.": p * (dp + dl),
+            "Δ was added: it is subtracted.": p * (dp + delta + dl),
+            "Δ is the sum of P · dP over each row, and not of dP alone.": p * (dp - dp.sum(dim=-1, keepdim=True) + dl),
+            "That is dP - Δ (+ dL): the factor P is missing.": dp - delta + dl,
+            "That is dP. The derivative of the softmax has yet to be applied.": dp,
+            "Δ was summed over the columns: it is one number for each row (dim=-1).": (
+                p * (dp - (p * dp).sum(dim=0, keepdim=True) + dl)
+            ),
+        }
+        if with_dl:
+            wrong |= {
+                "dL is missing: the log-sum-exp depends on S, too, with ∂L_i / ∂S_ij = P_ij.": p * (dp - delta),
+                "dL has the wrong sign: ∂L_i / ∂S_ij = +P_ij.": p * (dp - delta - dl),
+                "dL was added without its factor P_ij.": p * (dp - delta) + dl,
+            }
+        got = tensor(call(s, v, d_out, d_lse), s.shape, "dS")
+        same_tensor(
+            got,
+            exact,
+            low,
+            name="dS",
+            requirement=f"dS is not right for N_q = {n_q}, N_k = {n_k}, {'with dL' if with_dl else 'dL = 0'}.",
+            place=lambda index: f"row {index[0]}, column {index[1]}",
+            mistakes=wrong,
+            factor=3.0,
+        )
+
+
+@exercise(
+    "02",
+    "Grouped heads",
+    5,
+    [
+        "With 8 query heads and 2 key heads, heads 0 to 3 share the first, and 4 to 7 the second.",
+        "heads // kv_heads query heads share one; an integer division by that group size.",
+    ],
+)
+def kv_head(call: Call, generator: torch.Generator) -> None:
+    """The head of K and V that a query head reads, in grouped-query attention."""
+    for heads, kv_heads in ((12, 3), (8, 4), (10, 2), (6, 1), (5, 5)):
+        got = [number(call(head, heads, kv_heads), "the index of a head of K and V") for head in range(heads)]
+        right = [head // (heads // kv_heads) for head in range(heads)]
+        if got == right:
+            continue
+        known = {
+            (
+                "head % kv_heads deals the heads out in turn; neighbouring query heads share one (flash-attn, "
+                "transformers)."
+            ): [head % kv_heads for head in range(heads)],
+            "That is the query's own head: K and V have fewer, and a group of query heads shares each.": list(
+                range(heads)
+            ),
+            "Divide by the size of a group, heads // kv_heads, and not by the number of key heads.": [
+                head // kv_heads for head in range(heads)
+            ],
+            "That is the query head's place within its group; the group's own number was asked for.": [
+                head % (heads // kv_heads) for head in range(heads)
+            ],
+        }
+        why = next((text for text, values in known.items() if got == values), "")
+        if any(value != int(value) for value in got):
+            why = "An index is an integer: divide with //."
+        head = next(i for i in range(heads) if got[i] != right[i])
+        raise Wrong(
+            f"The head is not right for query head {head} of {heads}, with {kv_heads} of K and V.\n"
+            f"  Expected {right[head]}, got {got[head]:g}.{chr(10) + '  ' + why if why else ''}"
+        )

@@ -1,0 +1,381 @@
+"""Checks of notebook 03: a line of the ledger, masks of packed documents, rotary positions, an error, a loss."""
+
+from __future__ import annotations
+
+import torch
+
+from labutils.exercises.core import Call, Wrong, exercise, number, same_number, same_tensor, several, tensor
+from labutils.exercises.notebook01 import draw, integer, pick
+
+
+@exercise(
+    "03",
+    "Where the scores overtake the logits",
+    5,
+    [
+        (
+            "By the ledger: scores take layers · heads · N² · 6 bytes (P in float32 and its 16-bit copy), logits 3 · 4"
+            " · N · vocab."
+        ),
+        "Set them equal and solve for N. Then take the first integer above: at exactly equal nothing is overtaken.",
+    ],
+)
+def overtaking_length(call: Call, generator: torch.Generator) -> None:
+    """The smallest N at which standard attention's scores take more bytes than the logits."""
+    models = [
+        (12, 12, 50257),
+        (24, 16, 50257),
+        (integer(generator, 3, 40), pick(generator, [7, 11, 13]), 32003),
+        (6, 8, 48 * 500),
+    ]
+    for layers, heads, vocab in models:
+        right = 2 * vocab // (layers * heads) + 1
+        same_number(
+            call(layers, heads, vocab),
+            right,
+            "the length N",
+            f"{layers} layers, {heads} heads, a vocabulary of {vocab:,}",
+            {
+                "At that N the logits are still as large or larger: round up to the next integer.": right - 1,
+                "That is no integer: a sequence has whole tokens. Take the first one at which the scores are larger.": (
+                    2 * vocab / (layers * heads)
+                ),
+                "The layers are missing: the scores of each are kept.": 2 * vocab // heads + 1,
+                "The heads are missing: each has scores of its own.": 2 * vocab // layers + 1,
+                "P was counted in float32 alone: its 16-bit copy is kept as well, 4 + 2 bytes.": (
+                    3 * vocab // (layers * heads) + 1
+                ),
+                "P was counted in 16 bits alone: the softmax keeps it in float32 as well, 4 + 2 bytes.": (
+                    6 * vocab // (layers * heads) + 1
+                ),
+                "The logits were counted once: three copies in float32 are alive at the peak.": (
+                    2 * vocab // (3 * layers * heads) + 1
+                ),
+            },
+        )
+
+
+@exercise(
+    "03",
+    "A mask that keeps documents apart",
+    10,
+    [
+        "Which document does token i belong to? The number of borders in cu_seqlens[1:] that are <= i.",
+        "torch.bucketize(tokens, cu_seqlens[1:], right=True) counts them, for all tokens at once.",
+        "document[:, None] == document[None, :] says which pairs share one; & with the causal mask, columns <= rows.",
+    ],
+)
+def document_mask(call: Call, generator: torch.Generator) -> None:
+    """(N, N) boolean, True where query i may see key j: the same document, and not later."""
+    lengths = [3, 1, 5, integer(generator, 2, 6)]
+    borders = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    for cu_seqlens in (torch.tensor([0, 6], dtype=torch.int32), borders):
+        n = int(cu_seqlens[-1])
+        token = torch.arange(n)
+
+        def of(edges, right=True, token=token):
+            return torch.bucketize(token, edges, right=right)
+
+        def together(document):
+            return document[:, None] == document[None, :]
+
+        document = of(cu_seqlens[1:])
+        causal = token[None, :] <= token[:, None]
+        right = together(document) & causal
+        got = tensor(call(cu_seqlens, n), (n, n), "The mask")
+        if got.dtype != torch.bool:
+            raise Wrong(f"The mask must be boolean; it has the dtype {str(got.dtype).removeprefix('torch.')}.")
+        if torch.equal(got, right):
+            continue
+        wrong = {
+            "True and False are exchanged: True is where a query may look.": ~right,
+            "That is the causal mask alone: a document must not see the one before it.": causal,
+            "The documents are apart, but queries see later tokens of theirs: j <= i is missing.": together(document),
+            "Rows and columns are exchanged: queries see later tokens in place of earlier ones.": right.T,
+            (
+                "The borders are off by one: cu_seqlens[d] is the first token of document d, not the last of the one "
+                "before (with bucketize: right=True)."
+            ): (together(of(cu_seqlens[1:], right=False)) & causal),
+            "A token must see itself: j <= i, and not j < i.": together(document) & (token[None, :] < token[:, None]),
+        }
+        why = next((f"\n  {text}" for text, mask in wrong.items() if torch.equal(got, mask)), "")
+        i, j = (got != right).nonzero()[0].tolist()
+        raise Wrong(
+            f"The mask is not right for cu_seqlens = {cu_seqlens.tolist()}.\n  First at query {i} (document"
+            f" {document[i]}) and key {j} (document {document[j]}): expected {bool(right[i, j])}, got"
+            f" {bool(got[i, j])}.{why}"
+        )
+
+
+@exercise(
+    "03",
+    "Rotary positions",
+    15,
+    [
+        "i runs from 0 to D/2 - 1. The angle of token n and pair i is positions[n] · base^(-2i/D): shape (N, D/2).",
+        "Pair i is made of x[..., i] and x[..., i + D/2]: the first half of the dimensions and the second.",
+        (
+            "first · cos - second · sin, then second · cos + first · sin, joined by torch.cat(..., dim=-1). cos and"
+            " sin need an axis for the heads: cos[:, None, :]."
+        ),
+    ],
+)
+def rope(call: Call, generator: torch.Generator) -> None:
+    """x (N, H, D) rotated by positions, halves paired."""
+    n, heads, depth = 9, 2, 8
+    x = draw(generator, n, heads, depth)
+    for case, positions, base in (
+        ("positions 0 to 8", torch.arange(n), 10000.0),
+        ("positions that begin anew at the second document", torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 3]), 10000.0),
+        ("positions 500 to 508 and base 100", torch.arange(n) + 500, 100.0),
+    ):
+
+        def rotated(exponent=2.0, sign=1.0, place=positions, pairs="halves", base=base, dtype=torch.float32):
+            half = torch.arange(depth // 2, dtype=torch.float64)
+            angle = (place.double()[:, None] * base ** (-exponent * half / depth)).to(dtype)[:, None, :]
+            cos, sin = angle.cos(), sign * angle.sin()
+            source = x.to(dtype)
+            if pairs == "halves":
+                a, b = source.chunk(2, dim=-1)
+                return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+            a, b = source[..., 0::2], source[..., 1::2]
+            return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
+
+        frequency = base ** (-2 * torch.arange(depth // 2) / depth)
+        angle32 = (positions[:, None] * frequency)[:, None, :]  # as a right answer in float32 has it
+        a, b = x.chunk(2, dim=-1)
+        low = torch.cat([a * angle32.cos() - b * angle32.sin(), b * angle32.cos() + a * angle32.sin()], dim=-1)
+        got = tensor(call(x, positions, base), x.shape, "The result")
+        exact = rotated(dtype=torch.float64)
+        # an angle of 500 in float32 is known to 3e-5: allow that to any right answer
+        same_tensor(
+            got,
+            exact,
+            low + 1e-4 * (low - exact).sign(),
+            name="rotated x",
+            requirement=f"The rotation is not right for {case}.",
+            place=lambda index: f"token {index[0]}, head {index[1]}, dimension {index[2]}",
+            closeness=2.0,
+            mistakes={
+                "Neighbours were paired, x[2i] with x[2i + 1]: here x[i] goes with x[i + D/2].": rotated(
+                    pairs="neighbours"
+                ),
+                "The rotation runs backwards: the sine that is subtracted belongs to the first half.": rotated(
+                    sign=-1.0
+                ),
+                "The exponent is -i/D in place of -2i/D: the frequencies fall too slowly.": rotated(exponent=1.0),
+                "The exponent has the wrong sign: frequencies fall with i.": rotated(exponent=-2.0),
+                "The token's index was taken as its position: `positions` says which it is.": rotated(
+                    place=torch.arange(n)
+                ),
+                "Positions count from 0 here, not from 1.": rotated(place=positions + 1),
+                "x came back as it was.": x,
+            },
+        )
+
+
+_UNITS = {"GiB": 1.0, "MiB": 2**-10}
+
+
+@exercise(
+    "03",
+    "Read an out-of-memory error",
+    10,
+    [
+        (
+            "Three sizes matter: 'Tried to allocate ...', '... is free', and '... is reserved by PyTorch but"
+            " unallocated'."
+        ),
+        "re.search(r'Tried to allocate ([\\d.]+) (MiB|GiB)', message) gives number and unit; 1 GiB is 1,024 MiB.",
+        (
+            "missing = asked - free. It is 'fragments' where free memory and the unallocated reserve together would"
+            " have been enough, asked <= free + reserve, else 'too much'."
+        ),
+    ],
+)
+def read_oom(call: Call, generator: torch.Generator) -> None:
+    """(GiB that were missing, "fragments" or "too much") from PyTorch's message."""
+    cases = [
+        (64.0, "GiB", 42.5, "GiB", 1.5, "GiB"),
+        (6.0, "GiB", 2.25, "GiB", 5.5, "GiB"),
+        (9.0, "GiB", 512.0, "MiB", 768.0, "MiB"),
+    ]
+    asked = integer(generator, 600, 900)
+    cases += [(float(asked), "MiB", 100.0, "MiB", 300.0, "MiB"), (float(asked), "MiB", 500.0, "MiB", 1.25, "GiB")]
+    for ask, ask_unit, free, free_unit, idle, idle_unit in cases:
+        message = (
+            f"CUDA out of memory. Tried to allocate {ask:.2f} {ask_unit}. GPU 0 has a total capacity of 79.25 GiB of"
+            f" which {free:.2f} {free_unit} is free. Including non-PyTorch memory, this process has 36.73 GiB memory"
+            f" in use. Of the allocated memory 30.11 GiB is allocated by PyTorch, and {idle:.2f} {idle_unit} is"
+            " reserved by PyTorch but unallocated. If reserved but unallocated memory is large try setting"
+            " PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True to avoid fragmentation."
+        )
+        a, f, i = ask * _UNITS[ask_unit], free * _UNITS[free_unit], idle * _UNITS[idle_unit]
+        right = "fragments" if a <= f + i else "too much"
+        missing, verdict = several(call(message), ("missing GiB", "the verdict"))
+        missing = number(missing, "the GiB that were missing")
+        case = (
+            f"{ask:.2f} {ask_unit} asked, {free:.2f} {free_unit} free, {idle:.2f} {idle_unit} reserved but unallocated"
+        )
+        if abs(missing - (a - f)) > 0.006:
+            known = {
+                "Units were left out of account: some of these sizes are in MiB.": ask - free,
+                "That is what was asked for. A part of it was free.": a,
+                "That counts from the GPU's total capacity: what counts is what is free.": a - 79.25,
+                "The sign is wrong: asked - free.": f - a,
+                "The reserve was subtracted, too. Missing is asked - free; the reserve decides the verdict.": (
+                    a - f - i
+                ),
+                "That is in MiB; GiB were asked for.": (a - f) * 2**10,
+                "1 GiB is 1,024 MiB, not 1,000.": (
+                    ask * (1e-3 if ask_unit == "MiB" else 1) - free * (1e-3 if free_unit == "MiB" else 1)
+                ),
+            }
+            why = next((f"\n  {text}" for text, value in known.items() if abs(missing - value) < 1e-6), "")
+            raise Wrong(
+                f"The missing memory is not right for {case}.\n  Expected {a - f:.4g} GiB, got {missing:.4g}.{why}"
+            )
+        if verdict != right:
+            why = ""
+            if verdict not in ("fragments", "too much"):
+                why = "It must be 'fragments' or 'too much'."
+            elif right == "fragments":
+                why = "Free memory and the reserve together would have been enough: the reserve lies in pieces."
+            else:
+                why = "Even with the whole reserve there would not have been enough."
+            raise Wrong(f"The verdict is not right for {case}.\n  Expected {right!r}, got {verdict!r}. {why}")
+
+
+@exercise(
+    "03",
+    "A loss that never holds all logits",
+    30,
+    [
+        (
+            "For a chunk: logits = hidden[i : i + chunk] @ weight.T. Its losses are logsumexp(logits) - logits[own"
+            " target]; sum them, and divide by the number of all tokens at the very end."
+        ),
+        "The gradient of the summed loss by the logits is softmax(logits) minus 1 at the target.",
+        (
+            "With g = (softmax - onehot) / N: d_hidden of the chunk is g @ weight, and d_weight grows by g.T @ hidden"
+            " of the chunk."
+        ),
+    ],
+)
+def chunked_loss(call: Call, generator: torch.Generator) -> None:
+    """(mean cross-entropy, its gradient by hidden, by weight), logits of one chunk at a time."""
+    for n, chunk, scale in ((24, 8, 1.0), (21, 8, 1.0), (21, 30, 1.0), (19, 6, 30.0)):
+        _one_loss(call, generator, n, chunk, scale)
+    hidden, weight = draw(generator, 512, 8), draw(generator, 64, 8)
+    targets = torch.randint(64, (512,), generator=generator)
+    call(hidden, weight, targets, 32)
+    if call.largest >= 512 * 64 // 2:
+        raise Wrong(
+            "The results are right, but the logits of all tokens must never exist at once.\n  With N = 512, V = 64"
+            f" and chunks of 32 the largest tensor has {call.largest:,} elements; all logits are {512 * 64:,}, those"
+            f" of a chunk {32 * 64:,}.\n  Compute logits, loss and gradient of one chunk inside the loop."
+        )
+
+
+def _one_loss(call, generator, n, chunk, scale) -> None:
+    vocab, width = 10, 6
+    hidden, weight = draw(generator, n, width) * scale, draw(generator, vocab, width)
+    targets = torch.randint(vocab, (n,), generator=generator)
+    case = f"N = {n}, chunks of {chunk}" + (", large logits" if scale > 1 else "")
+    results = several(call(hidden, weight, targets, chunk), ("loss", "d_hidden", "d_weight"))
+    loss = tensor(results[0], (), "loss")
+    d_hidden, d_weight = tensor(results[1], hidden.shape, "d_hidden"), tensor(results[2], weight.shape, "d_weight")
+
+    def exactly(dtype):
+        logits = hidden.to(dtype) @ weight.to(dtype).T
+        losses = logits.logsumexp(dim=-1) - logits.gather(1, targets[:, None])[:, 0]
+        g = logits.softmax(dim=-1)
+        g[torch.arange(n), targets] -= 1
+        return losses, g / n, logits.softmax(dim=-1)
+
+    losses, g, _ = exactly(torch.float64)
+    low_losses, low_g, p = exactly(torch.float32)
+    h, w = hidden.double(), weight.double()
+    pieces = list(range(0, n, chunk))
+    last, whole = pieces[-1], n // chunk * chunk
+    share = torch.tensor([min(chunk, n - i // chunk * chunk) for i in range(n)]).double()[:, None]
+    naive = (hidden @ weight.T).exp()
+    wrong_loss = {
+        "e^logit overflowed: use torch.logsumexp, or take the maximum out.": (
+            (naive.sum(dim=-1).log() - (hidden @ weight.T).gather(1, targets[:, None])[:, 0]).mean()
+        ),
+        (
+            "The mean of the chunks' means: the last chunk is shorter, and its tokens count for more. Sum, and "
+            "divide by N once."
+        ): (torch.stack([losses[i : i + chunk].mean() for i in pieces]).mean()),
+        "That is the sum over the tokens: the loss is their mean.": losses.sum(),
+        "That is the loss of the last chunk alone: add the chunks up.": losses[last:].sum() / n,
+        "That is the mean over the last chunk alone.": losses[last:].mean(),
+        "The sign is wrong: the loss is logsumexp(logits) - logits[target].": -losses.mean(),
+        "The logit of the target has not been subtracted.": (
+            (hidden.double() @ weight.double().T).logsumexp(dim=-1).mean()
+        ),
+    }
+    if whole < n and whole:
+        wrong_loss["The last chunk, which is shorter, was left out, and the rest divided by its own number."] = losses[
+            :whole
+        ].mean()
+        wrong_loss["The last chunk, which is shorter, was left out: its tokens add nothing."] = losses[:whole].sum() / n
+    same_tensor(
+        loss,
+        losses.mean(),
+        low_losses.mean(),
+        name="loss",
+        requirement=f"The loss is not right for {case}.",
+        place=lambda index: "the mean over all tokens",
+        mistakes=wrong_loss,
+    )
+    minus = "Subtract 1 at the target: the gradient by the logits is softmax - onehot."
+    mean = "That is the gradient of the sum: the loss is a mean, so divide by N."
+    by_chunk = "Divided by the length of the chunk: divide by N, the number of all tokens."
+    for name, got, exact, low, wrong in (
+        (
+            "d_hidden",
+            d_hidden,
+            g @ w,
+            low_g @ weight,
+            {
+                minus: p.double() / n @ w,
+                mean: g * n @ w,
+                by_chunk: g * n / share @ w,
+                "The sign is wrong: the gradient by the logits is softmax - onehot.": -g @ w,
+            },
+        ),
+        (
+            "d_weight",
+            d_weight,
+            g.T @ h,
+            low_g.T @ hidden,
+            {
+                minus: p.double().T / n @ h,
+                mean: (g * n).T @ h,
+                by_chunk: (g * n / share).T @ h,
+                "That is the last chunk's gradient alone: each chunk adds to d_weight (+=).": g[last:].T @ h[last:],
+                "The last chunk, which is shorter, is missing in it.": g[:whole].T @ h[:whole],
+                "The sign is wrong: the gradient by the logits is softmax - onehot.": -g.T @ h,
+            },
+        ),
+    ):
+        same_tensor(
+            got,
+            exact,
+            low,
+            name=name,
+            requirement=f"The loss is right, {name} is not, for {case}.",
+            place=lambda index, name=name: (
+                (
+                    f"token {index[0]} (chunk {index[0] // chunk})"
+                    if name == "d_hidden"
+                    else f"vocabulary entry {index[0]}"
+                )
+                + f", dimension {index[1]}"
+            ),
+            mistakes=wrong,
+            factor=3.0,
+            atol=1e-5 * (1.0 if scale == 1.0 else 100.0),  # logits near 200 are known to 1e-5
+        )

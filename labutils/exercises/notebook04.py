@@ -1,0 +1,344 @@
+"""Checks of notebook 04: intensity, traffic, the roofline, a profile, blocks for a GPU that is not there."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import torch
+
+from labutils.analysis import compulsory_bytes, io_bytes
+from labutils.benchmark import attention_flops
+from labutils.exercises.core import Call, Wrong, describe, exercise, number, same_number, several
+from labutils.exercises.notebook01 import integer, pick
+
+
+@exercise(
+    "04",
+    "The best intensity of attention",
+    2,
+    [
+        "Two products of N · N · D multiply-adds each, two operations for each multiply-add: 4 · N² · D FLOPs.",
+        "Bytes: Q, K, V and O once each, 4 · N · D · itemsize. Divide, and see what remains.",
+    ],
+)
+def attention_intensity(call: Call, generator: torch.Generator) -> None:
+    """FLOPs per byte of one head when only the compulsory bytes move."""
+    for _ in range(3):
+        n, depth, size = integer(generator, 300, 9000), pick(generator, [64, 96, 128]), pick(generator, [2, 4])
+        flops = attention_flops(batch=1, heads=1, seqlen_q=n, head_dim=depth)
+        moved = compulsory_bytes(batch=1, heads=1, seqlen=n, head_dim=depth, dtype_bytes=size)
+        right = flops / moved
+        same_number(
+            call(n, depth, size),
+            right,
+            "the arithmetic intensity",
+            f"N = {n:,}, D = {depth}, {size} bytes a number",
+            {
+                "A multiply-add is two operations, or there are two products: that is half of the FLOPs.": right / 2,
+                "That is FLOPs per number. A number has `itemsize` bytes.": right * size,
+                "Q, K and V were counted, and O is missing: it must be written.": right * 4 / 3,
+                "That is bytes per FLOP: turn it around.": 1 / right,
+                "S and P were counted as well. The least that must move is Q, K, V and O.": (
+                    flops
+                    / io_bytes("naive", batch=1, heads=1, seqlen=n, head_dim=depth, dtype_bytes=size, per_tensor=False)
+                ),
+                "Of Q, K, V and O one alone was counted.": right * 4,
+                "D is in the FLOPs and in the bytes, and cancels: N² · D / (N · D).": right * depth,
+            },
+        )
+
+
+@exercise(
+    "04",
+    "The traffic of FlashAttention-2",
+    10,
+    [
+        "Q is loaded and O stored once; the log-sum-exp is stored once, one float32 for each row.",
+        "Each block of Q passes over all of K and V: how many blocks are there? Round up.",
+    ],
+)
+def v2_bytes(call: Call, generator: torch.Generator) -> None:
+    """Bytes that v2 asks of memory for one head without mask."""
+    for _ in range(3):
+        block, depth, size = pick(generator, [32, 64, 128]), pick(generator, [64, 128]), pick(generator, [2, 4])
+        blocks = integer(generator, 3, 30)
+        n = blocks * block - integer(generator, 1, block - 1)
+        right = io_bytes(
+            "v2",
+            batch=1,
+            heads=1,
+            seqlen=n,
+            head_dim=depth,
+            block_m=block,
+            block_n=64,
+            dtype_bytes=size,
+            per_tensor=False,
+        )
+        row, lse = n * depth * size, 4 * n
+
+        def others(q=1, k=blocks, v=blocks, o=1, rows_lse=1, row=row, lse=lse):
+            return (q + k + v + o) * row + rows_lse * lse
+
+        same_number(
+            call(n, depth, block, size),
+            right,
+            "the number of bytes",
+            f"N = {n}, D = {depth}, block_m = {block}, {size} bytes a number",
+            {
+                "The last block of Q is short, but loads all of K and V as well: round up.": others(
+                    k=blocks - 1, v=blocks - 1
+                ),
+                "N / block_m was not rounded up: a short block of Q loads all of K and V as well.": (
+                    2 * row * (1 + n / block) + lse
+                ),
+                "K and V were counted once. Each block of Q loads them anew.": others(k=1, v=1),
+                (
+                    "That is version 1's way: Q for each block of K. In version 2 Q is loaded once, K and V for each "
+                    "block of Q."
+                ): others(q=blocks, k=1, v=1),
+                "The log-sum-exp is missing: one float32 is stored for each row.": others(rows_lse=0),
+                "The log-sum-exp is kept in float32, 4 bytes a row, whatever the inputs are.": (
+                    others() - lse + size * n if size != 4 else -1
+                ),
+                "V is missing: each block of Q loads all of it, as it does K.": others(v=0),
+                "O is missing: it is stored once.": others(o=0),
+                "O was counted for each block of K. In version 2 it stays on chip and is stored once.": others(
+                    o=blocks
+                ),
+                "That is the number of elements; in bytes each of Q, K, V and O has `itemsize`.": (
+                    others() / size if size == 4 else (others() - lse) // size + n
+                ),
+            },
+        )
+
+
+@exercise(
+    "04",
+    "What bounds a kernel",
+    10,
+    [
+        (
+            "Time for the arithmetic: flops / (tflops · 10¹²) seconds. Time for the bytes: bytes / (gb_per_s · 10⁹)"
+            " seconds."
+        ),
+        "Both can go on at the same time, so that the longer one decides. In ms: times 1,000.",
+    ],
+)
+def roofline_time(call: Call, generator: torch.Generator) -> None:
+    """(least ms, "arithmetic" or "memory") by the roofline."""
+    for wanted in ("arithmetic", "memory", "memory", "arithmetic"):
+        tflops, bandwidth = float(integer(generator, 20, 900)), float(integer(generator, 300, 4500))
+        ridge = tflops * 1e3 / bandwidth
+        flops = float(integer(generator, 10**9, 10**12))
+        intensity = ridge * (2 + torch.rand((), generator=generator).item()) ** (1 if wanted == "arithmetic" else -1)
+        moved = flops / intensity
+        arithmetic, memory = flops / tflops / 1e9, moved / bandwidth / 1e6
+        right = max(arithmetic, memory)
+        ms, bound = several(call(flops, moved, tflops, bandwidth), ("the least time in ms", "what bounds it"))
+        case = f"{flops:.3g} FLOPs, {moved:.3g} bytes, {tflops:.0f} TFLOP/s, {bandwidth:.0f} GB/s"
+        same_number(
+            ms,
+            right,
+            "the least time in ms",
+            case,
+            {
+                "That is the shorter of the two times: the kernel waits for the longer one.": min(arithmetic, memory),
+                (
+                    "That is the sum of the two times: arithmetic and memory work at the same time, so that the longer "
+                    "one counts."
+                ): (arithmetic + memory),
+                "That is in seconds.": right / 1e3,
+                "That is in microseconds.": right * 1e3,
+                "1 GB/s is 10⁹ bytes per second (2³⁰ was taken).": moved / bandwidth / 2**30 * 1e3,
+            },
+        )
+        if bound != wanted:
+            why = "It must be 'arithmetic' or 'memory'."
+            if bound in ("arithmetic", "memory"):
+                why = (
+                    f"Its intensity is {intensity:.4g} FLOP/byte, the ridge is at {ridge:.4g}: "
+                    f"{'above it the arithmetic' if wanted == 'arithmetic' else 'below it memory'} decides."
+                )
+            raise Wrong(
+                f"The time is right, the bound is not, for {case}.\n  Expected {wanted!r}, got {bound!r}. {why}"
+            )
+
+
+@exercise(
+    "04",
+    "Read a profile",
+    10,
+    [
+        "Total times count what an operation calls once more: sum self_ms.",
+        "share = self time of the rows whose name contains 'attention' / self time of all rows.",
+        "The rest stays as it is: new time = 1 - share + share / factor, and the speed-up is 1 / that (Amdahl's law).",
+    ],
+)
+def attention_share(call: Call, generator: torch.Generator) -> None:
+    """(share of attention in the self time, speed-up of the whole if attention were `factor` times as fast)."""
+    for factor in (2.0, 4.0, 10.0):
+        ms = [float(integer(generator, 5, 90)) / 10 for _ in range(6)]
+        rows = [
+            {"op": "aten::linear", "self_ms": 0.1, "total_ms": ms[0] + ms[1] + 0.1},
+            {"op": "aten::addmm", "self_ms": ms[0], "total_ms": ms[0] + ms[1]},
+            {"op": "aten::copy_", "self_ms": ms[1], "total_ms": ms[1]},
+            {
+                "op": "aten::scaled_dot_product_attention",
+                "self_ms": 0.2,
+                "total_ms": ms[2] + ms[3] + 0.2,
+            },
+            {"op": "aten::_flash_attention_forward", "self_ms": ms[2], "total_ms": ms[2]},
+            {"op": "aten::_flash_attention_backward", "self_ms": ms[3], "total_ms": ms[3]},
+            {"op": "aten::native_layer_norm", "self_ms": ms[4], "total_ms": ms[4]},
+            {"op": "aten::gelu", "self_ms": ms[5], "total_ms": ms[5]},
+        ]
+
+        def part(column, rows=rows, first=False):
+            of = [row[column] for row in rows if "attention" in row["op"]]
+            return (of[0] if first else sum(of)) / sum(row[column] for row in rows)
+
+        share = part("self_ms")
+        got_share, got_speed = several(call(rows, factor), ("the share", "the speed-up"))
+        case = f"a table of {len(rows)} operations, self times {sum(row['self_ms'] for row in rows):.1f} ms in all"
+        same_number(
+            got_share,
+            share,
+            "the share of attention",
+            case,
+            {
+                "Total times count the same millisecond several times over: take self_ms.": part("total_ms"),
+                "Divided by the sum of the total times, which counts milliseconds several times over.": (
+                    share * sum(row["self_ms"] for row in rows) / sum(row["total_ms"] for row in rows)
+                ),
+                "That is one operation of several: each whose name contains 'attention' counts.": part(
+                    "self_ms", first=True
+                ),
+                "The operation that calls the kernels has self time of its own: its name contains 'attention', too.": (
+                    (ms[2] + ms[3]) / sum(row["self_ms"] for row in rows)
+                ),
+                "That is in per cent: a share lies between 0 and 1.": 100 * share,
+                "That is the number of operations, not their time.": 3 / 8,
+                "That is the time in ms: divide by the sum over all operations.": (
+                    share * sum(row["self_ms"] for row in rows)
+                ),
+            },
+        )
+        right = 1 / (1 - share + share / factor)
+        same_number(
+            got_speed,
+            right,
+            "the speed-up of the whole",
+            f"a share of {share:.3f} that becomes {factor:g} times as fast",
+            {
+                "That is for an attention that costs nothing: it still takes share / factor.": 1 / (1 - share),
+                "That is how much of the old time is left: the speed-up is its inverse.": 1 / right,
+                "The rest of the step does not become faster: only the share does.": factor,
+                "Speed-ups cannot be averaged by share: add the times, and turn around.": 1 - share + share * factor,
+                "You made the rest faster, and not attention.": 1 / (share + (1 - share) / factor),
+            },
+        )
+
+
+BLOCKS = (16, 32, 64, 128)
+
+
+def best_blocks(
+    seqlen, heads, head_dim, itemsize, shared_bytes, stages, processors, *, q=1, kv=2, fill=True, order="traffic"
+) -> tuple[int, int] | None:
+    """The pair that the exercise asks for, or what one of its rules left out would give."""
+    fits = [
+        (m, n) for m, n in product(BLOCKS, BLOCKS) if (q * m + kv * stages * n) * head_dim * itemsize <= shared_bytes
+    ]
+    if fill:
+        filling = [(m, n) for m, n in fits if heads * math.ceil(seqlen / m) >= processors]
+        fits = filling or fits
+    keys = {
+        "traffic": lambda pair: (math.ceil(seqlen / pair[0]), -pair[1], pair[0]),
+        "wide": lambda pair: (-pair[1], -pair[0]),
+        "small": lambda pair: (pair[0], pair[1]),
+        "narrow": lambda pair: (math.ceil(seqlen / pair[0]), pair[1]),
+    }
+    return min(fits, key=keys[order]) if fits else None
+
+
+@exercise(
+    "04",
+    "Blocks for a GPU that you do not have",
+    30,
+    [
+        (
+            "List all pairs with itertools.product, and keep those whose tiles fit: (block_m + 2 · stages · block_n) ·"
+            " D · itemsize bytes, for Q once, and for K and V of each stage."
+        ),
+        (
+            "Of these, keep those with heads · ⌈N / block_m⌉ programs or more than there are multiprocessors, if there"
+            " are any."
+        ),
+        (
+            "min(pairs, key=lambda p: (ceil(N / p[0]), -p[1], p[0])): fewest passes over K and V, then the largest"
+            " block_n."
+        ),
+    ],
+)
+def choose_blocks(call: Call, generator: torch.Generator) -> None:
+    """(block_m, block_n) for a launch, from what is known of a GPU."""
+    kib = {"T4": 64, "A100": 163, "RTX 4090": 99, "H200": 227}
+    processors = {"T4": 40, "A100": 108, "RTX 4090": 128, "H200": 132}
+    cases = [
+        ("RTX 4090", 4096, 16, 128, 2, 3),
+        ("A100", 4096, 16, 64, 2, 2),
+        ("RTX 4090", 4096, 16, 128, 2, 2),
+        ("T4", 2048, 16, 128, 2, 2),
+        ("H200", 512, 8, 128, 2, 3),
+        ("RTX 4090", 1024, 4, 64, 2, 2),
+        ("A100", 100, 2, 64, 2, 2),
+        ("T4", 4096, 32, 64, 4, 3),
+        ("H200", 8192, 16, 256, 2, 2),
+        ("H200", 64 * integer(generator, 9, 40), pick(generator, [8, 12, 25]), 128, 2, pick(generator, [2, 3, 4])),
+    ]
+    for gpu, n, heads, depth, size, stages in cases:
+        arguments = (n, heads, depth, size, kib[gpu] * 1024, stages, processors[gpu])
+        got = several(call(*arguments), ("block_m", "block_n"))
+        got = tuple(number(value, f"block_{axis}") for value, axis in zip(got, "mn", strict=True))
+        right = best_blocks(*arguments)
+        if got == right:
+            continue
+        case = (
+            f"a {gpu} ({kib[gpu]} KiB, {processors[gpu]} multiprocessors), N = {n}, H = {heads}, D = {depth}, {size}"
+            f" bytes, {stages} stages"
+        )
+        raise Wrong(
+            f"The blocks are not right for {case}.\n  Expected {right}, got {got}.{_why_blocks(got, right, arguments)}"
+        )
+
+
+def _why_blocks(got: tuple, right: tuple, arguments: tuple) -> str:
+    n, heads, depth, size, shared, stages, processors = arguments
+    if any(value not in BLOCKS for value in got):
+        return f"\n  Both must be among {', '.join(map(str, BLOCKS))}; it returned {describe(got)}."
+    need = (got[0] + 2 * stages * got[1]) * depth * size
+    if need > shared:
+        known = {
+            "V is missing in what you counted: a stage holds a block of K and one of V.": best_blocks(*arguments, kv=1),
+            "The stages are missing in what you counted: each holds a block of K and one of V.": best_blocks(
+                n, heads, depth, size, shared, 1, processors
+            ),
+            "The block of Q is missing in what you counted.": best_blocks(*arguments, q=0),
+            "The size of a number is missing in what you counted.": best_blocks(
+                n, heads, depth, 1, shared, stages, processors
+            ),
+        }
+        why = next((f" {text}" for text, pair in known.items() if pair == got), "")
+        return f"\n  These tiles take {need:,} bytes of shared memory, and there are {shared:,}.{why}"
+    programs, filled = heads * math.ceil(n / got[0]), heads * math.ceil(n / right[0])
+    if programs < processors <= filled:
+        return f"\n  {programs} programs leave some of the {processors} multiprocessors idle; {filled} would fill them."
+    if math.ceil(n / got[0]) > math.ceil(n / right[0]):
+        return (
+            f"\n  K and V are loaded {math.ceil(n / got[0])} times, once for each block of Q, where "
+            f"{math.ceil(n / right[0])} are enough: a larger block_m."
+        )
+    if got[1] < right[1]:
+        return "\n  A larger block_n fits as well, and the loop over K and V takes fewer steps."
+    return "\n  With as many blocks, the smaller block_m masks fewer rows that do not exist."

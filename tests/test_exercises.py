@@ -1,0 +1,205 @@
+"""Every exercise accepts right answers however they are written, and tells each classic mistake by its own message."""
+
+import importlib
+import inspect
+
+import exercise_answers as answers
+import pytest
+
+from labutils import exercises
+from labutils.exercises.core import EXERCISES, NOT_YET, PASSED, WRONG
+
+NAMES = exercises.names()
+CHEAP = [name for name in NAMES if name not in ("tiled_attention", "window_attention")]
+
+
+def own_solution(name):
+    module = importlib.import_module(f"labutils.exercises.solutions.notebook{EXERCISES[name].notebook}")
+    return getattr(module, name)
+
+
+def test_each_notebook_has_at_least_five_exercises_from_minutes_to_half_an_hour():
+    for notebook in ("01", "02", "03", "04"):
+        minutes = [EXERCISES[name].minutes for name in exercises.names(notebook)]
+        assert len(minutes) >= 5
+        assert min(minutes) <= 5 and max(minutes) >= 30
+        assert all(2 <= len(EXERCISES[name].hints) <= 3 for name in exercises.names(notebook))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_labs_own_solution_passes(name):
+    for seed in range(10 if name in CHEAP else 2):
+        outcome = exercises.evaluate(name, own_solution(name), seed)
+        assert outcome.status == PASSED, outcome
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_other_right_answers_pass(name):
+    assert len(answers.RIGHT[name]) >= 2
+    for function in answers.RIGHT[name]:
+        for seed in range(5 if name in CHEAP else 1):
+            outcome = exercises.evaluate(name, function, seed)
+            assert outcome.status == PASSED, f"{function}: {outcome}"
+
+
+@pytest.mark.parametrize(("name", "words"), [(name, words) for name in NAMES for words in answers.WRONG[name]])
+def test_a_classic_mistake_is_told_by_its_own_message(name, words):
+    outcome = exercises.evaluate(name, answers.WRONG[name][words])
+    assert outcome.status == WRONG, outcome
+    assert words in outcome.message
+    others = [other for other in answers.WRONG[name] if other != words and other in outcome.message]
+    assert not others, f"the message fits other mistakes, too: {others}\n{outcome}"
+    whereabouts = ("First at", "expected", "Expected", "must ", "With N")
+    assert any(word in outcome.message for word in whereabouts)
+
+
+def test_three_mistakes_are_known_of_each_exercise():
+    assert set(answers.WRONG) == set(NAMES) == set(answers.RIGHT)
+    assert all(len(mistakes) >= 3 for mistakes in answers.WRONG.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_solutions_can_be_shown_and_have_the_arguments_of_the_exercise(name, capsys):
+    exercises.solution(name)
+    shown = capsys.readouterr().out
+    assert shown.rstrip("\n") == exercises.solution_source(name)
+    assert f"def {name}(" in shown
+    assert list(inspect.signature(own_solution(name)).parameters)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("nothing", [None, Ellipsis])
+def test_a_stub_is_not_yet(name, nothing):
+    assert exercises.evaluate(name, lambda *a: nothing).status == NOT_YET
+
+
+# -- what a student sees ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """Nobody has solved anything, and asked for no hint."""
+    from labutils.exercises import progress
+
+    monkeypatch.setenv("LABUTILS_STATE", str(tmp_path / "state" / "progress.json"))
+    monkeypatch.setattr(progress, "_session", {})
+    monkeypatch.setattr(progress, "_told", False)
+    monkeypatch.setattr(exercises, "_hints_given", {})
+    return tmp_path / "state" / "progress.json"
+
+
+def stub(x):
+    raise NotImplementedError
+
+
+def fails_inside(x):
+    rows = x.shape[0]
+    return x.reshape(rows + 1, -1)
+
+
+def test_a_stub_that_raises_is_not_yet_and_nothing_is_raised(fresh, capsys):
+    assert exercises.check.safe_softmax(stub) is None
+    said = capsys.readouterr().out
+    assert said.startswith("safe_softmax: not yet.") and 'hint("safe_softmax")' in said
+
+
+def test_an_exception_is_reported_with_its_line_and_not_raised(fresh, capsys):
+    exercises.check.safe_softmax(fails_inside)
+    said = capsys.readouterr().out
+    assert "safe_softmax: error" in said and "RuntimeError" in said
+    assert "return x.reshape(rows + 1, -1)" in said and "print the shapes" in said
+
+
+@pytest.mark.parametrize(
+    "error", [SystemExit(3), NotImplementedError("no such kernel"), RecursionError(), KeyError("k")]
+)
+def test_no_exception_of_a_function_escapes(fresh, error, capsys):
+    def raises(x):
+        raise error
+
+    exercises.check.safe_softmax(raises)
+    assert f"{type(error).__name__}" in capsys.readouterr().out
+
+
+def test_an_interrupt_is_the_students_own(fresh):
+    def interrupted(x):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        exercises.check.safe_softmax(interrupted)
+
+
+def test_wrong_number_of_arguments_is_reported(fresh, capsys):
+    exercises.check.safe_softmax(lambda: 1)
+    assert "TypeError" in capsys.readouterr().out
+
+
+def test_hints_come_one_after_the_other(fresh, capsys):
+    for step in (1, 2, 3):
+        exercises.hint("safe_softmax")
+        assert capsys.readouterr().out.startswith(f"Hint {step} of 3")
+    exercises.hint("safe_softmax")
+    assert 'solution("safe_softmax")' in capsys.readouterr().out
+    exercises.hint("safe_softmax", 1)
+    assert capsys.readouterr().out.startswith("Hint 1 of 3")
+    with pytest.raises(ValueError, match="hints 1 to 3"):
+        exercises.hint("safe_softmax", 4)
+
+
+def test_a_name_that_does_not_exist_suggests_one(fresh):
+    with pytest.raises(AttributeError, match="safe_softmax"):
+        getattr(exercises.check, "safe_" + "softmx")
+    with pytest.raises(ValueError, match="Did you mean 'safe_softmax'"):
+        exercises.hint("safe_softmx")
+    assert set(dir(exercises.check)) == set(NAMES)
+
+
+def test_progress_is_kept_and_a_later_failure_takes_nothing_away(fresh, capsys):
+    exercises.report()
+    assert f"0 of {len(NAMES)} exercises solved" in capsys.readouterr().out
+    exercises.check.safe_softmax(answers.softmax_by_torch)
+    exercises.check.safe_softmax(stub)
+    exercises.check.kv_head(lambda h, n, g: h)
+    capsys.readouterr()
+    exercises.report()
+    said = capsys.readouterr().out
+    assert f"1 of {len(NAMES)} exercises solved" in said
+    assert "[x] safe_softmax" in said and "last try: wrong" in said
+    assert fresh.is_file()
+
+
+def test_progress_survives_a_new_process_and_a_damaged_file_begins_anew(fresh, monkeypatch, capsys):
+    from labutils.exercises import progress
+
+    exercises.check.safe_softmax(answers.softmax_by_torch)
+    monkeypatch.setattr(progress, "_session", {})
+    assert progress.load()[0]["safe_softmax"]["passed"]
+    fresh.write_text('{"exercises": [1]}')
+    exercises.report()
+    assert "damaged" in capsys.readouterr().out
+    exercises.check.safe_softmax(answers.softmax_by_torch)
+    assert progress.load()[0]["safe_softmax"]["passed"]
+
+
+def test_a_home_that_cannot_be_written_is_said_once_and_breaks_nothing(monkeypatch, tmp_path, fresh, capsys):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("LABUTILS_STATE", str(blocked / "progress.json"))  # below a file: nobody can write there
+    exercises.check.safe_softmax(answers.softmax_by_torch)
+    first = capsys.readouterr().out
+    assert "passed" in first and "this session alone" in first and "LABUTILS_STATE" in first
+    exercises.check.kv_head(lambda h, n, g: h)
+    assert "this session alone" not in capsys.readouterr().out
+    exercises.report()
+    assert f"1 of {len(NAMES)}" in capsys.readouterr().out
+
+
+def test_the_state_goes_where_the_platform_keeps_such_files(monkeypatch, tmp_path):
+    from labutils.exercises import progress
+
+    monkeypatch.delenv("LABUTILS_STATE", raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert progress.state_file() == tmp_path / "labutils" / "progress.json"
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert progress.state_file() == tmp_path / ".local" / "state" / "labutils" / "progress.json"
