@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from labutils.commands import bench, check, lab, train
+from labutils.commands import bench, check, grade, lab, train
 
-COMMANDS = (lab, check, bench, train)
+COMMANDS = (lab, check, bench, train, grade)
 """The modules of the commands, in the order in which the help lists them."""
 
 

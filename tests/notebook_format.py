@@ -34,7 +34,7 @@ METADATA = {
 LONGEST_CELL = 40  # lines; 15 is what a cell should have
 WIDGET = "application/vnd.jupyter.widget-view+json"
 UNEXECUTED = "skip-execution"  # the tag that keeps nbclient from running a cell
-CELL_METADATA = {"tags", "jupyter"}  # what is written by hand; all other keys come from tools
+CELL_METADATA = {"tags", "jupyter", "exercise"}  # what is written by hand; all other keys come from tools
 
 # Folders of a machine, in an output. A leading word character or dot would make it a part of something else
 # (a URL).

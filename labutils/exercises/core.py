@@ -109,6 +109,10 @@ def run(name: str, call: Call, seed: int = 0) -> Outcome:
         return Outcome(name, WRONG, str(reason))
     except Failed as reason:
         return Outcome(name, ERROR, str(reason))
+    except Exception as reason:  # a value that nobody thought of: an integer of a million digits, a broken object
+        return Outcome(
+            name, WRONG, f"What it returned cannot be judged ({type(reason).__name__}: {str(reason)[:200]})."
+        )
     return Outcome(name, PASSED)
 
 
@@ -143,6 +147,7 @@ class LocalCall:
         self.largest = 0
 
     def __call__(self, *arguments: Any) -> Any:
+        """Calls the function on the lab's device; see `Call`."""
         arguments = tuple(to_device(argument) for argument in arguments)
         counter = _Largest()
         try:

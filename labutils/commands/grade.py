@@ -1,0 +1,79 @@
+"""`python -m labutils grade FOLDER --csv grades.csv`: executes returned notebooks and scores their exercises."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add(subparsers: argparse._SubParsersAction) -> None:
+    """Adds the command to the command line."""
+    grade = subparsers.add_parser(
+        "grade",
+        help="execute returned notebooks and score their exercises",
+        description=(
+            "Execute every notebook below FOLDER in a process of its own, test the functions of its exercises on"
+            " inputs that nobody has seen, and write one row for each exercise. This runs students' code: do it in a"
+            " container, as a user who may write nothing but the table."
+        ),
+        allow_abbrev=False,
+    )
+    grade.add_argument("folder", type=Path, metavar="FOLDER", help="holds the returned notebooks, at any depth")
+    grade.add_argument("--csv", type=Path, required=True, metavar="FILE", help="the table to write; must not exist yet")
+    grade.add_argument(
+        "--limit", type=_positive, default=900.0, metavar="SECONDS", help="to execute one notebook (default: 900)"
+    )
+    grade.add_argument(
+        "--call-limit",
+        type=_positive,
+        default=60.0,
+        metavar="SECONDS",
+        help="for one call of a function (default: 60)",
+    )
+    grade.add_argument(
+        "--memory", type=_positive, default=8.0, metavar="GIB", help="for one notebook's processes (default: 8)"
+    )
+    grade.set_defaults(run=run, takes_extra=False)
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    return value
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Grades, and returns 0, whatever the marks; 2 where nothing could be graded, 130 after an interrupt."""
+    from labutils.exercises import grading
+
+    limits = grading.Limits(arguments.limit, arguments.call_limit, arguments.memory)
+    if grading.isolation():
+        print("Each notebook runs in namespaces of its own: no network, no sight of other processes.", flush=True)
+    else:
+        print(
+            "labutils grade: this system gives no namespaces to processes. Students' code sees your processes and the "
+            "network; run this in a container.",
+            file=sys.stderr,
+        )
+    try:
+        marks = grading.grade_folder(arguments.folder, arguments.csv, limits, lambda line: print(line, flush=True))
+    except FileExistsError:
+        print(f"labutils grade: {arguments.csv} exists: name another file, or remove it.", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        print(f"labutils grade: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nlabutils grade: stopped; the rows so far are in {arguments.csv}.", file=sys.stderr)
+        return 130
+    notebooks = len({mark.submission for mark in marks})
+    print(
+        f"{notebooks} notebooks, {sum(mark.points for mark in marks)} exercises passed; the table is in"
+        f" {arguments.csv}."
+    )
+    return 0

@@ -1,0 +1,341 @@
+"""Grading: marks come from values alone, and a notebook that misbehaves costs itself and nobody else."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from labutils import exercises
+from labutils.exercises import grading, wire
+from labutils.exercises.core import EXERCISES
+
+FAST = grading.Limits(seconds=120, call_seconds=8, memory_gib=3)
+IMPORTS = (
+    "from labutils import runtime\nimport math\nimport torch\nfrom labutils.exercises import check, hint, report,"
+    " solution"
+)
+
+
+def notebook(*sources):
+    cells = [
+        {"cell_type": "code", "id": f"c{i}", "metadata": {}, "execution_count": None, "outputs": [], "source": source}
+        for i, source in enumerate((IMPORTS, *sources))
+    ]
+    return json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5})
+
+
+def solved(*names):
+    return [f"{exercises.solution_source(name)}\ncheck.{name}({name})" for name in names]
+
+
+STUB = "def safe_softmax(x):\n    raise NotImplementedError\ncheck.safe_softmax(safe_softmax)"
+CHEAT = f"""{STUB}
+import labutils.exercises as e
+from labutils.exercises import core, grading, progress, wire, worker
+import builtins, json, os, sys
+core.run = lambda name, call, seed=0: core.Outcome(name, "passed")
+e.run = core.run
+core.judge = lambda *a, **k: True
+core.same_tensor = lambda *a, **k: None
+torch.equal = torch.allclose = lambda *a, **k: True
+worker._answer = lambda *a: {{"value": "passed", "status": "passed", "passed": True, "points": 1}}
+with open(os.environ["LABUTILS_STATE"], "w") as f:
+    json.dump({{"exercises": {{"safe_softmax": {{"last": "passed", "passed": "2026-01-01"}}}}}}, f)
+print("safe_softmax: passed. Right in every case that was tried.")
+open("grades.csv", "w").write("submission,notebook,exercise,result,points\\nme,01,safe_softmax,passed,1\\n")
+"""
+RETURNED = {
+    "honest": [*solved("score_bytes", "safe_softmax"), "print('done')"],
+    "as-shipped": [STUB],
+    "patches-the-checks": [CHEAT],
+    "catches-the-check": ["class All:\n    def __eq__(self, o): return True\n    def __float__(self): return 1.0\n"
+                          "def safe_softmax(x):\n    try:\n        return All()\n    finally:\n        pass"],
+    "exits-in-a-cell": [*solved("safe_softmax"), "import sys\nsys.exit(0)"],
+    "ends-its-process": [*solved("safe_softmax"), "import os\nos._exit(0)"],
+    "fails-in-a-cell": ["1 / 0", *solved("safe_softmax"), "undefined_name"],
+    "one-function-ends-the-process": ["import os\ndef score_bytes(*a):\n    os._exit(0)", *solved("safe_softmax")],
+    "deletes-what-it-finds": ["import shutil, pathlib\nfor path in pathlib.Path(FOLDER).iterdir():\n"
+                              "    shutil.rmtree(path) if path.is_dir() else path.unlink()", *solved("safe_softmax")],
+    "kills-all-in-sight": [*solved("safe_softmax"), "import os, signal\nif ISOLATED:\n    os.kill(-1, signal.SIGKILL)"],
+    "not-json": None,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory):
+    """The table of a folder with a notebook of each kind, made by the command itself."""
+    folder = tmp_path_factory.mktemp("returned")
+    known = f"FOLDER, ISOLATED = {str(folder)!r}, {bool(grading.isolation())}"
+    for student, cells in RETURNED.items():
+        (folder / student).mkdir()
+        text = "{" if cells is None else notebook(known, *cells)
+        (folder / student / "01.ipynb").write_text(text, encoding="utf-8")
+    table = folder / "grades.csv"
+    command = [sys.executable, "-m", "labutils", "grade", str(folder), "--csv", str(table)]
+    ended = subprocess.run(
+        [*command, "--limit", "120", "--call-limit", "10"], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    with open(table, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return rows, ended.stdout
+
+
+def results(graded, student):
+    rows = [row for row in graded[0] if row["submission"].startswith(f"{student}/")]
+    return {row["exercise"]: row["result"] for row in rows}, rows
+
+
+def test_there_is_one_row_for_each_exercise_of_each_notebook(graded):
+    for student, cells in RETURNED.items():
+        found, rows = results(graded, student)
+        if cells is not None:
+            assert list(found) == exercises.names("01"), student
+        assert all(list(row) == list(grading.COLUMNS) for row in rows)
+
+
+def test_what_is_right_passes_and_what_is_not_there_is_missing(graded):
+    found, rows = results(graded, "honest")
+    assert found["score_bytes"] == found["safe_softmax"] == "passed"
+    assert found["combine"] == "missing"
+    assert [int(row["points"]) for row in rows] == [int(row["result"] == "passed") for row in rows]
+
+
+@pytest.mark.parametrize("student", ["as-shipped", "patches-the-checks"])
+def test_a_stub_gets_nothing_whatever_the_notebook_says_about_itself(graded, student):
+    found, rows = results(graded, student)
+    assert found["safe_softmax"] in ("not yet", "wrong", "crashed")
+    assert not any(int(row["points"]) for row in rows)
+
+
+def test_a_look_at_what_a_notebook_imports_is_offered(graded):
+    _, rows = results(graded, "patches-the-checks")
+    assert all("imports labutils.exercises.core" in row["remarks"] for row in rows)
+    assert results(graded, "honest")[1][0]["remarks"] == ""
+
+
+def test_a_value_that_claims_to_equal_everything_gets_nothing(graded):
+    assert results(graded, "catches-the-check")[0]["safe_softmax"] == "wrong"
+
+
+def test_sys_exit_and_failing_cells_do_not_cost_the_exercises_before_and_after(graded):
+    assert results(graded, "exits-in-a-cell")[0]["safe_softmax"] == "passed"
+    found, rows = results(graded, "fails-in-a-cell")
+    assert found["safe_softmax"] == "passed"
+    assert "cell 3 failed: ZeroDivisionError" in rows[0]["remarks"]
+
+
+def test_a_notebook_that_ends_its_process_gets_nothing_and_says_where(graded):
+    found, rows = results(graded, "ends-its-process")
+    assert set(found.values()) == {"crashed"}
+    assert "its process ended in cell 4" in rows[0]["message"]
+
+
+def test_deleting_the_others_and_the_table_and_killing_all_in_sight_costs_nobody(graded):
+    assert len({row["submission"] for row in graded[0]}) == len(RETURNED)
+    assert results(graded, "deletes-what-it-finds")[0]["safe_softmax"] == "passed"
+    if grading.isolation():  # os.kill(-1) without it would end the session that runs these tests
+        assert results(graded, "kills-all-in-sight")[0]["safe_softmax"] in ("passed", "crashed")
+
+
+def test_changed_sources_of_the_lab_are_put_back(tmp_path, monkeypatch):
+    package = grading._Package()
+    victim = tmp_path / "core.py"
+    victim.write_text("judge = True")
+    package.sources = {victim: b"original"}
+    assert package.restore() == ["core.py"] and victim.read_bytes() == b"original"
+    victim.unlink()
+    assert package.restore() == ["core.py"] and package.restore() == []
+
+
+def test_a_function_that_ends_the_process_costs_its_own_exercise_alone(graded):
+    found, _ = results(graded, "one-function-ends-the-process")
+    assert found["score_bytes"] == "crashed" and found["safe_softmax"] == "passed"
+
+
+def test_a_file_that_is_no_notebook_is_a_row(graded):
+    _, rows = results(graded, "not-json")
+    assert [row["result"] for row in rows] == ["unreadable"]
+
+
+def test_the_command_says_how_it_isolates_and_how_each_notebook_fared(graded):
+    out = graded[1]
+    assert "honest/01.ipynb: 2 of 6 passed" in out and "ends-its-process/01.ipynb: 0 of 6 passed; 6 crashed" in out
+
+
+# -- limits -----------------------------------------------------------------------------------------------------------
+
+
+def marks(tmp_path, *cells, limits=FAST):
+    path = tmp_path / "01.ipynb"
+    path.write_text(notebook(*cells), encoding="utf-8")
+    return {mark.exercise: mark for mark in grading.grade_cells(grading.read_cells(path), "01.ipynb", limits)}
+
+
+def test_a_function_that_hangs_is_stopped_and_the_next_is_tried(tmp_path):
+    hang = "def score_bytes(*a):\n    while True: pass"
+    found = marks(tmp_path, hang, *solved("safe_softmax"), limits=grading.Limits(120, 3, 3))
+    assert found["score_bytes"].result == "timed out" and "3 s for one call" in found["score_bytes"].message
+    assert found["safe_softmax"].result == "passed"
+
+
+def test_a_cell_that_hangs_is_stopped_with_all_that_it_started(tmp_path):
+    started = tmp_path / "pid"
+    hang = (
+        "import subprocess, sys, pathlib\nchild = subprocess.Popen([sys.executable, '-c', 'import time;"
+        " time.sleep(600)  # of-a-student'], start_new_session=True)\nwhile True: pass"
+    )
+    start = time.monotonic()
+    found = marks(tmp_path, *solved("safe_softmax"), hang, limits=grading.Limits(20, 3, 3))
+    assert {mark.result for mark in found.values()} == {"timed out"}
+    assert time.monotonic() - start < 60
+    assert not started.exists()
+    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert "of-a-student" not in left
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the limit on a GPU machine is enforced by looking, not at once")
+def test_memory_is_limited(tmp_path):
+    greedy = "def score_bytes(*a):\n    hoard = [bytearray(2**28) for _ in range(200)]\n    return len(hoard)"
+    found = marks(tmp_path, greedy, *solved("safe_softmax"), limits=grading.Limits(120, 30, 2))
+    assert found["score_bytes"].result in ("error", "crashed") and found["score_bytes"].points == 0
+    assert found["safe_softmax"].result == "passed"
+
+
+def test_the_students_process_sees_no_secrets_and_no_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "abc")
+    peek = (
+        "import os\nfound = os.environ.get('SECRET_TOKEN'), os.path.expanduser('~')\n"
+        "def score_bytes(*a):\n    raise ValueError(str(found))"
+    )
+    message = marks(tmp_path, peek)["score_bytes"].message
+    assert "None" in message and "labutils-grade-" in message
+
+
+def test_a_function_cannot_learn_the_inputs_of_another_run(tmp_path, monkeypatch):
+    seeds = []
+    real = grading.run
+    monkeypatch.setattr(grading, "run", lambda name, call, seed: seeds.append(seed) or real(name, call, seed))
+    for _ in range(2):
+        marks(tmp_path, *solved("score_bytes"))
+    assert len(set(seeds)) == 2
+
+
+# -- what comes over the wire -----------------------------------------------------------------------------------------
+
+
+def pair():
+    import socket
+
+    return socket.socketpair()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        True,
+        3,
+        -1.5,
+        float("inf"),
+        "text",
+        [1, (2, "x")],
+        {"op": "a", "ms": 1.0},
+        torch.randn(3, 4),
+        torch.randn(3, 8)[:, 2:5],
+        torch.arange(5, dtype=torch.int32),
+        torch.randn(2, 3).bfloat16(),
+        torch.zeros(0, 4),
+        torch.tensor(2.5),
+        torch.tensor([True, False]),
+    ],
+)
+def test_values_survive_the_journey(value):
+    a, b = pair()
+    wire.send(a, value)
+    got = wire.receive(b)
+    if isinstance(value, torch.Tensor):
+        assert got.dtype == value.dtype and torch.equal(got, value) and got.stride() == value.stride()
+    else:
+        assert got == value
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{",
+        b"[1]",
+        b'{"tensor": ["float32", [4], [1], 16]}',
+        b'{"tensor": ["float32", [-4], [1], 16]}',
+        b'{"tensor": ["object", [0], [1], 0]}',
+        b'{"pickle": "x"}',
+        b'{"plain": [1]}',
+        b'{"list": ' * 5000,
+        b'{"list": [' * 5000 + b"]}" * 5000,
+    ],
+)
+def test_what_is_no_message_is_refused(header):
+    import struct
+
+    a, b = pair()
+    a.sendall(struct.pack(">QQ", len(header), 0) + header)
+    with pytest.raises(wire.Garbled):
+        wire.receive(b)
+
+
+def test_a_message_that_is_too_large_is_refused_before_it_is_read():
+    import struct
+
+    a, b = pair()
+    a.sendall(struct.pack(">QQ", 10, 2**40))
+    with pytest.raises(wire.Garbled, match="too large"):
+        wire.receive(b)
+
+
+def test_receiving_gives_up_at_the_deadline_and_when_the_other_side_is_gone():
+    a, b = pair()
+    with pytest.raises(TimeoutError):
+        wire.receive(b, time.monotonic() + 0.3)
+    a.close()
+    with pytest.raises(EOFError):
+        wire.receive(b, time.monotonic() + 5)
+
+
+# -- the command line -------------------------------------------------------------------------------------------------
+
+
+def grade(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "labutils", "grade", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"COLUMNS": "200"},
+        check=False,
+    )
+
+
+def test_bad_input_is_refused_with_a_reason(tmp_path):
+    assert "is no folder" in grade(tmp_path / "nowhere", "--csv", tmp_path / "a.csv").stderr
+    assert "no .ipynb" in grade(tmp_path, "--csv", tmp_path / "a.csv").stderr
+    (tmp_path / "a.ipynb").write_text(notebook(STUB))
+    (tmp_path / "there.csv").write_text("mine")
+    ended = grade(tmp_path, "--csv", tmp_path / "there.csv")
+    assert ended.returncode == 2 and "exists" in ended.stderr and (tmp_path / "there.csv").read_text() == "mine"
+    assert "no positive number" in grade(tmp_path, "--csv", tmp_path / "b.csv", "--limit", "-1").stderr
+
+
+def test_a_students_text_cannot_become_a_formula():
+    assert grading._clean("=HYPERLINK(1)\n\x00x").startswith("'=HYPERLINK(1)")
+    assert "\n" not in grading._clean("a\nb")
+
+
+def test_the_notebook_is_known_by_its_exercises():
+    assert grading.which_notebook([(1, "def rope(x): pass"), (2, "check.read_oom(read_oom)")]) == "03"
+    assert grading.which_notebook([(1, "x = 1")]) == ""
+    assert EXERCISES["rope"].notebook == "03"
