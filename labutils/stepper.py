@@ -193,16 +193,16 @@ def plot_row_errors(errors: dict[str, torch.Tensor], allowed: float, machine: st
         machine: for the footnote.
     """
     fig, ax = plt.subplots(figsize=(WIDE, 3.9))
-    for (label, values), color, marker in zip(
-        errors.items(), ("black", BLUE, VERMILLION, "#009E73", "#CC79A7"), ("o", "D", "X", "^", "s"), strict=False
-    ):
-        y = values.double().cpu().clamp(min=1e-9)
-        ax.plot(range(len(y)), y, label=label, color=color, marker=marker, markersize=3.5, linewidth=0.7)
+    floor = allowed / 1e5
+    looks = zip(("black", BLUE, VERMILLION, "#009E73", "#CC79A7"), "oDX^s", strict=True)
+    for (label, values), (color, marker) in zip(errors.items(), looks, strict=False):
+        y = values.double().cpu().clamp(min=floor)
+        ax.plot(range(len(y)), y, label=label, color=color, marker=marker, markersize=4.5, linestyle="none", alpha=0.85)
     ax.axhline(allowed, color="#B00020", linestyle="--", linewidth=1.4, label="what the 2 × rule allows")
     ax.set_yscale("log")
     ax.set_xlabel("row (query) i")
     ax.set_ylabel("max |out − exact| of the row")
     ax.set_title("Rounding stays below the line in every row; a bug leaves a pattern")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside upper left", ncols=3)
-    _footnote(fig, machine)
+    _footnote(fig, f"{machine} At the bottom: rows without any error.")
     return fig

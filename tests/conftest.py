@@ -1,7 +1,12 @@
 """What all tests share: labutils imported first, the `gpu` marker, seeds, the environment of notebooks."""
 
+import functools
 import importlib.util
+import json
 import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 # Before anything can import triton: on a machine without a GPU this switches its interpreter on.
 from labutils import runtime
@@ -39,17 +44,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item):
-    """Runs a notebook with the environment that JupyterLab would give it."""
+    """Runs a notebook with the environment that JupyterLab would give it, as somebody who has solved nothing."""
     if not getattr(item, "nbmake", False):
         return (yield)
     ours = dict(os.environ)
     os.environ.clear()
     os.environ.update(environment_for_kernels())
-    try:
-        return (yield)
-    finally:
-        os.environ.clear()
-        os.environ.update(ours)
+    with tempfile.TemporaryDirectory() as folder:
+        state = Path(folder) / "progress.json"
+        os.environ["LABUTILS_STATE"] = str(state)
+        item.runtest = functools.partial(_run_as_shipped, item.runtest, Path(item.filename).name, state)
+        try:
+            return (yield)
+        finally:
+            os.environ.clear()
+            os.environ.update(ours)
+
+
+def _run_as_shipped(run: Callable[[], None], notebook: str, state: Path) -> None:
+    """Executes a notebook, and fails unless each of its checks has run and found a stub."""
+    from labutils import exercises
+
+    run()
+    found = json.loads(state.read_text(encoding="utf-8"))["exercises"] if state.is_file() else {}
+    results = {name: found.get(name, {}).get("last", "its check did not run") for name in exercises.names(notebook[:2])}
+    unexpected = {name: result for name, result in results.items() if result != "not yet"}
+    assert not unexpected, f"as shipped, every exercise of {notebook} must be 'not yet': {unexpected}"
 
 
 @pytest.fixture(autouse=True)

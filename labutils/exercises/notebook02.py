@@ -14,61 +14,6 @@ from labutils.reference import exact_attention, naive_attention, visible_mask
 
 @exercise(
     "02",
-    "How many programs",
-    2,
-    [
-        "One program does one block of rows of one head of one sequence.",
-        "N / block_m, rounded up: the last block may be short. triton.cdiv(a, b) is that, as is -(-a // b).",
-    ],
-)
-def program_count(call: Call, generator: torch.Generator) -> None:
-    """Programs of the v2 kernel's launch."""
-    for _ in range(3):
-        batch, heads, block = pick(generator, [3, 5]), pick(generator, [7, 11, 13]), pick(generator, [32, 64, 128])
-        blocks = integer(generator, 3, 40)
-        n = blocks * block - integer(generator, 1, block - 1)
-        right = batch * heads * blocks
-        same_number(
-            call(batch, heads, n, block),
-            right,
-            "the number of programs",
-            f"B = {batch}, H = {heads}, N = {n}, block_m = {block}",
-            {
-                "The last rows have no program: N is no multiple of block_m, so round up.": (
-                    batch * heads * (blocks - 1)
-                ),
-                "N / block_m is not rounded: there are whole programs alone, so round up.": batch * heads * n / block,
-                "That is version 1: one program for a whole head. Version 2 has one for each block of its rows.": (
-                    batch * heads
-                ),
-                "The heads are missing: each head has programs of its own.": batch * blocks,
-                "The batch is missing: each sequence has programs of its own.": heads * blocks,
-                "That is the number of blocks of one head. Batch and heads are missing.": blocks,
-                "That is one program for each tile. A program walks along its row of tiles.": (
-                    batch * heads * blocks**2
-                ),
-                (
-                    "One too many for each head: -(-N // block_m) rounds up, N // block_m + 1 only where there is a "
-                    "rest."
-                ): (batch * heads * (blocks + 1)),
-            },
-        )
-    batch, heads, block = 2, 3, 64
-    same_number(
-        call(batch, heads, 4 * block, block),
-        4 * batch * heads,
-        "the number of programs",
-        f"B = {batch}, H = {heads}, N = {4 * block}, block_m = {block}",
-        {
-            "N is a multiple of block_m here, and has no rest to make a block of: round up, do not add 1.": (
-                5 * batch * heads
-            )
-        },
-    )
-
-
-@exercise(
-    "02",
     "A masked load",
     10,
     [
@@ -165,6 +110,61 @@ KINDS = ("skipped", "masked", "plain")
 
 @exercise(
     "02",
+    "How many programs",
+    2,
+    [
+        "One program does one block of rows of one head of one sequence.",
+        "N / block_m, rounded up: the last block may be short. triton.cdiv(a, b) is that, as is -(-a // b).",
+    ],
+)
+def program_count(call: Call, generator: torch.Generator) -> None:
+    """Programs of the v2 kernel's launch."""
+    for _ in range(3):
+        batch, heads, block = pick(generator, [3, 5]), pick(generator, [7, 11, 13]), pick(generator, [32, 64, 128])
+        blocks = integer(generator, 3, 40)
+        n = blocks * block - integer(generator, 1, block - 1)
+        right = batch * heads * blocks
+        same_number(
+            call(batch, heads, n, block),
+            right,
+            "the number of programs",
+            f"B = {batch}, H = {heads}, N = {n}, block_m = {block}",
+            {
+                "The last rows have no program: N is no multiple of block_m, so round up.": (
+                    batch * heads * (blocks - 1)
+                ),
+                "N / block_m is not rounded: there are whole programs alone, so round up.": batch * heads * n / block,
+                "That is version 1: one program for a whole head. Version 2 has one for each block of its rows.": (
+                    batch * heads
+                ),
+                "The heads are missing: each head has programs of its own.": batch * blocks,
+                "The batch is missing: each sequence has programs of its own.": heads * blocks,
+                "That is the number of blocks of one head. Batch and heads are missing.": blocks,
+                "That is one program for each tile. A program walks along its row of tiles.": (
+                    batch * heads * blocks**2
+                ),
+                (
+                    "One too many for each head: -(-N // block_m) rounds up, N // block_m + 1 only where there is a "
+                    "rest."
+                ): (batch * heads * (blocks + 1)),
+            },
+        )
+    batch, heads, block = 2, 3, 64
+    same_number(
+        call(batch, heads, 4 * block, block),
+        4 * batch * heads,
+        "the number of programs",
+        f"B = {batch}, H = {heads}, N = {4 * block}, block_m = {block}",
+        {
+            "N is a multiple of block_m here, and has no rest to make a block of: round up, do not add 1.": (
+                5 * batch * heads
+            )
+        },
+    )
+
+
+@exercise(
+    "02",
     "Which tiles need a mask",
     10,
     [
@@ -240,6 +240,47 @@ def _kind(first: int, last: int, start: int, stop: int, shift: int, n_k: int) ->
     if start > last + shift:
         return "skipped"
     return "plain" if stop <= first + shift and stop < n_k else "masked"
+
+
+@exercise(
+    "02",
+    "Grouped heads",
+    5,
+    [
+        "With 8 query heads and 2 key heads, heads 0 to 3 share the first, and 4 to 7 the second.",
+        "heads // kv_heads query heads share one; an integer division by that group size.",
+    ],
+)
+def kv_head(call: Call, generator: torch.Generator) -> None:
+    """The head of K and V that a query head reads, in grouped-query attention."""
+    for heads, kv_heads in ((12, 3), (8, 4), (10, 2), (6, 1), (5, 5)):
+        got = [number(call(head, heads, kv_heads), "the index of a head of K and V") for head in range(heads)]
+        right = [head // (heads // kv_heads) for head in range(heads)]
+        if got == right:
+            continue
+        known = {
+            (
+                "head % kv_heads deals the heads out in turn; neighbouring query heads share one (flash-attn, "
+                "transformers)."
+            ): [head % kv_heads for head in range(heads)],
+            "That is the query's own head: K and V have fewer, and a group of query heads shares each.": list(
+                range(heads)
+            ),
+            "Divide by the size of a group, heads // kv_heads, and not by the number of key heads.": [
+                head // kv_heads for head in range(heads)
+            ],
+            "That is the query head's place within its group; the group's own number was asked for.": [
+                head % (heads // kv_heads) for head in range(heads)
+            ],
+        }
+        why = next((text for text, values in known.items() if got == values), "")
+        if any(value != int(value) for value in got):
+            why = "An index is an integer: divide with //."
+        head = next(i for i in range(heads) if got[i] != right[i])
+        raise Wrong(
+            f"The head is not right for query head {head} of {heads}, with {kv_heads} of K and V.\n"
+            f"  Expected {right[head]}, got {got[head]:g}.{chr(10) + '  ' + why if why else ''}"
+        )
 
 
 @exercise(
@@ -410,45 +451,4 @@ def score_gradient(call: Call, generator: torch.Generator) -> None:
             place=lambda index: f"row {index[0]}, column {index[1]}",
             mistakes=wrong,
             factor=3.0,
-        )
-
-
-@exercise(
-    "02",
-    "Grouped heads",
-    5,
-    [
-        "With 8 query heads and 2 key heads, heads 0 to 3 share the first, and 4 to 7 the second.",
-        "heads // kv_heads query heads share one; an integer division by that group size.",
-    ],
-)
-def kv_head(call: Call, generator: torch.Generator) -> None:
-    """The head of K and V that a query head reads, in grouped-query attention."""
-    for heads, kv_heads in ((12, 3), (8, 4), (10, 2), (6, 1), (5, 5)):
-        got = [number(call(head, heads, kv_heads), "the index of a head of K and V") for head in range(heads)]
-        right = [head // (heads // kv_heads) for head in range(heads)]
-        if got == right:
-            continue
-        known = {
-            (
-                "head % kv_heads deals the heads out in turn; neighbouring query heads share one (flash-attn, "
-                "transformers)."
-            ): [head % kv_heads for head in range(heads)],
-            "That is the query's own head: K and V have fewer, and a group of query heads shares each.": list(
-                range(heads)
-            ),
-            "Divide by the size of a group, heads // kv_heads, and not by the number of key heads.": [
-                head // kv_heads for head in range(heads)
-            ],
-            "That is the query head's place within its group; the group's own number was asked for.": [
-                head % (heads // kv_heads) for head in range(heads)
-            ],
-        }
-        why = next((text for text, values in known.items() if got == values), "")
-        if any(value != int(value) for value in got):
-            why = "An index is an integer: divide with //."
-        head = next(i for i in range(heads) if got[i] != right[i])
-        raise Wrong(
-            f"The head is not right for query head {head} of {heads}, with {kv_heads} of K and V.\n"
-            f"  Expected {right[head]}, got {got[head]:g}.{chr(10) + '  ' + why if why else ''}"
         )

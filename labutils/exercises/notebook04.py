@@ -15,158 +15,6 @@ from labutils.exercises.notebook01 import integer, pick
 
 @exercise(
     "04",
-    "The best intensity of attention",
-    2,
-    [
-        "Two products of N · N · D multiply-adds each, two operations for each multiply-add: 4 · N² · D FLOPs.",
-        "Bytes: Q, K, V and O once each, 4 · N · D · itemsize. Divide, and see what remains.",
-    ],
-)
-def attention_intensity(call: Call, generator: torch.Generator) -> None:
-    """FLOPs per byte of one head when only the compulsory bytes move."""
-    for _ in range(3):
-        n, depth, size = integer(generator, 300, 9000), pick(generator, [64, 96, 128]), pick(generator, [2, 4])
-        flops = attention_flops(batch=1, heads=1, seqlen_q=n, head_dim=depth)
-        moved = compulsory_bytes(batch=1, heads=1, seqlen=n, head_dim=depth, dtype_bytes=size)
-        right = flops / moved
-        same_number(
-            call(n, depth, size),
-            right,
-            "the arithmetic intensity",
-            f"N = {n:,}, D = {depth}, {size} bytes a number",
-            {
-                "A multiply-add is two operations, or there are two products: that is half of the FLOPs.": right / 2,
-                "That is FLOPs per number. A number has `itemsize` bytes.": right * size,
-                "Q, K and V were counted, and O is missing: it must be written.": right * 4 / 3,
-                "That is bytes per FLOP: turn it around.": 1 / right,
-                "S and P were counted as well. The least that must move is Q, K, V and O.": (
-                    flops
-                    / io_bytes("naive", batch=1, heads=1, seqlen=n, head_dim=depth, dtype_bytes=size, per_tensor=False)
-                ),
-                "Of Q, K, V and O one alone was counted.": right * 4,
-                "D is in the FLOPs and in the bytes, and cancels: N² · D / (N · D).": right * depth,
-            },
-        )
-
-
-@exercise(
-    "04",
-    "The traffic of FlashAttention-2",
-    10,
-    [
-        "Q is loaded and O stored once; the log-sum-exp is stored once, one float32 for each row.",
-        "Each block of Q passes over all of K and V: how many blocks are there? Round up.",
-    ],
-)
-def v2_bytes(call: Call, generator: torch.Generator) -> None:
-    """Bytes that v2 asks of memory for one head without mask."""
-    for _ in range(3):
-        block, depth, size = pick(generator, [32, 64, 128]), pick(generator, [64, 128]), pick(generator, [2, 4])
-        blocks = integer(generator, 3, 30)
-        n = blocks * block - integer(generator, 1, block - 1)
-        right = io_bytes(
-            "v2",
-            batch=1,
-            heads=1,
-            seqlen=n,
-            head_dim=depth,
-            block_m=block,
-            block_n=64,
-            dtype_bytes=size,
-            per_tensor=False,
-        )
-        row, lse = n * depth * size, 4 * n
-
-        def others(q=1, k=blocks, v=blocks, o=1, rows_lse=1, row=row, lse=lse):
-            return (q + k + v + o) * row + rows_lse * lse
-
-        same_number(
-            call(n, depth, block, size),
-            right,
-            "the number of bytes",
-            f"N = {n}, D = {depth}, block_m = {block}, {size} bytes a number",
-            {
-                "The last block of Q is short, but loads all of K and V as well: round up.": others(
-                    k=blocks - 1, v=blocks - 1
-                ),
-                "N / block_m was not rounded up: a short block of Q loads all of K and V as well.": (
-                    2 * row * (1 + n / block) + lse
-                ),
-                "K and V were counted once. Each block of Q loads them anew.": others(k=1, v=1),
-                (
-                    "That is version 1's way: Q for each block of K. In version 2 Q is loaded once, K and V for each "
-                    "block of Q."
-                ): others(q=blocks, k=1, v=1),
-                "The log-sum-exp is missing: one float32 is stored for each row.": others(rows_lse=0),
-                "The log-sum-exp is kept in float32, 4 bytes a row, whatever the inputs are.": (
-                    others() - lse + size * n if size != 4 else -1
-                ),
-                "V is missing: each block of Q loads all of it, as it does K.": others(v=0),
-                "O is missing: it is stored once.": others(o=0),
-                "O was counted for each block of K. In version 2 it stays on chip and is stored once.": others(
-                    o=blocks
-                ),
-                "That is the number of elements; in bytes each of Q, K, V and O has `itemsize`.": (
-                    others() / size if size == 4 else (others() - lse) // size + n
-                ),
-            },
-        )
-
-
-@exercise(
-    "04",
-    "What bounds a kernel",
-    10,
-    [
-        (
-            "Time for the arithmetic: flops / (tflops · 10¹²) seconds. Time for the bytes: bytes / (gb_per_s · 10⁹)"
-            " seconds."
-        ),
-        "Both can go on at the same time, so that the longer one decides. In ms: times 1,000.",
-    ],
-)
-def roofline_time(call: Call, generator: torch.Generator) -> None:
-    """(least ms, "arithmetic" or "memory") by the roofline."""
-    for wanted in ("arithmetic", "memory", "memory", "arithmetic"):
-        tflops, bandwidth = float(integer(generator, 20, 900)), float(integer(generator, 300, 4500))
-        ridge = tflops * 1e3 / bandwidth
-        flops = float(integer(generator, 10**9, 10**12))
-        intensity = ridge * (2 + torch.rand((), generator=generator).item()) ** (1 if wanted == "arithmetic" else -1)
-        moved = flops / intensity
-        arithmetic, memory = flops / tflops / 1e9, moved / bandwidth / 1e6
-        right = max(arithmetic, memory)
-        ms, bound = several(call(flops, moved, tflops, bandwidth), ("the least time in ms", "what bounds it"))
-        case = f"{flops:.3g} FLOPs, {moved:.3g} bytes, {tflops:.0f} TFLOP/s, {bandwidth:.0f} GB/s"
-        same_number(
-            ms,
-            right,
-            "the least time in ms",
-            case,
-            {
-                "That is the shorter of the two times: the kernel waits for the longer one.": min(arithmetic, memory),
-                (
-                    "That is the sum of the two times: arithmetic and memory work at the same time, so that the longer "
-                    "one counts."
-                ): (arithmetic + memory),
-                "That is in seconds.": right / 1e3,
-                "That is in microseconds.": right * 1e3,
-                "1 GB/s is 10⁹ bytes per second (2³⁰ was taken).": moved / bandwidth / 2**30 * 1e3,
-            },
-        )
-        if bound != wanted:
-            why = "It must be 'arithmetic' or 'memory'."
-            if bound in ("arithmetic", "memory"):
-                why = (
-                    f"Its intensity is {intensity:.4g} FLOP/byte, the ridge is at {ridge:.4g}: "
-                    f"{'above it the arithmetic' if wanted == 'arithmetic' else 'below it memory'} decides."
-                )
-            raise Wrong(
-                f"The time is right, the bound is not, for {case}.\n  Expected {wanted!r}, got {bound!r}. {why}"
-            )
-
-
-@exercise(
-    "04",
     "Read a profile",
     10,
     [
@@ -260,6 +108,158 @@ def best_blocks(
         "narrow": lambda pair: (math.ceil(seqlen / pair[0]), pair[1]),
     }
     return min(fits, key=keys[order]) if fits else None
+
+
+@exercise(
+    "04",
+    "The traffic of FlashAttention-2",
+    10,
+    [
+        "Q is loaded and O stored once; the log-sum-exp is stored once, one float32 for each row.",
+        "Each block of Q passes over all of K and V: how many blocks are there? Round up.",
+    ],
+)
+def v2_bytes(call: Call, generator: torch.Generator) -> None:
+    """Bytes that v2 asks of memory for one head without mask."""
+    for _ in range(3):
+        block, depth, size = pick(generator, [32, 64, 128]), pick(generator, [64, 128]), pick(generator, [2, 4])
+        blocks = integer(generator, 3, 30)
+        n = blocks * block - integer(generator, 1, block - 1)
+        right = io_bytes(
+            "v2",
+            batch=1,
+            heads=1,
+            seqlen=n,
+            head_dim=depth,
+            block_m=block,
+            block_n=64,
+            dtype_bytes=size,
+            per_tensor=False,
+        )
+        row, lse = n * depth * size, 4 * n
+
+        def others(q=1, k=blocks, v=blocks, o=1, rows_lse=1, row=row, lse=lse):
+            return (q + k + v + o) * row + rows_lse * lse
+
+        same_number(
+            call(n, depth, block, size),
+            right,
+            "the number of bytes",
+            f"N = {n}, D = {depth}, block_m = {block}, {size} bytes a number",
+            {
+                "The last block of Q is short, but loads all of K and V as well: round up.": others(
+                    k=blocks - 1, v=blocks - 1
+                ),
+                "N / block_m was not rounded up: a short block of Q loads all of K and V as well.": (
+                    2 * row * (1 + n / block) + lse
+                ),
+                "K and V were counted once. Each block of Q loads them anew.": others(k=1, v=1),
+                (
+                    "That is version 1's way: Q for each block of K. In version 2 Q is loaded once, K and V for each "
+                    "block of Q."
+                ): others(q=blocks, k=1, v=1),
+                "The log-sum-exp is missing: one float32 is stored for each row.": others(rows_lse=0),
+                "The log-sum-exp is kept in float32, 4 bytes a row, whatever the inputs are.": (
+                    others() - lse + size * n if size != 4 else -1
+                ),
+                "V is missing: each block of Q loads all of it, as it does K.": others(v=0),
+                "O is missing: it is stored once.": others(o=0),
+                "O was counted for each block of K. In version 2 it stays on chip and is stored once.": others(
+                    o=blocks
+                ),
+                "That is the number of elements; in bytes each of Q, K, V and O has `itemsize`.": (
+                    others() / size if size == 4 else (others() - lse) // size + n
+                ),
+            },
+        )
+
+
+@exercise(
+    "04",
+    "The best intensity of attention",
+    2,
+    [
+        "Two products of N · N · D multiply-adds each, two operations for each multiply-add: 4 · N² · D FLOPs.",
+        "Bytes: Q, K, V and O once each, 4 · N · D · itemsize. Divide, and see what remains.",
+    ],
+)
+def attention_intensity(call: Call, generator: torch.Generator) -> None:
+    """FLOPs per byte of one head when only the compulsory bytes move."""
+    for _ in range(3):
+        n, depth, size = integer(generator, 300, 9000), pick(generator, [64, 96, 128]), pick(generator, [2, 4])
+        flops = attention_flops(batch=1, heads=1, seqlen_q=n, head_dim=depth)
+        moved = compulsory_bytes(batch=1, heads=1, seqlen=n, head_dim=depth, dtype_bytes=size)
+        right = flops / moved
+        same_number(
+            call(n, depth, size),
+            right,
+            "the arithmetic intensity",
+            f"N = {n:,}, D = {depth}, {size} bytes a number",
+            {
+                "A multiply-add is two operations, or there are two products: that is half of the FLOPs.": right / 2,
+                "That is FLOPs per number. A number has `itemsize` bytes.": right * size,
+                "Q, K and V were counted, and O is missing: it must be written.": right * 4 / 3,
+                "That is bytes per FLOP: turn it around.": 1 / right,
+                "S and P were counted as well. The least that must move is Q, K, V and O.": (
+                    flops
+                    / io_bytes("naive", batch=1, heads=1, seqlen=n, head_dim=depth, dtype_bytes=size, per_tensor=False)
+                ),
+                "Of Q, K, V and O one alone was counted.": right * 4,
+                "D is in the FLOPs and in the bytes, and cancels: N² · D / (N · D).": right * depth,
+            },
+        )
+
+
+@exercise(
+    "04",
+    "What bounds a kernel",
+    10,
+    [
+        (
+            "Time for the arithmetic: flops / (tflops · 10¹²) seconds. Time for the bytes: bytes / (gb_per_s · 10⁹)"
+            " seconds."
+        ),
+        "Both can go on at the same time, so that the longer one decides. In ms: times 1,000.",
+    ],
+)
+def roofline_time(call: Call, generator: torch.Generator) -> None:
+    """(least ms, "arithmetic" or "memory") by the roofline."""
+    for wanted in ("arithmetic", "memory", "memory", "arithmetic"):
+        tflops, bandwidth = float(integer(generator, 20, 900)), float(integer(generator, 300, 4500))
+        ridge = tflops * 1e3 / bandwidth
+        flops = float(integer(generator, 10**9, 10**12))
+        intensity = ridge * (2 + torch.rand((), generator=generator).item()) ** (1 if wanted == "arithmetic" else -1)
+        moved = flops / intensity
+        arithmetic, memory = flops / tflops / 1e9, moved / bandwidth / 1e6
+        right = max(arithmetic, memory)
+        ms, bound = several(call(flops, moved, tflops, bandwidth), ("the least time in ms", "what bounds it"))
+        case = f"{flops:.3g} FLOPs, {moved:.3g} bytes, {tflops:.0f} TFLOP/s, {bandwidth:.0f} GB/s"
+        same_number(
+            ms,
+            right,
+            "the least time in ms",
+            case,
+            {
+                "That is the shorter of the two times: the kernel waits for the longer one.": min(arithmetic, memory),
+                (
+                    "That is the sum of the two times: arithmetic and memory work at the same time, so that the longer "
+                    "one counts."
+                ): (arithmetic + memory),
+                "That is in seconds.": right / 1e3,
+                "That is in microseconds.": right * 1e3,
+                "1 GB/s is 10⁹ bytes per second (2³⁰ was taken).": moved / bandwidth / 2**30 * 1e3,
+            },
+        )
+        if bound != wanted:
+            why = "It must be 'arithmetic' or 'memory'."
+            if bound in ("arithmetic", "memory"):
+                why = (
+                    f"Its intensity is {intensity:.4g} FLOP/byte, the ridge is at {ridge:.4g}: "
+                    f"{'above it the arithmetic' if wanted == 'arithmetic' else 'below it memory'} decides."
+                )
+            raise Wrong(
+                f"The time is right, the bound is not, for {case}.\n  Expected {wanted!r}, got {bound!r}. {why}"
+            )
 
 
 @exercise(
