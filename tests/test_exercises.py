@@ -2,6 +2,11 @@
 
 import importlib
 import inspect
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import exercise_answers as answers
 import pytest
@@ -203,3 +208,61 @@ def test_the_state_goes_where_the_platform_keeps_such_files(monkeypatch, tmp_pat
     monkeypatch.delenv("XDG_STATE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert progress.state_file() == tmp_path / ".local" / "state" / "labutils" / "progress.json"
+
+
+# -- kernels of the solutions, for GPUs that need not be there --------------------------------------------------------
+
+COMPILE = """
+import importlib.util, json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+spec = importlib.util.spec_from_file_location("kernels", sys.argv[1])
+kernels = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kernels)
+results = []
+for name, arch, dtype, constants in json.loads(sys.argv[2]):
+    kernel = getattr(kernels, name)
+    signature, attrs = {}, {}
+    for i, argument in enumerate(kernel.arg_names):
+        if argument in constants:
+            signature[argument] = "constexpr"
+        elif argument.endswith("_ptr"):
+            signature[argument] = dtype
+            attrs[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[argument] = "fp32" if argument == "scale" else "i32"
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32))
+    results.append([name, arch, compiled.metadata.shared])
+print(json.dumps(results))
+"""
+TILE = {"D": 32, "BLOCK_M": 32, "BLOCK_N": 32}
+KERNELS = [
+    ["row_lse_kernel", 80, "*fp32", {"BLOCK": 16}],
+    ["window_kernel", 75, "*fp16", TILE],
+    ["window_kernel", 80, "*bf16", TILE],
+    ["window_kernel", 90, "*fp32", TILE],
+]
+
+
+def compiled(path, kernels, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, str(path), json.dumps(kernels)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_kernels_of_the_solutions_compile_for_real_gpus(tmp_path):
+    results = compiled(Path(exercises.__file__).parent / "solutions" / "notebook02.py", KERNELS, tmp_path)
+    assert len(results) == len(KERNELS)
+    assert all(shared <= 64 * 1024 for *_, shared in results)

@@ -218,6 +218,8 @@ def explain(error: BaseException) -> str:
     text = str(error).strip()
     if isinstance(error, TypeError):
         advice = "a call or an operator got something that it does not take: compare the arguments with the signature."
+    elif isinstance(error, RuntimeError) and "same device" in text:
+        advice = "tensors on two devices: make new ones with device=x.device, where x is an argument."
     elif isinstance(error, RuntimeError) and any(word in text for word in ("size", "shape", "dimension")):
         advice = "shapes that do not fit: print the shapes of the tensors in this line."
     elif isinstance(error, RuntimeError) and "dtype" in text:

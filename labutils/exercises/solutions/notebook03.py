@@ -1,7 +1,5 @@
 """Answers to the exercises of notebook 03."""
 
-import re
-
 import torch
 
 
@@ -29,6 +27,7 @@ def rope(x, positions, base):
 
 def read_oom(message):
     """PyTorch's message -> (GiB that were missing, "fragments" or "too much")."""
+    import re
 
     def gib(pattern):
         number, unit = re.search(pattern.replace("SIZE", r"([\d.]+) (MiB|GiB)"), message).groups()

@@ -1,7 +1,6 @@
 """Answers to the exercises of notebook 04."""
 
 import math
-from itertools import product
 
 
 def attention_intensity(seqlen, head_dim, itemsize):
@@ -34,7 +33,8 @@ def attention_share(rows, factor):
 def choose_blocks(seqlen, heads, head_dim, itemsize, shared_bytes, stages, processors):
     """(block_m, block_n), each 16, 32, 64 or 128."""
     sizes = (16, 32, 64, 128)
-    fits = [(m, n) for m, n in product(sizes, sizes) if (m + 2 * stages * n) * head_dim * itemsize <= shared_bytes]
+    pairs = [(m, n) for m in sizes for n in sizes]
+    fits = [(m, n) for m, n in pairs if (m + 2 * stages * n) * head_dim * itemsize <= shared_bytes]
     filling = [(m, n) for m, n in fits if heads * math.ceil(seqlen / m) >= processors]
     # fewest passes over K and V, then the largest block_n, then the smallest block_m
     return min(filling or fits, key=lambda pair: (math.ceil(seqlen / pair[0]), -pair[1], pair[0]))
