@@ -487,3 +487,12 @@ def verify_flash_attention(force: bool = False, verbose: bool = True) -> bool:
         cause, remedy = _cause_and_remedy()
         raise RuntimeError(f"No FlashAttention kernel compiled for a GPU runs here: {cause}. {remedy}")
     return False
+
+
+def cuda_compiler() -> str | None:
+    """Version of the CUDA compiler nvcc, "13.0", or None where there is none on the PATH.
+
+    PyTorch and Triton do not use it; building flash-attn does.
+    """
+    told = _answer("nvcc", "--version") or ""
+    return told.partition("release ")[2].partition(",")[0] or None

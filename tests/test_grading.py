@@ -9,12 +9,13 @@ import time
 
 import pytest
 import torch
+from notebook_format import ROOT
 
 from labutils import exercises
 from labutils.exercises import grading, wire
 from labutils.exercises.core import EXERCISES
 
-FAST = grading.Limits(seconds=120, call_seconds=8, memory_gib=3)
+FAST = grading.Limits(seconds=120, call_seconds=8)
 IMPORTS = (
     "from labutils import runtime\nimport math\nimport torch\nfrom labutils.exercises import check, hint, report,"
     " solution"
@@ -179,7 +180,7 @@ def marks(tmp_path, *cells, limits=FAST):
 
 def test_a_function_that_hangs_is_stopped_and_the_next_is_tried(tmp_path):
     hang = "def score_bytes(*a):\n    while True: pass"
-    found = marks(tmp_path, hang, *solved("safe_softmax"), limits=grading.Limits(120, 3, 3))
+    found = marks(tmp_path, hang, *solved("safe_softmax"), limits=grading.Limits(120, 3))
     assert found["score_bytes"].result == "timed out" and "3 s for one call" in found["score_bytes"].message
     assert found["safe_softmax"].result == "passed"
 
@@ -191,7 +192,7 @@ def test_a_cell_that_hangs_is_stopped_with_all_that_it_started(tmp_path):
         " time.sleep(600)  # of-a-student'], start_new_session=True)\nwhile True: pass"
     )
     start = time.monotonic()
-    found = marks(tmp_path, *solved("safe_softmax"), hang, limits=grading.Limits(12, 3, 3))
+    found = marks(tmp_path, *solved("safe_softmax"), hang, limits=grading.Limits(12, 3))
     assert {mark.result for mark in found.values()} == {"timed out"}
     assert time.monotonic() - start < 60
     assert not started.exists()
@@ -339,3 +340,14 @@ def test_the_notebook_is_known_by_its_exercises():
     assert grading.which_notebook([(1, "def rope(x): pass"), (2, "check.read_oom(read_oom)")]) == "03"
     assert grading.which_notebook([(1, "x = 1")]) == ""
     assert EXERCISES["rope"].notebook == "03"
+
+
+def test_the_notebooks_as_shipped_are_known_and_give_no_cause_for_a_remark():
+    for path in sorted(ROOT.glob("*.ipynb")):
+        cells = grading.read_cells(path)
+        assert grading.which_notebook(cells) == path.name[:2]
+        assert grading.remarks(cells) == {}
+
+
+def test_a_message_that_is_empty_stays_empty():
+    assert grading._clean("") == ""

@@ -62,3 +62,17 @@ def test_row_errors_are_drawn_with_the_line_of_the_rule():
     labels = [line.get_label() for line in ax.lines]
     assert labels == ["right", "bug", "what the 2 × rule allows"]
     assert ax.get_yscale() == "log"
+
+
+def test_a_planted_bug_is_one_and_without_it_the_result_is_right():
+    from labutils import bugs, reference
+
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (2 * torch.randn(40, 8, generator=generator) for _ in range(3))
+    batched = [t[None, :, None] for t in (q, k, v)]
+    exact, exact_lse = reference.exact_attention(*batched, causal=True, return_lse=True)
+    out, lse = bugs.tiles_without(q, k, v, 8, causal=True)
+    torch.testing.assert_close(out, exact[0, :, 0])
+    torch.testing.assert_close(lse, exact_lse[0, 0])
+    for missing in ({"rescale_o": False}, {"rescale_l": False}):
+        assert (bugs.tiles_without(q, k, v, 8, causal=True, **missing)[0] - exact[0, :, 0]).abs().max() > 0.01

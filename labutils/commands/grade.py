@@ -32,7 +32,7 @@ def add(subparsers: argparse._SubParsersAction) -> None:
         help="for one call of a function (default: 60)",
     )
     grade.add_argument(
-        "--memory", type=_positive, default=8.0, metavar="GIB", help="for one notebook's processes (default: 8)"
+        "--memory", type=_positive, metavar="GIB", help="for one notebook's processes (default: 8; 24 on a GPU machine)"
     )
     grade.set_defaults(run=run, takes_extra=False)
 
@@ -51,7 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Grades, and returns 0, whatever the marks; 2 where nothing could be graded, 130 after an interrupt."""
     from labutils.exercises import grading
 
-    limits = grading.Limits(arguments.limit, arguments.call_limit, arguments.memory)
+    memory = {} if arguments.memory is None else {"memory_gib": arguments.memory}
+    limits = grading.Limits(arguments.limit, arguments.call_limit, **memory)
     if grading.isolation():
         print("Each notebook runs in namespaces of its own: no network, no sight of other processes.", flush=True)
     else:

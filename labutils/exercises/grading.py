@@ -30,6 +30,7 @@ from typing import Any
 
 import psutil
 
+from labutils import runtime
 from labutils.exercises import names, wire
 from labutils.exercises.core import EXERCISES, NOT_YET, PASSED, Failed, NotYet, Outcome, run
 
@@ -74,11 +75,14 @@ COLUMNS = tuple(field.name for field in fields(Mark))
 
 @dataclass(frozen=True)
 class Limits:
-    """What one notebook may use: seconds to execute it, seconds of one call, GiB of memory."""
+    """What one notebook may use: seconds to execute it, seconds of one call, GiB of the host's memory.
+
+    CUDA's libraries alone take a few GiB of it.
+    """
 
     seconds: float = 900.0
     call_seconds: float = 60.0
-    memory_gib: float = 8.0
+    memory_gib: float = 8.0 if runtime.interpreted else 24.0
 
 
 class Lost(BaseException):
@@ -389,7 +393,7 @@ def _clean(text: Any, longest: int = 400) -> str:
     """A student's text, fit for a table: printable, short, and no formula of a spreadsheet."""
     text = "".join(c if c.isprintable() else " " for c in str(text))
     text = " ".join(text.split())[:longest]
-    return f"'{text}" if text[:1] in "=+-@" else text
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

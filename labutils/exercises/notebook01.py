@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from labutils.bugs import tiles_without
 from labutils.exercises.core import Call, Wrong, exercise, same_number, same_tensor, several, tensor
 from labutils.reference import causal_mask, exact_attention, naive_attention
 
@@ -401,26 +402,6 @@ def head_attention(q, k, v, *, scale=None, mask=None) -> tuple[torch.Tensor, tor
     if mask is not None:
         s = s.masked_fill(~mask, -math.inf)
     return s.softmax(dim=-1).nan_to_num(nan=0.0) @ v, s.logsumexp(dim=-1)
-
-
-def tiles_without(q, k, v, block, *, causal, rescale_l=True, rescale_o=True) -> tuple[torch.Tensor, torch.Tensor]:
-    """The v2 loop over blocks of keys with one of its rescalings left out; (N, D), in float64."""
-    q, k, v = q.double(), k.double(), v.double()
-    mask = causal_mask(len(q), len(k)) if causal else torch.ones(len(q), len(k), dtype=torch.bool)
-    s = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, -math.inf)
-    m, l, o = (
-        torch.full((len(q),), -math.inf).double(),
-        torch.zeros(len(q)).double(),
-        torch.zeros(len(q), v.shape[1]).double(),
-    )
-    for start in range(0, len(k), block):
-        part = s[:, start : start + block]
-        m_new = torch.maximum(m, part.amax(dim=-1))
-        alpha, p = _gap(m, m_new), _gap(part, m_new[:, None])
-        l = (alpha if rescale_l else 1.0) * l + p.sum(dim=-1)
-        o = (alpha[:, None] if rescale_o else 1.0) * o + p @ v[start : start + block]
-        m = m_new
-    return o / torch.where(l == 0, 1.0, l)[:, None], m + l.log()
 
 
 @exercise(
