@@ -14,7 +14,7 @@ from notebook_format import NOTEBOOKS, ROOT
 from solve_notebooks import main, solved
 
 from labutils import exercises
-from labutils.__main__ import environment_for_kernels
+from labutils.commands.lab import environment_for_kernels
 from labutils.exercises.core import NOT_YET
 
 

@@ -37,12 +37,8 @@ def _forward_kernel(
 
     for start_n in tl.range(0, N_K, BLOCK_N):  # line 5: for each block of K and V
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        k = load_tile(
-            tile_pointers(k_ptr, stride_kn, stride_kd, start_n, BLOCK_N, BLOCK_D), offs_n, N_K, D, BLOCK_D
-        )
-        v = load_tile(
-            tile_pointers(v_ptr, stride_vn, stride_vd, start_n, BLOCK_N, BLOCK_D), offs_n, N_K, D, BLOCK_D
-        )
+        k = load_tile(tile_pointers(k_ptr, stride_kn, stride_kd, start_n, BLOCK_N, BLOCK_D), offs_n, N_K, D, BLOCK_D)
+        v = load_tile(tile_pointers(v_ptr, stride_vn, stride_vd, start_n, BLOCK_N, BLOCK_D), offs_n, N_K, D, BLOCK_D)
         first_row = 0
         if CAUSAL:  # rows above start_n - offset see nothing of this block
             first_row = tl.maximum(start_n - offset, 0) // BLOCK_M * BLOCK_M

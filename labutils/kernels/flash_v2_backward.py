@@ -22,7 +22,16 @@ from labutils.kernels.launch import (
     launch,
     pick_config,
 )
-from labutils.kernels.scores import LOG2_E, columns_of, dropout_keep, mask_tile, rows_of, score_tile, score_unit, sequence
+from labutils.kernels.scores import (
+    LOG2_E,
+    columns_of,
+    dropout_keep,
+    mask_tile,
+    rows_of,
+    score_tile,
+    score_unit,
+    sequence,
+)
 from labutils.kernels.tiles import load_rows, load_tile, load_vector, source, store_tile, tile_pointers
 
 
@@ -100,9 +109,7 @@ def _dq_kernel(
     rows = offs_m[:, None]
     q = load_tile(tile_pointers(q_ptr, stride_qn, stride_qd, start_m, BLOCK_M, BLOCK_D), offs_m, n_q, D, BLOCK_D)
     o = load_tile(tile_pointers(o_ptr, stride_on, stride_od, start_m, BLOCK_M, BLOCK_D), offs_m, n_q, D, BLOCK_D)
-    do = load_tile(
-        tile_pointers(do_ptr, stride_don, stride_dod, start_m, BLOCK_M, BLOCK_D), offs_m, n_q, D, BLOCK_D
-    )
+    do = load_tile(tile_pointers(do_ptr, stride_don, stride_dod, start_m, BLOCK_M, BLOCK_D), offs_m, n_q, D, BLOCK_D)
     # Δ_i = Σ_d dO_id O_id is what the gradient of softmax subtracts from each dP_ij of row i. A gradient by the
     # log-sum-exp comes in here: ∂L_i/∂S_ij = P_ij, so that dS_ij = P_ij (dP_ij - Δ_i + dL_i).
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
