@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from labutils import interface, runtime
-from labutils.kernels import flash_v1, flash_v2, flash_v2_backward
+from labutils.kernels import flash_v1, flash_v2, flash_v2_backward, prepared
 from labutils.kernels.flash_v2 import Options
 from labutils.kernels.launch import LaunchConfig, pick_config
 from labutils.reference import check_attention, check_gradients, naive_attention
@@ -139,6 +139,24 @@ def test_any_strides_in_half_precision(layout, head_dim):
         gradients = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
         for verdict in check_gradients(gradients, dout, q, k, v, causal=True):
             assert verdict, f"dout with strides {dout.stride()}: {verdict}"
+
+
+def test_which_tensor_is_misaligned_makes_another_form():
+    """A compiled kernel may load an aligned tensor in words of 16 bytes: each call must find its own, in any order."""
+
+    def at(offset, t):
+        memory = torch.zeros(t.numel() + 8, dtype=t.dtype, device=DEVICE)
+        memory[offset : offset + t.numel()] = t.flatten()
+        return memory[offset : offset + t.numel()].view(t.shape)
+
+    tensors = make(130, 130, head_dim=64, dtype=torch.float16)
+    options = (0.125, True, (-1, -1), 0.0)
+    before = len(prepared._forms)
+    for misaligned in range(3):
+        q, k, v = (at(4 * (place == misaligned), t) for place, t in enumerate(tensors))
+        out, lse = prepared.attention(q, k, v, options, lambda: Options(0.125, CAUSAL))
+        check_attention(out, q, k, v, lse=lse, softmax_scale=0.125, causal=True).raise_if_failed()
+    assert len(prepared._forms) == before + 3
 
 
 def test_gradient_of_the_output_may_have_any_strides():

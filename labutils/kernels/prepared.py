@@ -46,9 +46,13 @@ def attention(
     """out and lse, differentiable; `prepare` checks the arguments of a new form and makes its kernel's options."""
     key = (
         q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
-        q.device, k.device, v.device, (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16, options,
+        q.device, k.device, v.device, q.data_ptr() % 16, k.data_ptr() % 16, v.data_ptr() % 16, options,
     )  # fmt: skip
-    form = _forms.get(key)
+    try:
+        form = _forms.get(key)
+    except TypeError:  # a list where a number belongs has no hash
+        prepare()  # says which
+        raise
     if form is None:
         form = _Form(prepare())
         while len(_forms) >= MOST_FORMS:
