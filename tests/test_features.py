@@ -99,6 +99,14 @@ def test_feature(feature, n_q, n_k):
     check(*make(n_q, n_k), blocks=(32, 16), **FEATURES[feature])
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_slopes_of_either_sign(causal):
+    """Keys far away get scores of any size; the rows of a tile that lie past the last query, too."""
+    for n_q, n_k in ((40, 75), (75, 40)):
+        q, k, v = make(n_q, n_k, dtype=torch.float16)
+        check(q, k, v, blocks=(32, 32), causal=causal, alibi_slopes=torch.tensor([-2.5, 3.0], device=DEVICE))
+
+
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     n_q=st.integers(1, 50),

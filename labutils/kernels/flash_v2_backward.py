@@ -142,7 +142,7 @@ def _dkdv_inner(
     """Adds what the rows from `first` to `last` contribute to dK and dV of one block of keys; `begin`, `end`: `attend`.
 
     Everything is transposed, keys down and queries across, so that Pᵀ and dSᵀ are already what the products for dV
-    and dK take on their left. Rows past n_q read as zero in Q and dO and so add nothing.
+    and dK take on their left. Rows past n_q must have no P: ALiBi's may be infinite, and times a dO of zero that is NaN.
     """
     unit = score_unit(softmax_scale, softcap, slope)
     for start_m in tl.range(first, last, BLOCK_M):
@@ -155,7 +155,7 @@ def _dkdv_inner(
         sT, derivative = score_tile(sT, offs_m[None, :], cols, offset, softmax_scale, softcap, slope)
         if (start_m < begin) | (start_m >= end):
             sT = mask_tile(sT, offs_m[None, :], cols, n_k, offset, window_left, window_right)
-            lse2 = tl.where(offs_m < n_q, lse2, 0.0)  # past the end there is anything in memory, NaN too
+            lse2 = tl.where(offs_m < n_q, lse2, float("inf"))  # past the end: no P, whatever memory holds there
             delta = tl.where(offs_m < n_q, delta, 0.0)
         dpT = tl.dot(v, tl.trans(do), input_precision="ieee")  # dP_ijᵀ = V_j dO_iᵀ
         pT = tl.math.exp2(sT * unit - lse2[None, :])
