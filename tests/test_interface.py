@@ -34,6 +34,20 @@ def test_only_the_gradients_that_are_asked_for():
     assert q.grad is not None and k.grad is None and v.grad is None
 
 
+def test_views_with_a_minus_sign_that_is_still_due():
+    """The imaginary part of a conjugate is a view, with the signs of what it looks at the wrong way round."""
+    q, k, v = make()
+    pending = lambda t: torch.complex(t, -t).conj().imag  # noqa: E731
+    assert pending(q).is_neg()
+    inputs = [pending(t).requires_grad_() for t in (q, k, v)]
+    out = flash_attn_func(*inputs, causal=True)
+    check_attention(out, q, k, v, causal=True).raise_if_failed()
+    dout = torch.randn_like(q)
+    gradients = torch.autograd.grad(flash_attn_func(*(t.requires_grad_() for t in (q, k, v))), (q, k, v), pending(dout))
+    for verdict in check_gradients(gradients, dout, q, k, v):
+        verdict.raise_if_failed()
+
+
 def test_second_derivatives_are_refused():
     q, k, v = (t.requires_grad_() for t in make())
     (dq,) = torch.autograd.grad(flash_attn_func(q, k, v).square().sum(), q, create_graph=True)

@@ -27,7 +27,8 @@ def may_be_short(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether nothing needs the long way, over PyTorch's dispatcher.
 
     It is for whatever looks at operators as they run: a compiler, a FLOP counter, a transform, autocast, a subclass of
-    tensors; for the interpreter; and for a GPU that is not the current one, which is where Triton launches.
+    tensors; for a view with a minus sign that is still due (the imaginary part of a conjugate), which the dispatcher
+    resolves; for the interpreter; and for a GPU that is not the current one, which is where Triton launches.
     """
     return (
         not torch.compiler.is_compiling()  # first: what follows cannot be traced
@@ -36,6 +37,7 @@ def may_be_short(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
         and q.device.index == torch._C._cuda_getDevice()
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch.is_autocast_enabled("cuda")
+        and not (q.is_neg() or k.is_neg() or v.is_neg())
         and torch._C._functorch.peek_interpreter_stack() is None
     )
 
@@ -116,5 +118,5 @@ class _FlashAttention(torch.autograd.Function):
     @once_differentiable  # there is no second derivative: asking for one raises
     def backward(ctx, dout, dlse):
         q, k, v, out, lse = ctx.saved_tensors
-        dout = torch.zeros_like(out) if dout is None else dout
+        dout = torch.zeros_like(out) if dout is None else dout.resolve_neg()
         return *flash_v2_backward.backward(dout, q, k, v, out, lse, ctx.options, dlse=dlse), None
