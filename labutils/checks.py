@@ -9,7 +9,8 @@ that a compiler traces may depend on values. While a CUDA graph is captured noth
 
 from __future__ import annotations
 
-import math
+import itertools
+import numbers
 
 import torch
 
@@ -18,6 +19,8 @@ from labutils import runtime
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_HEAD_DIM = 256
 LARGEST_SPLITS = 128
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max  # kernels take float32
+_BELOW_ONE = 1 - 2**-24  # what float32 does not round to 1
 
 
 def tensors(
@@ -64,7 +67,7 @@ def tensors(
         raise ValueError(f"q has batch size {q.shape[0]}, {both} have {k.shape[0]}: they must agree.")
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q has head dimension {q.shape[-1]}, {both} have {k.shape[-1]}: they must agree.")
-    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2] != 0:
+    if q.shape[-2] == 0 or k.shape[-2] == 0 or q.shape[-2] % k.shape[-2] != 0:
         raise ValueError(
             f"q has {q.shape[-2]} heads, {both} have {k.shape[-2]}: the heads of k and v must divide those of q. "
             f"Shapes are {layout_q}; if yours are (B, H, N, D), as in scaled_dot_product_attention, transpose(1, 2)."
@@ -103,12 +106,21 @@ def _device(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_name: str, v_na
         )
 
 
+def _number(name: str, value: float) -> None:
+    """A tensor is none: it would be read, and so waited for, and no gradient would reach it."""
+    if not isinstance(value, (numbers.Real, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} is a {type(value).__name__}: pass a Python number.")
+
+
 def scale(softmax_scale: float | None, head_dim: int) -> float:
     """The factor on the scores: D ** -0.5 for None."""
     if softmax_scale is None:
         return head_dim**-0.5
-    if not 0 < softmax_scale < math.inf:
-        raise ValueError(f"softmax_scale={softmax_scale}: pass a positive, finite number, or None for D ** -0.5.")
+    _number("softmax_scale", softmax_scale)
+    if not _SMALLEST <= softmax_scale <= _LARGEST:
+        raise ValueError(
+            f"softmax_scale={softmax_scale}: pass a positive, finite number of float32's range, or None for D ** -0.5."
+        )
     return float(softmax_scale)
 
 
@@ -116,8 +128,11 @@ def window(window_size: tuple[int, int], causal: bool) -> tuple[int | None, int 
     """(left, right) as the kernels take it: None for no bound; causal bounds the right by 0."""
     try:
         left, right = (int(side) for side in window_size)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"window_size={window_size!r}: pass two integers (left, right), -1 for no bound.") from error
+        whole = [left, right] == list(window_size)
+    except (TypeError, ValueError, OverflowError):
+        whole = False
+    if not whole:
+        raise ValueError(f"window_size={window_size!r}: pass two integers (left, right), -1 for no bound.")
     if left < -1 or right < -1:
         raise ValueError(f"window_size={window_size}: each side is -1 (no bound), 0 or more.")
     if causal:
@@ -128,14 +143,18 @@ def window(window_size: tuple[int, int], causal: bool) -> tuple[int | None, int 
 
 def cap(softcap: float) -> float | None:
     """softcap as the kernels take it: None for 0, which turns it off."""
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap={softcap}: pass a positive, finite number, or 0.0 to turn it off.")
+    _number("softcap", softcap)
+    if softcap != 0 and not _SMALLEST <= softcap <= _LARGEST:
+        raise ValueError(
+            f"softcap={softcap}: pass a positive, finite number of float32's range, or 0.0 to turn it off."
+        )
     return float(softcap) or None
 
 
 def dropout(dropout_p: float) -> float:
-    """A probability in [0, 1)."""
-    if not 0.0 <= dropout_p < 1.0:
+    """A probability in [0, 1), also after rounding to float32."""
+    _number("dropout_p", dropout_p)
+    if not 0.0 <= dropout_p <= _BELOW_ONE:
         raise ValueError(f"dropout_p={dropout_p}: pass a probability in [0, 1); 1 would drop everything.")
     return float(dropout_p)
 
@@ -183,7 +202,8 @@ def sequences(
         raise ValueError(
             f"cu_seqlens_q speaks of {batch} sequences and {name} of {len(cu_seqlens) - 1}: they must agree."
         )
-    if isinstance(max_seqlen, torch.Tensor) or int(max_seqlen) != max_seqlen or max_seqlen < 0:
+    whole = isinstance(max_seqlen, (numbers.Integral, torch.SymInt))
+    if not whole or max_seqlen < 0:
         raise TypeError(f"max_seqlen{which}={max_seqlen!r}: pass a Python integer, 0 or more.")
     return cu_seqlens
 

@@ -99,6 +99,23 @@ WRONG_INPUTS = {
     "a device without kernels": (ValueError, "q is on meta", lambda q, k, v: [t.to(META) for t in (q, k, v)], {}),
     "scale zero": (ValueError, "positive, finite", lambda q, k, v: (q, k, v), {"softmax_scale": 0.0}),
     "scale negative": (ValueError, "positive, finite", lambda q, k, v: (q, k, v), {"softmax_scale": -1.0}),
+    "no query heads": (ValueError, "q has 0 heads", lambda q, k, v: (q[:, :, :0], k, v), {}),
+    "scale a tensor": (
+        TypeError, "softmax_scale is a Tensor", lambda q, k, v: (q, k, v), {"softmax_scale": torch.tensor(0.3)}
+    ),
+    "scale a word": (TypeError, "softmax_scale is a str", lambda q, k, v: (q, k, v), {"softmax_scale": "large"}),
+    "scale beyond float32": (ValueError, "float32's range", lambda q, k, v: (q, k, v), {"softmax_scale": 1e39}),
+    "scale that float32 has as zero": (ValueError, "float32's", lambda q, k, v: (q, k, v), {"softmax_scale": 1e-50}),
+    "dropout None": (TypeError, "dropout_p is a NoneType", lambda q, k, v: (q, k, v), {"dropout_p": None}),
+    "dropout that float32 has as one": (
+        ValueError, "dropout_p=0.999999999", lambda q, k, v: (q, k, v), {"dropout_p": 1 - 1e-9}
+    ),
+    "window of fractions": (ValueError, "two integers", lambda q, k, v: (q, k, v), {"window_size": (2.7, 0)}),
+    "window infinite": (ValueError, "two integers", lambda q, k, v: (q, k, v), {"window_size": (float("inf"), 0)}),
+    "window of digits": (ValueError, "two integers", lambda q, k, v: (q, k, v), {"window_size": "34"}),
+    "softcap None": (TypeError, "softcap is a NoneType", lambda q, k, v: (q, k, v), {"softcap": None}),
+    "softcap a list": (TypeError, "softcap is a list", lambda q, k, v: (q, k, v), {"softcap": [1.0]}),
+    "softcap beyond float32": (ValueError, "softcap=1e\\+39", lambda q, k, v: (q, k, v), {"softcap": 1e39}),
     "scale NaN": (ValueError, "positive, finite", lambda q, k, v: (q, k, v), {"softmax_scale": float("nan")}),
     "dropout one": (ValueError, "dropout_p=1.0", lambda q, k, v: (q, k, v), {"dropout_p": 1.0}),
     "dropout negative": (ValueError, "dropout_p=-0.1", lambda q, k, v: (q, k, v), {"dropout_p": -0.1}),
@@ -133,7 +150,7 @@ WRONG_INPUTS = {
         lambda q, k, v: (q, k, v),
         {"alibi_slopes": torch.ones(4, device=DEVICE, requires_grad=True)},
     ),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", WRONG_INPUTS)
