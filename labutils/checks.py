@@ -9,7 +9,6 @@ that a compiler traces may depend on values. While a CUDA graph is captured noth
 
 from __future__ import annotations
 
-import itertools
 import numbers
 
 import torch
@@ -237,11 +236,15 @@ def table(block_table: torch.Tensor, batch: int, device: torch.device) -> torch.
     return block_table
 
 
-def table_values(block_table: torch.Tensor, lengths: torch.Tensor, blocks: int, page: int) -> None:
-    """Each sequence, int (B,) keys long, has the blocks of `page` rows it needs, and they exist."""
+def table_values(block_table: torch.Tensor, lengths: torch.Tensor, blocks: int, page: int, n_new: int = 0) -> None:
+    """Each sequence, int (B,) keys long, has the blocks of `page` rows it needs, and they exist.
+
+    The last `n_new` keys of each, which are written, must be its own; those before may be shared.
+    """
     if _capturing(block_table):
         return
-    for b, (row, length) in enumerate(zip(block_table.tolist(), lengths.tolist(), strict=True)):
+    table, lengths = block_table.tolist(), lengths.tolist()
+    for b, (row, length) in enumerate(zip(table, lengths, strict=True)):
         needed = -(-length // page) if length else 0
         if needed > len(row):
             raise ValueError(
@@ -252,11 +255,33 @@ def table_values(block_table: torch.Tensor, lengths: torch.Tensor, blocks: int, 
             raise ValueError(
                 f"block_table[{b}] begins {row[:needed][:6]}, but the cache has the blocks 0 to {blocks - 1} alone."
             )
+    if n_new:
+        _not_written_for_two(table, lengths, page, n_new)
+
+
+def _not_written_for_two(table: list[list[int]], lengths: list[int], page: int, n_new: int) -> None:
+    """No row of a block that is written to is one that another sequence sees, or the same one in another place."""
+    first_written = {}  # by block: the first row that is written, and whose it is
+    for b, (row, length) in enumerate(zip(table, lengths, strict=True)):
+        for place in range((length - n_new) // page, -(-length // page)):
+            written = max(length - n_new - place * page, 0), (b, place)
+            first_written[row[place]] = min(first_written.get(row[place], written), written)
+    for b, (row, length) in enumerate(zip(table, lengths, strict=True)):
+        needed = row[: -(-length // page)]
+        for block in first_written.keys() & set(needed):
+            start, owner = first_written[block]
+            for place, other in enumerate(needed):
+                if other == block and (b, place) != owner and start < length - place * page:
+                    raise ValueError(
+                        f"block_table[{owner[0]}] has block {block}, to which k is appended from row {start} on, and "
+                        f"block_table[{b}] sees these rows as well: give each sequence a block of its own to append to."
+                    )
 
 
 def cache(
     q: torch.Tensor,
     k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
     k: torch.Tensor | None,
     v: torch.Tensor | None,
     rotary: tuple[torch.Tensor | None, torch.Tensor | None],
@@ -270,6 +295,14 @@ def cache(
         tensors(q, k, v)
         if k.shape[2] != k_cache.shape[2]:
             raise ValueError(f"k and v have {k.shape[2]} heads, the cache has {k_cache.shape[2]}: they must agree.")
+        for name, t in (("k_cache", k_cache), ("v_cache", v_cache)):
+            if any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True)):
+                raise ValueError(
+                    f"{name} is expanded, several of its elements share their memory, and k and v would be written to "
+                    "it: clone() it."
+                )
+        if k_cache is v_cache:
+            raise ValueError("k_cache and v_cache are one tensor, and k and v would be written to it: pass two.")
         if cache_seqlens is None:
             raise ValueError(
                 "cache_seqlens is None with k and v given: pass how many keys each sequence has in the cache, an "
@@ -368,4 +401,4 @@ def cache_values(
                     "0 or later, and not behind its last."
                 )
     if block_table is not None:
-        table_values(block_table, torch.tensor(lengths) + n_new, cache_batch, page)
+        table_values(block_table, torch.tensor(lengths) + n_new, cache_batch, page, n_new)

@@ -306,7 +306,7 @@ def flash_attn_with_kvcache(
     q, k, v = _cast(q, k, v)
     paged = block_table is not None
     checks.tensors(q, k_cache, v_cache, paged=paged, names=("k_cache", "v_cache"))
-    checks.cache(q, k_cache, k, v, (rotary_cos, rotary_sin), cache_seqlens, num_splits)
+    checks.cache(q, k_cache, v_cache, k, v, (rotary_cos, rotary_sin), cache_seqlens, num_splits)
     batch = q.shape[0]
     if paged:
         block_table = checks.table(block_table, batch, q.device)

@@ -322,6 +322,25 @@ def test_sequences_may_share_pages():
     check(call)
 
 
+def test_what_one_sequence_appends_another_must_not_see():
+    """Blocks of 8 rows: full ones may be shared, and the rows of a block that neither of two sequences writes."""
+    call = make((19, 18), capacity=32, page=8, n_new=2)
+    call["block_table"][1, :2] = call["block_table"][0, :2]
+    check(call)
+    for lengths, places in (((19, 18), (2, 2)), ((19, 21), (2, 2)), ((7, 24), (1, 2)), ((22, 0), (2, 0))):
+        call = make(lengths, capacity=32, page=8, n_new=2)
+        first, second = places
+        call["block_table"][1, second] = block = call["block_table"][0, first].item()
+        before = call["k_cache"].clone()
+        with pytest.raises(ValueError, match=f"block {block}, to which k is appended"):
+            interface.flash_attn_with_kvcache(**call)
+        assert torch.equal(bits(call["k_cache"]), bits(before))
+    call = make((0,), capacity=16, page=8, n_new=16)
+    call["block_table"][0, 1] = call["block_table"][0, 0]
+    with pytest.raises(ValueError, match=r"block_table\[0\] sees these rows as well"):
+        interface.flash_attn_with_kvcache(**call)
+
+
 def test_entries_of_the_table_beyond_the_keys_may_be_anything():
     call = make(page=8, n_new=1)  # the longest sequence has 38 keys, in 5 of 6 blocks
     for b, length in enumerate(call["cache_seqlens"].tolist()):
@@ -443,6 +462,9 @@ WRONG_INPUTS = {
     ),
     "k of another dtype": (TypeError, "q, k and v .*convert", {}, dict(k=lambda t: t.half(), v=lambda t: t.half())),
     "k elsewhere": (ValueError, "k on meta.*move", {}, dict(k=lambda t: t.to(META))),
+    "expanded cache": (
+        ValueError, "v_cache is expanded.*clone", {}, dict(v_cache=lambda t: t[:1].expand(2, -1, -1, -1))
+    ),
     "k without lengths": (ValueError, "cache_seqlens is None.*pass how many", {}, dict(cache_seqlens=lambda t: None)),
     "lengths int64": (TypeError, "cache_seqlens is torch.int64.*int32", {}, dict(cache_seqlens=lambda t: t.long())),
     "lengths a list": (TypeError, "cache_seqlens is a list", {}, dict(cache_seqlens=lambda t: t.tolist())),
@@ -780,3 +802,12 @@ def test_a_gradient_that_needs_the_cache_as_it_was_is_refused():
     interface.flash_attn_with_kvcache(**call)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_one_tensor_for_both_caches():
+    """To read is right, to append to is not: v would replace k."""
+    call = make((9, 5))
+    check(call | dict(v_cache=call["k_cache"]))
+    call = make((9, 5), n_new=1)
+    with pytest.raises(ValueError, match="k_cache and v_cache are one tensor"):
+        interface.flash_attn_with_kvcache(**call | dict(v_cache=call["k_cache"]))
