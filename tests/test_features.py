@@ -99,6 +99,11 @@ def test_feature(feature, n_q, n_k):
     check(*make(n_q, n_k), blocks=(32, 16), **FEATURES[feature])
 
 
+@pytest.mark.parametrize("softcap", [50.0, 1e3, 1e6, 1e30])
+def test_softcaps_so_large_that_they_change_little(softcap):
+    check(*make(33, 40), softcap=softcap)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_slopes_of_either_sign(causal):
     """Keys far away get scores of any size; the rows of a tile that lie past the last query, too."""
