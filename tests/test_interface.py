@@ -1,9 +1,11 @@
 """flash-attn's interface: what it computes, what it differentiates, and what it refuses."""
 
+import inspect
+
 import pytest
 import torch
 
-from labutils import runtime
+from labutils import interface, runtime
 from labutils.interface import flash_attn_func, flash_attn_v1_func
 from labutils.reference import check_attention, check_gradients
 
@@ -72,6 +74,41 @@ def test_softmax_scale():
     out = flash_attn_func(q, k, v, softmax_scale=0.7)
     check_attention(out, q, k, v, softmax_scale=0.7).raise_if_failed()
     assert not check_attention(out, q, k, v)
+
+
+SHARED = "dropout_p=0.0 softmax_scale=None causal=False window_size=(-1,-1) softcap=0.0 alibi_slopes=None " + (
+    "deterministic=False return_attn_probs=False"
+)
+LENGTHS = "cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k"
+ARGUMENTS = {
+    "flash_attn_func": f"q k v {SHARED}",
+    "flash_attn_kvpacked_func": f"q kv {SHARED}",
+    "flash_attn_qkvpacked_func": f"qkv {SHARED}",
+    "flash_attn_varlen_func": f"q k v {LENGTHS} {SHARED} block_table=None",
+    "flash_attn_varlen_kvpacked_func": f"q kv {LENGTHS} {SHARED}",
+    "flash_attn_varlen_qkvpacked_func": f"qkv cu_seqlens max_seqlen {SHARED}",
+}
+
+
+def written(function) -> str:
+    """Names, order and defaults of the arguments, as in ARGUMENTS."""
+    parameters = inspect.signature(function).parameters.values()
+    assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters)
+    texts = [p.name if p.default is p.empty else f"{p.name}={p.default!r}".replace(" ", "") for p in parameters]
+    return " ".join(texts)
+
+
+@pytest.mark.parametrize("function", ARGUMENTS)
+def test_arguments_are_those_of_flash_attn(function):
+    """Of flash_attn 2.8; those of `flash_attn_with_kvcache` are in test_cache.py."""
+    assert written(getattr(interface, function)) == ARGUMENTS[function]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("function", ARGUMENTS)
+def test_arguments_are_those_of_the_flash_attn_here(function):
+    theirs = pytest.importorskip("flash_attn", reason="compares with the flash_attn package, which is not installed")
+    assert written(getattr(interface, function)) == written(getattr(theirs, function))
 
 
 CPU = torch.device("cpu")
