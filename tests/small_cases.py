@@ -1,6 +1,6 @@
 """One small, odd-shaped launch of every kernel, for tools that watch a whole program: see CONTRIBUTING.md.
 
-compute-sanitizer --tool memcheck --error-exitcode 1 python tests/small_cases.py
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 python tests/small_cases.py
 """
 
 import torch
