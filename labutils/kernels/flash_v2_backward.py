@@ -142,7 +142,8 @@ def _dkdv_inner(
     """Adds what the rows from `first` to `last` contribute to dK and dV of one block of keys; `begin`, `end`: `attend`.
 
     Everything is transposed, keys down and queries across, so that Pᵀ and dSᵀ are already what the products for dV
-    and dK take on their left. Rows past n_q must have no P: ALiBi's may be infinite, and times a dO of zero that is NaN.
+    and dK take on their left. Rows past n_q must have no P: with ALiBi it may be infinite, and times
+    a dO of zero that is NaN.
     """
     unit = score_unit(softmax_scale, softcap, slope)
     for start_m in tl.range(first, last, BLOCK_M):
