@@ -16,7 +16,10 @@ from labutils.__main__ import main, parser
 from labutils.commands import bench
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "MPLCONFIGDIR": os.environ.get("MPLCONFIGDIR", "")}
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    "MPLCONFIGDIR": os.environ.get("MPLCONFIGDIR", ""),
+}
 SMALL = ["--heads", "2", "--batch", "1", "--head-dims", "16", "--seconds", "0.02", "--warm-up", "0"]
 ON_CPU = pytest.mark.skipif(not runtime.interpreted, reason="about a machine without a GPU; this one has one")
 

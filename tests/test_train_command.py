@@ -17,7 +17,7 @@ from labutils.__main__ import main
 from labutils.commands import train
 
 ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 SMALL = [
     "--model.size=nano", "--model.seqlen=32", "--data.text=reference", "--data.vocab_size=300", "--data.batch_size=2",
     "--data.held_out=2",
