@@ -34,6 +34,8 @@ METADATA = {
 LONGEST_CELL = 40  # lines; 15 is what a cell should have
 WIDGET = "application/vnd.jupyter.widget-view+json"
 UNEXECUTED = "skip-execution"  # the tag that keeps nbclient from running a cell
+WAITING = "awaiting-run"  # the tag of a cell that is newer than the run whose outputs the notebook shows
+WAITING_NOTE = "wait for the next run on a GPU"  # what the first cell then says of such cells
 CELL_METADATA = {"tags", "jupyter", "exercise"}  # what is written by hand; all other keys come from tools
 
 # Folders of a machine, in an output. A leading word character or dot would make it a part of something else
@@ -93,6 +95,10 @@ def _cells(notebook: Notebook, kind: str | None = None) -> Iterator[tuple[str, N
     for number, cell in enumerate(notebook.get("cells", []), start=1):
         if kind is None or cell.get("cell_type") == kind:
             yield f"cell {number} ({cell.get('id', 'no id')})", cell
+
+
+def _tags(cell: Notebook) -> set[str]:
+    return set(cell.get("metadata", {}).get("tags", []))
 
 
 def _outputs(notebook: Notebook) -> Iterator[tuple[str, Notebook]]:
@@ -183,10 +189,14 @@ def check_labutils_first(notebook: Notebook) -> Iterator[Violation]:
 
 
 def check_executed(notebook: Notebook) -> Iterator[Violation]:
-    """Executed in one run from top to bottom: the code cells are numbered 1, 2, ..., n."""
+    """Executed in one run from top to bottom: the code cells are numbered 1, 2, ..., n.
+
+    Cells that wait for their first run on a GPU stand between them without a number; `check_waiting` sees to
+    these.
+    """
     expected = 1
     for name, cell in _cells(notebook, "code"):
-        if UNEXECUTED in cell.get("metadata", {}).get("tags", []):
+        if {UNEXECUTED, WAITING} & _tags(cell):
             continue
         if not cell["source"].strip():
             yield Violation("executed", name, "an empty code cell: delete it")
@@ -201,6 +211,21 @@ def check_executed(notebook: Notebook) -> Iterator[Violation]:
         if results - {count}:
             yield Violation("executed", name, "its result carries another number than the cell: execute it again")
         expected += 1
+
+
+def check_waiting(notebook: Notebook) -> Iterator[Violation]:
+    """A cell that waits for a run shows nothing, and the first cell tells the reader of it; nobody waits after
+    a run."""
+    waiting = [(name, cell) for name, cell in _cells(notebook, "code") if WAITING in _tags(cell)]
+    for name, cell in waiting:
+        if cell.get("execution_count") is not None or cell.get("outputs"):
+            yield Violation("waiting", name, f"it was executed: run --fix, which takes the tag {WAITING} from it")
+    told = WAITING_NOTE in " ".join(next(iter(notebook.get("cells", [])), {}).get("source", "").split())
+    if waiting and not told:
+        message = f"{len(waiting)} cells have no output yet: say in the first cell that they {WAITING_NOTE!r}"
+        yield Violation("waiting", None, message)
+    if told and not waiting:
+        yield Violation("waiting", None, "no cell waits for a run any more: take the note out of the first cell")
 
 
 def check_errors(notebook: Notebook) -> Iterator[Violation]:
@@ -266,6 +291,7 @@ RULES: tuple[Callable[[Notebook], Iterator[Violation]], ...] = (
     check_title,
     check_labutils_first,
     check_executed,
+    check_waiting,
     check_errors,
     check_paths,
     check_progress,
@@ -303,6 +329,10 @@ def fix(notebook: Notebook) -> Notebook:
         cell["source"] = cell["source"].rstrip("\n")
         if cell["cell_type"] == "code":
             cell["outputs"] = _fix_outputs(cell.get("outputs", []))
+            if cell.get("execution_count") is not None and WAITING in _tags(cell):
+                cell["metadata"]["tags"].remove(WAITING)
+                if not cell["metadata"]["tags"]:
+                    del cell["metadata"]["tags"]
     return notebook
 
 

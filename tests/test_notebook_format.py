@@ -82,6 +82,11 @@ def test_a_clean_notebook_breaks_no_rule():
     assert broken_rules(clean) == set()
 
 
+def test_cells_may_wait_for_a_run_where_the_reader_is_told():
+    new = code("x = 1", "x", None, tags=[rules.WAITING])
+    assert broken_rules(waiting(new, code("y = 1", "y", 2))) == set()
+
+
 def older_format():
     return {**notebook(), "nbformat_minor": 4}
 
@@ -113,6 +118,13 @@ def first_imports(source):
     return nb
 
 
+def waiting(*cells):
+    """A notebook whose first cell says that some cells have not been run yet."""
+    nb = notebook(*cells)
+    nb["cells"][0]["source"] += f"\n\nCells without an output {rules.WAITING_NOTE}."
+    return nb
+
+
 BROKEN = {
     "older nbformat": ("schema", older_format()),
     "unknown field": ("schema", field_that_nbformat_does_not_know()),
@@ -138,6 +150,19 @@ BROKEN = {
     "executed out of order": ("executed", notebook(code("x = 1", "x", 3), code("y = 1", "y", 2))),
     "executed twice": ("executed", notebook(code("x = 1", "x", 7))),
     "empty cell": ("executed", notebook(code("", "nothing", None))),
+    "newer than the run, and nobody is told": (
+        "waiting",
+        notebook(code("x = 1", "x", None, tags=[rules.WAITING])),
+    ),
+    "said to be newer than the run, and executed": (
+        "waiting",
+        waiting(code("x = 1", "x", 2, tags=[rules.WAITING]), code("y = 1", "y", None, tags=[rules.WAITING])),
+    ),
+    "the reader is told of cells that are not there": ("waiting", waiting(code("x = 1", "x", 2))),
+    "numbered as if it had waited": (
+        "executed",
+        waiting(code("x = 1", "x", None, tags=[rules.WAITING]), code("y = 1", "y", 3)),
+    ),
     "result of another run": (
         "executed",
         notebook(code("1", "x", 2, {**display({}), "output_type": "execute_result", "execution_count": 9})),
@@ -267,6 +292,21 @@ def test_fix_mends(name):
 def test_fix_leaves_what_needs_a_person(name):
     rule, nb = BROKEN[name]
     assert broken_rules(rules.fix(nb)) == {rule}
+
+
+def test_fix_takes_the_tag_from_a_cell_that_was_run():
+    nb = waiting(
+        code("x = 1", "x", 2, tags=[rules.WAITING]),
+        code("y = 1", "y", 3, tags=["exercise", rules.WAITING]),
+        code("z = 1", "z", None, tags=[rules.WAITING]),
+    )
+    mended = rules.fix(nb)
+    assert [cell["metadata"] for cell in mended["cells"][2:]] == [
+        {},
+        {"tags": ["exercise"]},
+        {"tags": [rules.WAITING]},
+    ]
+    assert broken_rules(mended) == set()
 
 
 @pytest.mark.parametrize("name", BROKEN)
