@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from labutils.plotting import BLUE, ORANGE, VERMILLION, WIDE, _figure, _footnote
+from labutils.plotting.style import BLUE, ORANGE, VERMILLION, WIDE, footnote, styled
 from labutils.reference import online_softmax_trace
 
 _SEEN, _NOW, _LATER = "#D8EAF6", "#FFE9C7", "#F4F4F4"
@@ -130,14 +130,14 @@ def _title(step: Step, number: int, count: int) -> str:
 
 
 def _headline(fig: Figure) -> None:
-    _footnote(
+    footnote(
         fig,
         "Orange: the tile at hand. Blue: seen, and forgotten. Grey: not yet seen. α = exp(m_old − m), 0 at the first "
         "tile; red where it makes l and a smaller. a: the sum of exp(S − m) V. a / l: attention over the columns seen.",
     )
 
 
-@_figure
+@styled
 def plot_steps(states: Sequence[Step]) -> Figure:
     """Every step, one below the other: the scores on the left, the state of the rows on the right."""
     rows = states[0].m.shape[0]
@@ -152,7 +152,7 @@ def plot_steps(states: Sequence[Step]) -> Figure:
     return fig
 
 
-@_figure
+@styled
 def plot_step(states: Sequence[Step], number: int) -> Figure:
     """One step of `plot_steps`."""
     step = states[number]
@@ -184,7 +184,7 @@ def step_through(states: Sequence[Step]) -> Any:
     return widgets.VBox([widgets.HBox([play, slider]), image])
 
 
-@_figure
+@styled
 def plot_row_errors(errors: dict[str, torch.Tensor], allowed: float, machine: str = "") -> Figure:
     """Largest error of each row of a result, for several results: rounding against bugs.
 
@@ -204,5 +204,5 @@ def plot_row_errors(errors: dict[str, torch.Tensor], allowed: float, machine: st
     ax.set_ylabel("max |out − exact| of the row")
     ax.set_title("Rounding stays below the line in every row; a bug leaves a pattern")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside upper left", ncols=3)
-    _footnote(fig, f"{machine} At the bottom: rows without any error.")
+    footnote(fig, f"{machine} At the bottom: rows without any error.")
     return fig

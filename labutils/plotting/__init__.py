@@ -1,0 +1,41 @@
+"""Every figure of the lab. Functions take the tables that the other modules return, and return a matplotlib
+Figure.
+
+In a notebook let a call be the last line of its cell: the figure shows itself, once. An implementation has
+one colour and one marker in all figures (`COLORS`, `MARKERS`); the markers tell them apart where colours do
+not.
+
+The parts: `style` has what all figures share, `sweeps` draws measurements over the sequence length, `algorithm`
+how attention is computed, `costs` bytes, roofline and profiles, `training` losses and memory.
+"""
+
+from labutils.plotting.algorithm import (
+    plot_mask,
+    plot_memory_hierarchy,
+    plot_online_softmax,
+    plot_tile_order,
+)
+from labutils.plotting.costs import plot_profile, plot_roofline, plot_traffic
+from labutils.plotting.style import COLORS, LABELS, MARKERS, TENSOR_COLORS
+from labutils.plotting.sweeps import plot_error, plot_memory, plot_sweep, plot_time
+from labutils.plotting.training import plot_memory_bars, plot_training
+
+__all__ = [
+    "COLORS",
+    "LABELS",
+    "MARKERS",
+    "TENSOR_COLORS",
+    "plot_error",
+    "plot_mask",
+    "plot_memory",
+    "plot_memory_bars",
+    "plot_memory_hierarchy",
+    "plot_online_softmax",
+    "plot_profile",
+    "plot_roofline",
+    "plot_sweep",
+    "plot_tile_order",
+    "plot_time",
+    "plot_traffic",
+    "plot_training",
+]

@@ -1,0 +1,234 @@
+"""Figures of the algorithm: online softmax, tile orders, masks, the memory hierarchy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
+
+from labutils.plotting.style import BLACK, BLUE, ORANGE, SKY, VERMILLION, WIDE, WIDTH, footnote, styled
+
+
+@styled
+def plot_online_softmax(trace: Sequence[Mapping[str, Any]], x: torch.Tensor) -> Figure:
+    """The running maximum m and sum l of the online softmax, block after block, under the scores they come
+    from.
+
+    Args:
+        trace: of `reference.online_softmax_trace(x, block)`.
+        x: (N,) scores; of more dimensions the first row is drawn.
+    """
+    row = x.detach().double().reshape(-1, x.shape[-1])[0].cpu()
+    starts = [step["start"] for step in trace]
+    stops = [step["stop"] for step in trace]
+
+    def first_row(name: str) -> list[float]:
+        return [float(torch.as_tensor(step[name]).reshape(-1)[0]) for step in trace]
+
+    m, l = first_row("m"), first_row("l")
+    edges = [s - 0.5 for s in starts] + [stops[-1] - 0.5]
+    fig, (top, bottom) = plt.subplots(2, 1, figsize=(WIDTH, 5.2), sharex=True, height_ratios=[3, 2])
+    for i, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+        for ax in (top, bottom):
+            if i % 2:
+                ax.axvspan(start - 0.5, stop - 0.5, color="#F1F1F1", linewidth=0)
+        top.bar(
+            range(start, stop), row[start:stop].tolist(), color=SKY, width=0.8, label="score x_j" if i == 0 else None
+        )
+    top.stairs(m, edges, baseline=None, color=VERMILLION, linewidth=2.2, label="running maximum m")
+    top.axhline(0, color="#777777", linewidth=0.8)
+    top.set_ylabel("score (no unit)")
+    top.set_title("m only rises; l is rescaled by exp(m_old − m_new) whenever it does")
+    top.legend(loc="best", framealpha=0.9, frameon=True)
+    bottom.stairs(l, edges, baseline=None, color=BLUE, linewidth=2.2, label="running sum l = Σ exp(x_j − m)")
+    final = float(torch.exp(row - row.max()).sum())
+    bottom.axhline(final, color=BLACK, linestyle=":", label=f"l of the whole row: {final:.2f}")
+    for i in range(1, len(trace)):
+        if m[i] > m[i - 1]:
+            factor = math.exp(m[i - 1] - m[i])
+            bottom.axvline(edges[i], color=VERMILLION, linewidth=1, linestyle="--", ymax=0.3)
+            bottom.annotate(
+                f"old l × {factor:.2g}",
+                (edges[i], 0.05),
+                xycoords=bottom.get_xaxis_transform(),
+                fontsize=8.5,
+                color=VERMILLION,
+                xytext=(3, 0),
+                textcoords="offset points",
+            )
+    bottom.set_ylim(0, max(*l, final) * 1.35)
+    bottom.set_ylabel("l (no unit)")
+    bottom.set_xlabel("column j of the row (blocks shaded in turn)")
+    bottom.legend(loc="upper left", ncols=2, framealpha=0.9, frameon=True)
+    return fig
+
+
+@styled
+def plot_tile_order(
+    n_q: int, n_k: int, block_m: int, block_n: int, order: str = "both", causal: bool = False
+) -> Figure:
+    """The tiles of the score matrix in the order in which FlashAttention-1 and -2 visit them.
+
+    Args:
+        n_q, n_k: N_q and N_k. block_m, block_n: rows and columns of a tile.
+        order: "v1" (K/V blocks outside: column by column, by one program), "v2" (Q blocks outside: each row
+            of tiles is a program of its own) or "both".
+        causal: tiles above the diagonal are left out.
+
+    Raises:
+        ValueError: an unknown order.
+    """
+    if order not in ("v1", "v2", "both"):
+        raise ValueError(f"order={order!r} is not known: 'v1', 'v2' or 'both'.")
+    orders = ("v1", "v2") if order == "both" else (order,)
+    rows, columns = math.ceil(n_q / block_m), math.ceil(n_k / block_n)
+    panel = min(5.0, max(3.9, 0.62 * max(rows, columns)))
+    fig, axes = plt.subplots(1, len(orders), figsize=(panel * len(orders) + 0.6, panel * 0.86 + 1.4), squeeze=False)
+    for ax, version in zip(axes[0], orders, strict=True):
+        _draw_tiles(ax, version, n_q, n_k, block_m, block_n, causal)
+    return fig
+
+
+def _draw_tiles(ax: Axes, version: str, n_q: int, n_k: int, block_m: int, block_n: int, causal: bool) -> None:
+    rows, columns = math.ceil(n_q / block_m), math.ceil(n_k / block_n)
+
+    def visible(i: int, j: int) -> bool:
+        return not causal or j * block_n <= min((i + 1) * block_m, n_q) - 1 + n_k - n_q
+
+    if version == "v1":
+        visits = [(i, j) for j in range(columns) for i in range(rows) if visible(i, j)]
+        number = {tile: step for step, tile in enumerate(visits, 1)}
+        shade = {tile: 0.15 + 0.7 * step / max(len(visits), 1) for tile, step in number.items()}
+        colormap = plt.get_cmap("cividis")
+        ax.set_title("v1: K/V outside, column by column\none program for the whole head")
+    else:
+        number = {}
+        for i in range(rows):
+            number |= {(i, j): step for step, j in enumerate((j for j in range(columns) if visible(i, j)), 1)}
+        shade = {(i, j): (i % 8 + 0.5) / 8 for i, j in number}
+        colormap = plt.get_cmap("Set2")
+        ax.set_title("v2: Q outside, row by row\none program for each row, all at once")
+    for i in range(rows):
+        for j in range(columns):
+            if (i, j) in number:
+                color = colormap(shade[i, j])
+                ax.add_patch(Rectangle((j, i), 1, 1, facecolor=color, edgecolor="white", linewidth=1.5))
+                bright = 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2]
+                ax.text(
+                    j + 0.5,
+                    i + 0.5,
+                    str(number[i, j]),
+                    ha="center",
+                    va="center",
+                    fontsize=9,
+                    color="black" if bright > 0.5 else "white",
+                )
+            else:
+                ax.add_patch(
+                    Rectangle((j, i), 1, 1, facecolor="#EEEEEE", edgecolor="#BBBBBB", hatch="////", linewidth=0.5)
+                )
+    ax.set(xlim=(0, columns), ylim=(rows, 0), aspect="equal")
+    ax.set_xticks([j + 0.5 for j in range(columns)], [str(j) for j in range(columns)])
+    ax.set_yticks([i + 0.5 for i in range(rows)], [str(i) for i in range(rows)])
+    ax.set_xlabel(f"block j of K and V ({_sizes(n_k, block_n, 'keys')})")
+    ax.set_ylabel(f"block i of Q ({_sizes(n_q, block_m, 'queries')})")
+    ax.grid(visible=False)
+    meaning = "colour and number: its turn" if version == "v1" else "colour: program; number: its turn there"
+    handles = [Patch(facecolor=colormap(0.5), edgecolor="white", label=meaning)]
+    if len(number) < rows * columns:
+        handles.append(Patch(facecolor="#EEEEEE", edgecolor="#BBBBBB", hatch="////", label="masked, never visited"))
+    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=1)
+
+
+def _sizes(n: int, block: int, what: str) -> str:
+    last = n % block
+    return f"{block} {what} each" + (f", the last {last}" if last else "")
+
+
+@styled
+def plot_mask(mask: torch.Tensor, title: str | None = None) -> Figure:
+    """A mask as a picture: which query sees which key.
+
+    Args:
+        mask: bool (N_q, N_k), True = visible, as `reference.causal_mask` returns it.
+        title: instead of the one that counts what is visible.
+
+    Raises:
+        ValueError: not two-dimensional.
+    """
+    if mask.dim() != 2:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}: pass one of (N_q, N_k).")
+    n_q, n_k = mask.shape
+    shape = min(max(n_k / n_q, 0.4), 3.0)
+    width = min(WIDTH, 1.2 + 3.6 * shape)
+    fig, ax = plt.subplots(figsize=(max(width, 3.6), 1.4 + (width - 1.2) / shape))
+    edges = ([j - 0.5 for j in range(n_k + 1)], [i - 0.5 for i in range(n_q + 1)])
+    picture = ax.pcolormesh(*edges, mask.cpu().int().numpy(), cmap=ListedColormap(["#EEEEEE", BLUE]), vmin=0, vmax=1)
+    if max(n_q, n_k) <= 32:
+        picture.set(edgecolor="white", linewidth=0.7)
+    ax.invert_yaxis()
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(aspect="equal", xlabel="key j", ylabel="query i")
+    ax.grid(visible=False)
+    ax.set_title(title or f"{mask.float().mean():.0%} of the scores are visible")
+    handles = [
+        Patch(facecolor=BLUE, label="visible"),
+        Patch(facecolor="#EEEEEE", edgecolor="#BBBBBB", label="masked"),
+    ]
+    fig.legend(handles=handles, loc="outside lower center", ncols=2)
+    return fig
+
+
+@styled
+def plot_memory_hierarchy() -> Figure:
+    """A sketch of the two memories of a GPU, and of what standard attention and FlashAttention send between
+    them.
+
+    The sizes and speeds are those of an A100 in figure 1 of arXiv 2205.14135.
+    """
+    fig, axes = plt.subplots(1, 2, figsize=(WIDE, 4.5))
+    panels = (
+        (
+            "Standard attention: the N × N matrices S and P go through HBM",
+            "one matmul, or one softmax,\nat a time",
+            "Q, K, V, O  (N × d each)\nS, P  (N × N each)",
+            ["Q, K", "S", "S", "P", "P, V", "O"],
+        ),
+        (
+            "FlashAttention: a tile of S and P is born and dies in SRAM",
+            "blocks of Q, K, V; a tile of S and P;\nm, l and O of a block of rows",
+            "Q, K, V, O  (N × d each)\nlog-sum-exp  (N)",
+            ["Q, K, V", "O, log-sum-exp"],
+        ),
+    )
+    for ax, (title, on_chip, in_hbm, arrows) in zip(axes, panels, strict=True):
+        ax.set(xlim=(0, 10), ylim=(0, 10))
+        ax.axis("off")
+        ax.set_title(title)
+        ax.add_patch(Rectangle((2.0, 7.1), 6.0, 2.6, facecolor="#FFE9C7", edgecolor=ORANGE, linewidth=1.8))
+        ax.text(5, 9.1, "SRAM, on chip: 20 MB, 19 TB/s", ha="center", va="center", weight="bold")
+        ax.text(5, 7.95, on_chip, ha="center", va="center", fontsize=9)
+        ax.add_patch(Rectangle((0.2, 0.3), 9.6, 2.9, facecolor="#D8EAF6", edgecolor=BLUE, linewidth=1.8))
+        ax.text(5, 2.6, "HBM: 40 GB, 1.5 TB/s", ha="center", va="center", weight="bold")
+        ax.text(5, 1.3, in_hbm, ha="center", va="center", fontsize=9)
+        span = 6.0 / len(arrows)
+        for i, what in enumerate(arrows):
+            x = 2.0 + span * (i + 0.5)
+            up = i % 2 == 0  # a load, then a store, and so on
+            ends = ((x, 3.25), (x, 7.05)) if up else ((x, 7.05), (x, 3.25))
+            color = BLUE if up else VERMILLION
+            ax.add_patch(FancyArrowPatch(*ends, arrowstyle="-|>", mutation_scale=15, color=color, linewidth=2))
+            ax.text(x + 0.12, 5.9 if i % 2 else 4.4, what, fontsize=9, color=color, va="center")
+    handles = [Patch(color=BLUE, label="load"), Patch(color=VERMILLION, label="store")]
+    fig.legend(handles=handles, loc="outside lower center", ncols=2)
+    footnote(fig, "Sizes and bandwidths of an A100 (40 GB), figure 1 of arXiv 2205.14135.")
+    return fig

@@ -1,0 +1,219 @@
+"""Figures of costs: bytes per tensor, the roofline, profiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from labutils.analysis import Bytes, Ceilings, total_bytes
+from labutils.plotting.style import (
+    BLACK,
+    BLUE,
+    COLORS,
+    LABELS,
+    OTHER_COLORS,
+    TENSOR_COLORS,
+    TENSOR_LABELS,
+    WIDTH,
+    footnote,
+    legend_above,
+    look_of,
+    machine_of,
+    short_size,
+    styled,
+)
+
+
+@styled
+def plot_traffic(model: Mapping[str, Bytes], counted: Mapping[str, Bytes] | None = None, title: str = "") -> Figure:
+    """Bytes moved to and from HBM, stacked by tensor; the IO model's beside the counted ones.
+
+    Args:
+        model: by algorithm, of `analysis.io_bytes`: {"naive": ..., "v1": ..., "v2": ...}.
+        counted: by algorithm, of `analysis.counted_traffic`, for those that were counted.
+        title: the shape, as it should stand in the title.
+    """
+    bars = []
+    for name, moved in model.items():
+        bars.append((f"{name}\nmodel", moved))
+        if counted is not None and name in counted:
+            bars.append((f"{name}\ncounted", counted[name]))
+    largest = max(total_bytes(moved) for _, moved in bars)
+    unit, name = next((u, n) for u, n in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes")) if largest >= u)
+    fig, ax = plt.subplots(figsize=(WIDTH, 4.6))
+    tensors = [t for t in TENSOR_COLORS if any(t in moved for _, moved in bars)]
+    tensors += sorted({t for _, moved in bars for t in moved} - set(tensors))
+    for x, (label, moved) in enumerate(bars):
+        bottom = 0.0
+        for i, tensor in enumerate(tensors):
+            height = sum(moved.get(tensor, {}).values()) / unit
+            if height:
+                ax.bar(
+                    x,
+                    height,
+                    bottom=bottom,
+                    width=0.7,
+                    color=TENSOR_COLORS.get(tensor, OTHER_COLORS[i % len(OTHER_COLORS)]),
+                    edgecolor="white",
+                    linewidth=0.8,
+                    hatch="//" if label.endswith("counted") else None,
+                )
+            bottom += height
+        ax.annotate(
+            f"{bottom:.3g} {name}",
+            (x, bottom),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+        )
+    ax.set_xticks(range(len(bars)), [label for label, _ in bars])
+    ax.set_ylabel(f"loads and stores ({name})")
+    ax.set_title("Where the bytes go" + (f": {title}" if title else ""))
+    ax.grid(visible=False, axis="x")
+    ax.margins(y=0.1)
+    handles = [
+        Patch(
+            facecolor=TENSOR_COLORS.get(t, OTHER_COLORS[i % len(OTHER_COLORS)]), label=TENSOR_LABELS.get(t, t.upper())
+        )
+        for i, t in enumerate(tensors)
+    ]
+    fig.legend(handles=handles[::-1], loc="outside right center", title="tensor")
+    note = "Model: the bytes that the algorithm's loops ask for."
+    if counted:
+        note += " Counted (hatched): those that our Triton kernel asked for in the interpreter."
+    footnote(fig, note)
+    return fig
+
+
+@styled
+def plot_roofline(points: pd.DataFrame, ceilings: Ceilings) -> Figure:
+    """Attained TFLOP/s over arithmetic intensity, under the two ceilings measured on this machine.
+
+    A marker stands at the intensity of the IO model. The line to its right ends at the intensity with every
+    tensor
+    moved once: caches serve repeated loads, so the truth lies in between.
+
+    Args:
+        points: of `analysis.roofline_points`.
+        ceilings: of `analysis.measure_ceilings`.
+    """
+    fig, ax = plt.subplots(figsize=(WIDTH, 4.9))
+    low = min([points["intensity"].min() if len(points) else ceilings.ridge, ceilings.ridge]) / 4
+    high = max([points["intensity_compulsory"].max() if len(points) else ceilings.ridge, ceilings.ridge]) * 2
+    ax.plot(
+        [low, ceilings.ridge, high],
+        [ceilings.roof(low), ceilings.tflops, ceilings.tflops],
+        color="#444444",
+        linewidth=2.2,
+        label="roof, measured",
+    )
+    ax.axvline(ceilings.ridge, color="#999999", linestyle=":", linewidth=1.2)
+    ax.annotate(
+        f"ridge: {ceilings.ridge:.3g} FLOP/byte",
+        (ceilings.ridge, 0.02),
+        xycoords=ax.get_xaxis_transform(),
+        xytext=(4, 0),
+        textcoords="offset points",
+        fontsize=8,
+        color="#555555",
+    )
+    ax.annotate(
+        f"matmul, {ceilings.dtype}: {ceilings.tflops:.3g} TFLOP/s",
+        (high, ceilings.tflops),
+        ha="right",
+        xytext=(0, 4),
+        textcoords="offset points",
+        fontsize=9,
+    )
+    ax.annotate(
+        f"copy: {ceilings.gb_per_s:,.3g} GB/s"
+        if ceilings.gb_per_s < 1000
+        else f"copy: {ceilings.gb_per_s / 1e3:.3g} TB/s",
+        (low, ceilings.roof(low)),
+        xytext=(14, 0),
+        textcoords="offset points",
+        fontsize=9,
+        va="center",
+    )
+    lengths = sorted(set(points["seqlen"]))
+    for i, (name, group) in enumerate(points.groupby("impl", sort=False)):
+        look = look_of(name, i)
+        for row in group.itertuples():
+            ax.plot(
+                [row.intensity, row.intensity_compulsory],
+                [row.tflops] * 2,
+                color=look["color"],
+                linewidth=1,
+                alpha=0.6,
+            )
+        marker = {"linestyle": "none"} | look
+        for row in group.sort_values("seqlen", ascending=False).itertuples():
+            size = 5 + 6 * (lengths.index(row.seqlen) + 1) / len(lengths)
+            ax.plot([row.intensity], [row.tflops], **marker | {"markersize": size})
+            marker["label"] = None  # one entry in the legend, of the largest
+    ax.set(xscale="log", yscale="log", xlabel="arithmetic intensity (FLOP/byte)", ylabel="TFLOP/s")
+    ax.margins(y=0.12)
+    ax.set_title(f"Left of the ridge memory is the bound, right of it arithmetic: {ceilings.machine}")
+    legend_above(fig, ax)
+    span = (
+        f", larger for longer sequences (N = {short_size(lengths[0])} to {short_size(lengths[-1])})" if lengths else ""
+    )
+    footnote(
+        fig,
+        f"Markers: intensity by the IO model{span}. Lines: up to the intensity with every tensor moved once, "
+        "as a cache that serves all repeated loads would have it.",
+    )
+    return fig
+
+
+def _shorten(name: str, width: int = 44) -> str:
+    """A kernel's name without `void`, template arguments and namespaces, cut to a width."""
+    name = name.removeprefix("aten::").removeprefix("void ").split("(")[0]
+    base = name.split("<")[0].split("::")[-1] if "<" in name else name
+    return base if len(base) <= width else base[: width - 1] + "…"
+
+
+@styled
+def plot_profile(profiles: pd.DataFrame | Mapping[str, pd.DataFrame], top: int = 8) -> Figure:
+    """Where the time goes, operation by operation: bars of self time.
+
+    Args:
+        profiles: a table of `analysis.profile`, or several by name, drawn below each other on one scale.
+        top: the longest operations of each.
+    """
+    named = dict(profiles) if isinstance(profiles, Mapping) else {"": profiles}
+    # what takes less than half a percent would be a row without a bar
+    named = {name: df[df["share"] >= 0.005].head(top) for name, df in named.items()}
+    counts = [len(df) for df in named.values()]
+    size = (WIDTH, 0.9 + sum(0.3 * n + 0.75 for n in counts))
+    fig, axes = plt.subplots(len(named), 1, figsize=size, height_ratios=counts, sharex=True, squeeze=False)
+    longest = max(df["self_ms"].max() for df in named.values())
+    for i, (ax, (name, shown)) in enumerate(zip(axes[:, 0], named.items(), strict=True)):
+        color = COLORS.get(name, BLUE) if name else BLUE
+        color = "#555555" if color == BLACK else color
+        label = LABELS.get(name, name) or "self time"
+        ax.barh(range(len(shown)), shown["self_ms"], color=color, label=label, height=0.7)
+        for y, row in enumerate(shown.itertuples()):
+            ax.annotate(
+                f"{row.share:.0%}, {row.calls:.3g} call{'s' if row.calls != 1 else ''}",
+                (row.self_ms, y),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+            )
+        ax.set_yticks(range(len(shown)), [_shorten(op) for op in shown["op"]], fontsize=9)
+        ax.set(ylim=(len(shown) - 0.4, -0.6), xlim=(0, longest * 1.25))
+        ax.grid(visible=False, axis="y")
+        device = shown.attrs.get("device", "CPU")
+        title = f"{shown.attrs.get('total_ms', shown['self_ms'].sum()):.3g} ms in all. {machine_of(shown)}"
+        ax.set_title(f"{label}: {title}")
+        ax.legend(loc="lower right")
+        if i == len(named) - 1:
+            ax.set_xlabel(f"self time on the {device} (ms per call of the function)")
+    return fig
