@@ -44,6 +44,42 @@ def softmax_with_one_maximum(x):
     return p / p.sum(-1, keepdim=True)
 
 
+def softmax_in_place(x):
+    x -= x.amax(-1, keepdim=True)
+    x.exp_()
+    return x.div_(x.sum(-1, keepdim=True))
+
+
+def softmax_recursive(x):
+    if x.ndim > 1:
+        return torch.stack([softmax_recursive(row) for row in x])
+    return (x - x.max()).exp() / (x - x.max()).exp().sum()
+
+
+def softmax_without_the_mean(x):
+    p = (x - x.mean(-1, keepdim=True)).exp()
+    return p / p.sum(-1, keepdim=True)
+
+
+def update_in_place(m, l, x):
+    """Changes its arguments, and returns a list."""
+    new = torch.maximum(m, x.amax(-1))
+    safe = torch.where(new == -INF, 0.0, new)
+    l.mul_((m - safe).exp()).add_((x - safe[:, None]).exp().sum(-1))
+    return [m.copy_(new), l]
+
+
+def update_in_one_tensor(m, l, x):
+    return torch.stack(update(m.double(), l.double(), x.double()))
+
+
+def update_by_numpy(m, l, x):
+    m, l, x = (t.cpu().numpy().astype(np.float64) for t in (m, l, x))
+    new = np.maximum(m, x.max(1))
+    safe = np.where(np.isinf(new), 0.0, new)
+    return new, np.exp(m - safe) * l + np.exp(x - safe[:, None]).sum(1)
+
+
 def update(m, l, x, *, alpha=None, shift=None, keep=True, new_max=None, safe=True):
     """online_update with parts to break."""
     m_new = torch.maximum(m, x.amax(-1)) if new_max is None else new_max(m, x)
@@ -96,6 +132,22 @@ def normalised_averages(m, l, o, x, v):
     return m_new, l_new, o + torch.softmax(x, -1) @ v
 
 
+def normalised_as_one_more_column(m, l, o, x, v):
+    """What is behind is one column more, with the score m + log l and the value o."""
+    both = torch.cat([(m + l.log())[:, None], x], 1).double()
+    weights, new = both.softmax(1), torch.maximum(m, x.amax(1))
+    return new, (both - new[:, None]).exp().sum(1), weights[:, :1] * o + weights[:, 1:] @ v.double()
+
+
+def combine_by_softmax(outs, lses):
+    weights = lses.double().softmax(0).nan_to_num(0.0)
+    return torch.einsum("sn,snd->nd", weights, outs.double()), lses.double().logsumexp(0)
+
+
+def combine_the_winner(outs, lses):
+    return outs[lses.argmax(0), torch.arange(outs.shape[1], device=outs.device)], lses.logsumexp(0)
+
+
 def combine_two_by_two(outs, lses):
     out, lse = outs[0], lses[0]
     for o, s in zip(outs[1:], lses[1:]):
@@ -139,6 +191,7 @@ def tiles(q, k, v, block_m, block_n, causal, *, bug=""):
     scale = {"no scale": 1.0, "scale twice": 1 / q.shape[1]}.get(bug, q.shape[1] ** -0.5)
     shift = 0 if bug == "top left" else n_k - n_q
     stop = n_k // block_n * block_n if bug == "tail dropped" else n_k
+    hidden = -1e9 if bug == "large negative" else -INF
     outs, lses = [], []
     for i in range(0, n_q, block_m):
         q_i = q[i : i + block_m].to(work)
@@ -150,13 +203,26 @@ def tiles(q, k, v, block_m, block_n, causal, *, bug=""):
             s = (q_i @ k_j.T) * scale
             if causal and bug != "no mask":
                 column = torch.arange(j, j + k_j.shape[0], device=q.device)[None, :]
-                s = torch.where(column >= row if bug == "no diagonal" else column > row, -INF, s)
+                if bug == "within the tile":
+                    column, row = column - j, row - shift - i
+                s = torch.where(column >= row if bug == "no diagonal" else column > row, hidden, s)
+                if bug == "within the tile":
+                    row = row + shift + i
             m_new = torch.maximum(m, s.max(dim=1, keepdim=True).values)
             base = m_new if bug == "nan" else torch.where(m_new == -INF, 0.0, m_new)
             p, alpha = torch.exp(s - base), torch.exp(m - base)
             l = (1.0 if bug in ("no l", "neither") else alpha) * l + p.sum(1, keepdim=True)
             a = (1.0 if bug in ("no o", "neither") else alpha) * a + p @ v_j
+            if bug == "each step":
+                a = a / l
             m = m_new
+        if bug in ("each step", "undivided"):
+            l = torch.ones_like(l) if bug == "each step" else l
+            outs.append((a if bug == "undivided" else a / l).to(q.dtype))
+            lses.append((m + torch.log(l))[:, 0])
+            continue
+        if bug == "rows dropped" and i + block_m > n_q:
+            a = a * 0
         outs.append((a / (l if bug == "nan" else torch.where(l == 0, 1.0, l))).to(q.dtype))
         lses.append((m + torch.log(l))[:, 0])
     out, lse = torch.cat(outs), torch.cat(lses)
@@ -191,6 +257,11 @@ def tiles_by_merging(q, k, v, block_m, block_n, causal):
             u = torch.where(part == -INF, 0.0, (part - both).exp())
             out[i : i + block_m] = w[:, None] * out[i : i + block_m] + u[:, None] * o
             lse[i : i + block_m] = both
+    return out.to(q.dtype), lse
+
+
+def tiles_in_float64(q, k, v, block_m, block_n, causal):
+    out, lse = tiles(q.double(), k.double(), v.double(), block_m, block_n, causal)
     return out.to(q.dtype), lse
 
 
@@ -236,6 +307,11 @@ def lse_by_kernel(x, bug=""):
     y = torch.empty(x.shape[0], device=x.device)
     lse_kernel[(x.shape[0],)](x, y, x.stride(0), x.shape[1], BLOCK=triton.next_power_of_2(x.shape[1]), BUG=bug)
     return y
+
+
+def lse_without_the_mean(x):
+    mean = x.mean(-1)
+    return mean + (x - mean[:, None]).exp().sum(-1).log()
 
 
 @triton.jit
@@ -297,6 +373,17 @@ def kind_by_last_row(start_m, block_m, start_n, block_n, n_q, n_k):
     if start_n > last:
         return "skipped"
     return "plain" if start_n + block_n - 1 <= last and start_n + block_n <= n_k else "masked"
+
+
+def kind_skipping_the_corner(start_m, block_m, start_n, block_n, n_q, n_k):
+    if start_n >= min(start_m + block_m, n_q) - 1 + n_k - n_q:
+        return "skipped"
+    return kind_by_looking(start_m, block_m, start_n, block_n, n_q, n_k)
+
+
+def kind_masking_the_corner(start_m, block_m, start_n, block_n, n_q, n_k):
+    kind = kind_by_looking(start_m, block_m, start_n, block_n, n_q, n_k)
+    return "masked" if kind == "plain" and start_n + block_n - 1 >= start_m + n_k - n_q else kind
 
 
 def kind_by_first_row(start_m, block_m, start_n, block_n, n_q, n_k):
@@ -385,6 +472,13 @@ def d_scores_by_autograd(S, V, dO, dL):
         return torch.autograd.grad(value, S)[0]
 
 
+def d_scores_backward(S, V, dO, dL):
+    """As a student writes it who has never met torch.no_grad: on the argument itself."""
+    S.requires_grad_()
+    ((S.softmax(-1) @ V * dO).sum() + (S.logsumexp(-1) * dL).sum()).backward()
+    return S.grad
+
+
 # -- 03 ---------------------------------------------------------------------------------------------------------------
 
 
@@ -411,11 +505,13 @@ def documents_block_by_block(cu_seqlens, n):
     return mask
 
 
-def turned(x, positions, base, *, exponent=2, sign=1, neighbours=False):
+def turned(x, positions, base, *, exponent=2, sign=1, neighbours=False, swap=False):
     d = x.shape[-1]
     theta = base ** (-exponent * torch.arange(d // 2).double() / d)
     angle = (positions.double().cpu()[:, None] * theta)[:, None].to(x.device)
     cos, sin = angle.cos().float(), sign * angle.sin().float()
+    if swap:
+        cos, sin = sin, cos
     if neighbours:
         a, b = x[..., ::2], x[..., 1::2]
         return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
@@ -499,6 +595,18 @@ def loss_by_autograd_of_chunks(hidden, weight, targets, chunk):
     return total, torch.cat(dh), dw
 
 
+def loss_backward(hidden, weight, targets, chunk):
+    weight.requires_grad_()
+    total, pieces = 0.0, []
+    for h, t in zip(hidden.split(chunk), targets.split(chunk)):
+        h = h.clone().requires_grad_()
+        part = torch.nn.functional.cross_entropy(h @ weight.T, t, reduction="sum") / len(hidden)
+        part.backward()
+        pieces.append(h.grad)
+        total = total + part
+    return total, torch.cat(pieces), weight.grad
+
+
 # -- 04 ---------------------------------------------------------------------------------------------------------------
 
 
@@ -530,6 +638,16 @@ def share(rows, factor, column="self_ms", speed=None):
     total = sum(r[column] for r in rows)
     part = sum(r[column] for r in rows if "attention" in r["op"]) / total
     return part, 1 / (1 - part + part / factor) if speed is None else speed(part, factor)
+
+
+def share_that_eats_its_rows(rows, factor):
+    for row in rows:
+        row["inside"] = "attention" in row.pop("op")
+        row.pop("total_ms")
+    total = sum(row["self_ms"] for row in rows)
+    part = sum(row.pop("self_ms") for row in rows if row["inside"]) / total
+    rows.clear()
+    return np.float64(part), torch.tensor(1 / (1 - part + part / factor), dtype=torch.float64)
 
 
 def blocks(seqlen, heads, head_dim, itemsize, shared_bytes, stages, processors, *, q=1, kv=2, fill=True, bug=""):
@@ -568,16 +686,31 @@ broken = functools.partial
 RIGHT = grouped(
     {
         "score_bytes": [lambda b, h, n, s: b * h * n**2 * s, lambda *a: math.prod(a) * a[2]],
-        "safe_softmax": [softmax_by_torch, softmax_by_lse, softmax_row_by_row],
-        "online_update": [update, update_number_by_number, update_by_lse],
-        "normalised_update": [normalised, normalised_by_weights],
-        "combine": [combine_two_by_two, combine_by_maximum],
-        "tiled_attention": [tiles, tiles_by_merging],
+        "safe_softmax": [
+            softmax_by_torch,
+            softmax_by_lse,
+            softmax_row_by_row,
+            softmax_in_place,
+            softmax_recursive,
+            torch.nn.Softmax(-1),
+            lambda x: x.double().softmax(-1).cpu().numpy(),
+        ],
+        "online_update": [
+            update,
+            update_number_by_number,
+            update_by_lse,
+            update_in_place,
+            update_in_one_tensor,
+            update_by_numpy,
+        ],
+        "normalised_update": [normalised, normalised_by_weights, normalised_as_one_more_column],
+        "combine": [combine_two_by_two, combine_by_maximum, combine_by_softmax],
+        "tiled_attention": [tiles, tiles_by_merging, tiles_in_float64],
         "program_count": [lambda b, h, n, m: b * h * -(-n // m), lambda b, h, n, m: math.ceil(n / m) * h * b],
         "row_lse": [lse_by_kernel, lse_in_base_two],
         "tile_kind": [kind_by_looking, kind_by_numpy],
         "window_attention": [banded, broken(banded, block=64)],
-        "score_gradient": [d_scores, d_scores_by_autograd],
+        "score_gradient": [d_scores, d_scores_by_autograd, d_scores_backward],
         "kv_head": [lambda h, n, g: h * g // n, lambda h, n, g: int(np.repeat(np.arange(g), n // g)[h])],
         "overtaking_length": [first_length_by_search, lambda L, H, V: math.floor(2 * V / (L * H)) + 1],
         "document_mask": [
@@ -586,15 +719,15 @@ RIGHT = grouped(
         ],
         "rope": [turned, turned_as_complex],
         "read_oom": [oom, oom_by_words],
-        "chunked_loss": [loss_in_chunks, loss_by_autograd_of_chunks],
+        "chunked_loss": [loss_in_chunks, loss_by_autograd_of_chunks, loss_backward],
         "attention_intensity": [lambda n, d, b: n / b, lambda n, d, b: (2 * 2 * n * n * d) / (4 * n * d * b)],
         "v2_bytes": [v2_by_loop, lambda n, d, m, b: 2 * n * d * b * (1 + -(-n // m)) + 4 * n],
         "roofline_time": [
             roofline_by_ridge,
             lambda f, m, t, g: max((f / t / 1e9, "arithmetic"), (m / g / 1e6, "memory")),
         ],
-        "attention_share": [share, share_by_pandas],
-        "choose_blocks": [blocks, blocks_by_steps],
+        "attention_share": [share, share_by_pandas, share_that_eats_its_rows],
+        "choose_blocks": [blocks, blocks_by_steps, lambda *a: torch.tensor(blocks(*a))],
     }
 )
 
@@ -610,6 +743,13 @@ WRONG = {
         "overflowed to inf": unsafe_softmax,
         "One maximum for the whole tensor": softmax_with_one_maximum,
         "columns sum to 1": lambda x: torch.softmax(x, 0),
+        "dimension 1": lambda x: torch.softmax(x, 1),
+        "logarithm of the softmax": lambda x: torch.log_softmax(x, -1),
+        "Powers of 2": lambda x: torch.softmax(x * math.log(2), -1),
+        "mean was taken out": softmax_without_the_mean,
+        "dtype is float16": lambda x: x.half().softmax(-1),
+        "kept in 16 bits": lambda x: x.half().softmax(-1).float(),
+        "All of it is 0": torch.zeros_like,
         "not yet divided": lambda x: (x - x.amax(-1, keepdim=True)).exp(),
         "sum of the whole tensor": lambda x: (
             (x - x.amax(-1, keepdim=True)).exp() / (x - x.amax(-1, keepdim=True)).exp().sum()
@@ -622,12 +762,25 @@ WRONG = {
         "this block's sum alone": broken(update, keep=False),
         "maximum of this block alone": broken(update, new_max=lambda m, x: x.amax(-1)),
         "-inf - (-inf) is NaN": broken(update, safe=False),
+        "One maximum for all rows": broken(
+            update, new_max=lambda m, x: torch.maximum(m, x.amax(-1)).max().expand_as(m)
+        ),
+        "That is l_new": lambda m, l, x: update(m, l, x)[::-1],
+        "belongs to the old l alone": lambda m, l, x: (
+            update(m, l, x)[0],
+            (m - update(m, l, x)[0]).exp() * (l + (x - update(m, l, x)[0][:, None]).exp().sum(-1)),
+        ),
+        "m_new + log(l_new)": lambda m, l, x: (update(m, l, x)[0], update(m, l, x)[0] + update(m, l, x)[1].log()),
     },
     "normalised_update": {
         "not multiplied by the old l": broken(normalised, bug="no l"),
         "not rescaled by e^(m - m_new)": broken(normalised, bug="no alpha"),
         "not yet divided": broken(normalised, bug="undivided"),
         "added this block's own average": normalised_averages,
+        "Divided by this block's sum": lambda m, l, o, x, v: (
+            *update(m, l, x),
+            normalised(m, l, o, x, v, "undivided")[2] / (x - update(m, l, x)[0][:, None]).exp().sum(-1)[:, None],
+        ),
     },
     "combine": {
         "plain mean": combine_with(lambda lses: torch.full_like(lses, 1 / len(lses))),
@@ -635,6 +788,8 @@ WRONG = {
         "taken over the rows": combine_with(lambda lses: lses.softmax(1)),
         "e^lse overflowed": combine_and_overflow,
         "sees nothing has lse = -inf": combine_blindly,
+        "piece with the largest lse alone": combine_the_winner,
+        "number of pieces as well": lambda outs, lses: (combine_by_maximum(outs, lses)[0] / 3, lses.logsumexp(0)),
         "sum of the lses": lambda outs, lses: (combine_by_maximum(outs, lses)[0], lses.sum(0)),
     },
     "tiled_attention": {
@@ -643,10 +798,19 @@ WRONG = {
         "Neither l nor O": broken(tiles, bug="neither"),
         "1 / √D is missing": broken(tiles, bug="no scale"),
         "1 / √D twice": broken(tiles, bug="scale twice"),
+        "multiplied by √D": lambda q, *rest: tiles(q * q.shape[1], *rest),
+        "Powers of 2": lambda q, *rest: tiles(q * math.log(2), *rest),
+        "P was multiplied by K": lambda q, k, v, *rest: tiles(q, k, k, *rest),
+        "divided by l in each step": broken(tiles, bug="each step"),
+        "not yet divided by l": broken(tiles, bug="undivided"),
+        "The last rows": broken(tiles, bug="rows dropped"),
+        "places within the tile": broken(tiles, bug="within the tile"),
+        "large negative number": broken(tiles, bug="large negative"),
+        "lse must be in float32": lambda q, *rest: (tiles(q, *rest)[0], tiles(q, *rest)[1].to(q.dtype)),
         "aligned to the top left": broken(tiles, bug="top left"),
         "causal mask is missing": broken(tiles, bug="no mask"),
         "diagonal itself is masked": broken(tiles, bug="no diagonal"),
-        "fill no whole block": broken(tiles, bug="tail dropped"),
+        "last columns were left out": broken(tiles, bug="tail dropped"),
         "rows that see no key": broken(tiles, bug="nan"),
         "summed in float32": broken(tiles, bug="half"),
         "That is l:": broken(tiles, bug="lse is l"),
@@ -657,6 +821,8 @@ WRONG = {
         "have no program": lambda b, h, n, m: b * h * (n // m),
         "version 1": lambda b, h, n, m: b * h,
         "heads are missing": lambda b, h, n, m: b * -(-n // m),
+        "for each row": lambda b, h, n, m: b * h * n,
+        "Round up for each head": lambda b, h, n, m: -(-b * h * n // m),
         "no rest to make a block of": lambda b, h, n, m: b * h * (n // m + 1),
     },
     "row_lse": {
@@ -666,6 +832,7 @@ WRONG = {
         "n_columns apart": broken(lse_by_kernel, bug="contiguous"),
         "overflowed": broken(lse_by_kernel, bug="overflow"),
         "base 2": broken(lse_by_kernel, bug="base 2"),
+        "mean was taken out": lse_without_the_mean,
         "That is the maximum": broken(lse_by_kernel, bug="maximum"),
     },
     "tile_kind": {
@@ -676,6 +843,8 @@ WRONG = {
         "even the first row must see": kind_by_last_row,
         "asked about an earlier row": kind_by_first_row,
         "one of 'skipped'": lambda *a: True,
+        "so skip where start_n is larger": kind_skipping_the_corner,
+        "plain includes the diagonal": kind_masking_the_corner,
     },
     "window_attention": {
         "o was not rescaled": broken(banded, bug="no o"),
@@ -694,18 +863,23 @@ WRONG = {
         "dL has the wrong sign": broken(d_scores, bug="minus dL"),
         "factor P is missing": broken(d_scores, bug="no P"),
         "and not of dP alone": broken(d_scores, bug="delta of dP"),
+        "The sign is wrong": lambda *a: -d_scores(*a),
+        "S was scaled": lambda S, V, *rest: d_scores(S, V, *rest) * V.shape[1] ** -0.5,
     },
     "kv_head": {
         "deals the heads out": lambda h, n, g: h % g,
         "query's own head": lambda h, n, g: h,
         "size of a group": lambda h, n, g: h // g,
         "An index is an integer": lambda h, n, g: h * g / n,
+        "it returned nan": lambda h, n, g: math.nan,
     },
     "overtaking_length": {
         "layers are missing": lambda L, H, V: 2 * V // H + 1,
         "float32 alone": lambda L, H, V: 3 * V // (L * H) + 1,
         "counted once": lambda L, H, V: 2 * V // (3 * L * H) + 1,
         "still as large": lambda L, H, V: 2 * V // (L * H),
+        "plus 1 before": lambda L, H, V: 2 * V / (L * H) + 1,
+        "must be a whole number": lambda L, H, V: V / (L * H) + 0.5,
     },
     "document_mask": {
         "causal mask alone": lambda c, n: torch.ones(n, n, dtype=torch.bool).tril(),
@@ -720,6 +894,10 @@ WRONG = {
         "-i/D in place": broken(turned, exponent=1),
         "taken as its position": lambda x, p, b: turned(x, torch.arange(len(x)), b),
         "count from 0": lambda x, p, b: turned(x, p + 1, b),
+        "in degrees": lambda x, p, b: turned(x, p * math.pi / 180, b),
+        "exponent is -2i and not": broken(turned, exponent=16),
+        "halves stand in the wrong order": lambda x, p, b: turned(x, p, b).roll(x.shape[-1] // 2, -1),
+        "Sine and cosine are exchanged": lambda x, p, b: turned(x, p, b, swap=True),
     },
     "read_oom": {
         "Units were left out": broken(oom, bug="units"),
@@ -728,6 +906,7 @@ WRONG = {
         "sign is wrong": broken(oom, bug="sign"),
         "the reserve lies in pieces": broken(oom, bug="always"),
         "Even with the whole reserve": broken(oom, bug="never"),
+        "That is rounded": lambda message: (round(oom(message)[0], 1), oom(message)[1]),
     },
     "chunked_loss": {
         "mean of the chunks' means": broken(loss_in_chunks, bug="mean of means"),
@@ -745,6 +924,7 @@ WRONG = {
         "O is missing": lambda n, d, b: 4 * n / (3 * b),
         "S and P were counted": lambda n, d, b: 4 * n * n * d / (4 * n * d * b + 4 * n * n * b),
         "bytes per FLOP": lambda n, d, b: b / n,
+        "Rounded down": lambda n, d, b: n // b,
     },
     "v2_bytes": {
         "short, but loads all": lambda n, d, m, b: 2 * n * d * b * (1 + n // m) + 4 * n,
@@ -752,6 +932,9 @@ WRONG = {
         "version 1's way": lambda n, d, m, b: n * d * b * (3 + -(-n // m)) + 4 * n,
         "log-sum-exp is missing": lambda n, d, m, b: 2 * n * d * b * (1 + -(-n // m)),
         "V is missing": lambda n, d, m, b: n * d * b * (2 + -(-n // m)) + 4 * n,
+        "m and l were counted": lambda *a: v2_by_loop(*a) + 4 * a[0],
+        "counted in 16 bits": lambda *a: v2_by_loop(*a) - 2 * a[0],
+        "Rows that do not exist": lambda n, d, m, b: 2 * -(-n // m) * m * d * b * (1 + -(-n // m)) + 4 * n,
     },
     "roofline_time": {
         "shorter of the two": lambda f, m, t, g: (min(f / t / 1e9, m / g / 1e6), "memory"),
@@ -767,6 +950,7 @@ WRONG = {
         ),
         "costs nothing": broken(share, speed=lambda s, f: 1 / (1 - s)),
         "does not become faster": broken(share, speed=lambda s, f: f),
+        "That is rounded": lambda rows, f: (round(share(rows, f)[0], 4), 1.0),
         "old time is left": broken(share, speed=lambda s, f: 1 - s + s / f),
     },
     "choose_blocks": {
@@ -775,5 +959,6 @@ WRONG = {
         "larger block_n fits": broken(blocks, bug="narrow"),
         "multiprocessors idle": broken(blocks, fill=False),
         "a larger block_m": blocks_smallest,
+        "block_m comes first": lambda *a: blocks(*a)[::-1],
     },
 }

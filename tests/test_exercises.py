@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import exercise_answers as answers
 import pytest
+import torch
 
 from labutils import exercises
 from labutils.exercises.core import EXERCISES, NOT_YET, PASSED, WRONG
@@ -124,6 +126,54 @@ def test_no_exception_of_a_function_escapes(fresh, error, capsys):
 
     exercises.check.safe_softmax(raises)
     assert f"{type(error).__name__}" in capsys.readouterr().out
+
+
+class Broken(Exception):
+    def __str__(self):
+        raise self
+
+
+class Escaping(BaseException):
+    """What `except Exception` does not catch."""
+
+
+@pytest.mark.parametrize("error", [Broken(), Escaping("out"), GeneratorExit(), MemoryError()])
+def test_exceptions_that_try_to_escape_do_not(fresh, error, capsys):
+    def raises(*arguments):
+        raise error
+
+    exercises.check.safe_softmax(raises)
+    exercises.check.kv_head(raises)
+    assert capsys.readouterr().out.count(f"raised {type(error).__name__}") == 2
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        True, "x", object(), {"a": 1}, (), (None,) * 3, math.nan, math.inf, 10**400, 1j, torch.zeros(0),
+        torch.eye(3).to_sparse(), torch.empty(2, device="meta"), [[1.0, 2.0]] * 3, iter([1]),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_whatever_is_returned_is_wrong_and_never_an_error_of_the_lab(value):
+    for name in ("score_bytes", "safe_softmax", "online_update", "tile_kind", "kv_head", "read_oom", "choose_blocks"):
+        outcome = exercises.evaluate(name, lambda *a: value)
+        assert outcome.status == WRONG and outcome.message and len(outcome.message) < 600, outcome
+
+
+def test_sparse_tensors_inside_a_function_are_allowed():
+    def by_sparse(x):
+        rows = x.reshape(-1, x.shape[-1])
+        p = (rows - rows.amax(-1, keepdim=True)).exp()
+        inverse = torch.diag(1 / p.sum(-1)).to_sparse()
+        return torch.sparse.mm(inverse, p).reshape(x.shape)
+
+    assert exercises.evaluate("safe_softmax", by_sparse).status == PASSED
+
+
+def test_a_result_in_place_of_the_function_is_told(fresh, capsys):
+    exercises.check.safe_softmax(torch.zeros(3))
+    assert "wants the function itself; it got a tensor of shape (3,)" in capsys.readouterr().out
 
 
 def test_an_interrupt_is_the_students_own(fresh):

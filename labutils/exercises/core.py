@@ -111,7 +111,7 @@ def run(name: str, call: Call, seed: int = 0) -> Outcome:
         return Outcome(name, ERROR, str(reason))
     except Exception as reason:  # a value that nobody thought of: an integer of a million digits, a broken object
         return Outcome(
-            name, WRONG, f"What it returned cannot be judged ({type(reason).__name__}: {str(reason)[:200]})."
+            name, WRONG, f"What it returned cannot be judged ({type(reason).__name__}: {said(reason)[:200]})."
         )
     return Outcome(name, PASSED)
 
@@ -133,7 +133,7 @@ class _Largest(TorchDispatchMode):
         result = operation(*arguments, **(keywords or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
             # a view has the elements of its storage already counted, and an expanded one owns fewer than it shows
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
                 owned = tensor.untyped_storage().nbytes() // max(1, tensor.element_size())
                 self.elements = max(self.elements, min(tensor.numel(), owned))
         return result
@@ -148,17 +148,25 @@ class LocalCall:
 
     def __call__(self, *arguments: Any) -> Any:
         """Calls the function on the lab's device; see `Call`."""
+        if not callable(self.function):
+            raise Failed(
+                f"The check wants the function itself; it got {describe(self.function)}.\n"
+                "  Write check.name(name), without calling your function."
+            )
         arguments = tuple(to_device(argument) for argument in arguments)
         counter = _Largest()
         try:
-            with torch.no_grad(), counter, warnings.catch_warnings():
+            # with gradients, as in the student's own cell: an answer may use autograd
+            with torch.enable_grad(), counter, warnings.catch_warnings():
                 warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of elements that a kernel never stores
                 result = self.function(*arguments)
         except NotImplementedError as error:
             if is_stub(error):
                 raise NotYet("Replace `raise NotImplementedError` by your code, and run this cell again.") from None
             raise Failed(explain(error)) from None
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise  # the student's own: they stop what takes too long
+        except BaseException as error:
             raise Failed(explain(error)) from None
         self.largest = counter.elements
         if result is None or result is Ellipsis:
@@ -167,11 +175,16 @@ class LocalCall:
 
 
 def to_device(value: Any) -> Any:
-    """Tensors on the lab's device, strides kept, with NaN (or the smallest integer) on both sides of their memory."""
+    """Tensors on the lab's device, strides kept, with NaN (or the smallest integer) on both sides of their memory.
+
+    All is a copy: what a function does to its arguments does not reach the check.
+    """
     if isinstance(value, tuple | list):
         return type(value)(to_device(item) for item in value)
+    if isinstance(value, dict):
+        return {key: to_device(item) for key, item in value.items()}
     if not isinstance(value, torch.Tensor) or value.dtype == torch.bool or value.numel() == 0:
-        return value.to(runtime.device) if isinstance(value, torch.Tensor) else value
+        return value.to(runtime.device, copy=True) if isinstance(value, torch.Tensor) else value
     extent = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
     poison = math.nan if value.dtype.is_floating_point else torch.iinfo(value.dtype).min
     memory = torch.full((extent + 2 * GUARD,), poison, dtype=value.dtype, device=runtime.device)
@@ -199,33 +212,42 @@ def is_stub(error: BaseException) -> bool:
 
 
 _ADVICE = {
-    NameError: "a name that nothing has defined: is it spelt as above, and is it an argument or imported?",
-    AttributeError: "an object without that attribute: print its type.",
-    IndexError: "an index outside: print the shape and the index just before this line.",
-    KeyError: "a key that is not there: print the keys just before this line.",
-    ZeroDivisionError: "a division by zero: which argument was 0, and what should come out?",
-    OverflowError: "a number too large for a float: take the maximum out before the exponential.",
-    RecursionError: "the function calls itself without end.",
-    AssertionError: "an `assert` of your own, or of a library, does not hold.",
-    SystemExit: "the function ends the program: take the call to exit out.",
-    NotImplementedError: "a library says that it cannot do this.",
+    NameError: "Nothing has defined that name: is it spelt as above, and is it an argument or imported?",
+    AttributeError: "The object has no such attribute: print its type.",
+    IndexError: "An index lies outside: print the shape and the index just before this line.",
+    KeyError: "There is no such key: print the keys just before this line.",
+    ZeroDivisionError: "It divides by zero: which argument was 0, and what should come out?",
+    OverflowError: "The number is too large for a float: take the maximum out before the exponential.",
+    RecursionError: "The function calls itself without end.",
+    AssertionError: "An `assert` of your own, or of a library, does not hold.",
+    SystemExit: "The function ends the program: take the call to exit out.",
+    NotImplementedError: "A library says that it cannot do this.",
+    MemoryError: "It asks for more memory than there is: print the shapes just before this line.",
 }
+
+
+def said(error: BaseException) -> str:
+    """The text of an exception; a student's own may raise another where it should give its text."""
+    try:
+        return str(error).strip()
+    except Exception:
+        return ""
 
 
 def explain(error: BaseException) -> str:
     """What an exception was, in which line of the student's code, and what to look at."""
     advice = next((text for kind, text in _ADVICE.items() if isinstance(error, kind)), "")
-    text = str(error).strip()
+    text = said(error)
     if isinstance(error, TypeError):
-        advice = "a call or an operator got something that it does not take: compare the arguments with the signature."
+        advice = "A call or an operator got something that it does not take: compare the arguments with the signature."
     elif isinstance(error, RuntimeError) and "same device" in text:
-        advice = "tensors on two devices: make new ones with device=x.device, where x is an argument."
+        advice = "The tensors are on two devices: make new ones with device=x.device, where x is an argument."
+    elif isinstance(error, RuntimeError) and "dtype" in text:  # its message may speak of "same size", too
+        advice = "The dtypes do not fit: convert one of the tensors with .to(...)."
     elif isinstance(error, RuntimeError) and any(word in text for word in ("size", "shape", "dimension")):
-        advice = "shapes that do not fit: print the shapes of the tensors in this line."
-    elif isinstance(error, RuntimeError) and "dtype" in text:
-        advice = "dtypes that do not fit: convert one of the tensors with .to(...)."
+        advice = "The shapes do not fit: print the shapes of the tensors in this line."
     elif not advice:
-        advice = "run the line by itself on a small input, and print what goes into it."
+        advice = "Run the line by itself on a small input, and print what goes into it."
     frames = list(_frames(error))
     own = [frame for frame in frames if frame.own] or frames
     if own:
@@ -234,7 +256,7 @@ def explain(error: BaseException) -> str:
     else:
         place = "\n  before its first line ran"
     shown = text.splitlines()[0][:200] if text else "no message"
-    return f"Your function raised {type(error).__name__}: {shown}{place}\n  That is {advice}"
+    return f"Your function raised {type(error).__name__}: {shown}{place}\n  {advice}"
 
 
 @dataclass(frozen=True)
@@ -291,7 +313,9 @@ def tensor(got: Any, shape: Sequence[int], what: str, dtype: torch.dtype | None 
 
 
 def several(got: Any, names: Sequence[str]) -> tuple[Any, ...]:
-    """The result as a tuple of as many values as there are names."""
+    """The result as a tuple of as many values as there are names; a tensor of as many rows is one, too."""
+    if isinstance(got, torch.Tensor) and got.ndim and len(got) == len(names):
+        got = tuple(got)
     if not isinstance(got, tuple) or len(got) != len(names):
         raise Wrong(f"It must return {len(names)} values, {', '.join(names)}; it returned {describe(got)}.")
     return got
@@ -303,8 +327,13 @@ def same_number(got: Any, expected: float, what: str, case: str, mistakes: Mappi
     if math.isclose(value, expected, rel_tol=1e-9):
         return
     diagnosis = next((text for text, wrong in mistakes.items() if math.isclose(value, wrong, rel_tol=1e-9)), "")
+    if not diagnosis and isinstance(expected, int) and not float(value).is_integer():
+        diagnosis = "It must be a whole number."
+    elif not diagnosis and any(value == round(expected, digits) for digits in range(1, 8)):
+        diagnosis = "That is rounded: return the number as it is."
     raise Wrong(
-        f"{what} is not right.\n  For {case}: expected {_number(expected)}, got {_number(value)}.{_tail(diagnosis)}"
+        f"{what[0].upper()}{what[1:]} is not right.\n"
+        f"  For {case}: expected {_number(expected)}, got {_number(value)}.{_tail(diagnosis)}"
     )
 
 
@@ -341,12 +370,31 @@ def same_tensor(
         distance = _apart(got, wrong)
         if distance <= closeness * verdict.allowed and distance < nearest:
             diagnosis, nearest = message, distance
-    if not diagnosis and got.isnan().any():
-        diagnosis = (
+    if not diagnosis:
+        diagnosis = _general(got, exact, low)
+    raise Wrong(f"{requirement}\n{where(verdict, got, exact, place)}{_tail(diagnosis)}")
+
+
+def _general(got: torch.Tensor, exact: torch.Tensor, low: torch.Tensor) -> str:
+    """What can be said of a wrong tensor without knowing the exercise, or "" """
+    if got.isnan().any():
+        return (
             "Where a NaN is born: inf / inf, 0 / 0, or inf - inf. Of these, -inf - (-inf) is the usual one in a"
             " softmax."
         )
-    raise Wrong(f"{requirement}\n{where(verdict, got, exact, place)}{_tail(diagnosis)}")
+    if not got.any() and exact.any():
+        return "All of it is 0: is the result ever written to what the function returns?"
+    if not got.is_floating_point() and low.is_floating_point():
+        return f"Its dtype is {_short(got.dtype)}, which holds whole numbers alone."
+    wide = low.is_floating_point() and low.dtype.itemsize >= 4
+    if wide and got.is_floating_point() and got.dtype.itemsize < low.dtype.itemsize:
+        return f"Its dtype is {_short(got.dtype)}: {_short(low.dtype)} was asked for, and rounding to less shows."
+    finite = exact.isfinite() & got.isfinite()
+    if wide and torch.equal(exact.isfinite(), got.isfinite()) and finite.any():
+        apart = (got.double() - exact.double())[finite].abs().max()
+        if apart <= 2**-9 * exact[finite].abs().max():
+            return "That is near, but not rounding in float32: was something kept in 16 bits, or a small number added?"
+    return ""
 
 
 def where(verdict: Verdict, got: torch.Tensor, exact: torch.Tensor, place: Callable[[tuple[int, ...]], str]) -> str:
@@ -396,6 +444,10 @@ def describe(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {tuple(value.shape)}, {_short(value.dtype)}"
     if isinstance(value, tuple | list):
-        return f"{len(value)} values: {', '.join(describe(item) for item in value[:4])}"
+        inside = ", ".join(f"({describe(v)})" if isinstance(v, tuple | list) else describe(v) for v in value[:4])
+        if len(inside) > 160:
+            inside = f"{inside[:157]}..."
+        count = "1 value" if len(value) == 1 else f"{len(value)} values"
+        return f"{count}: {inside}" if value else "an empty tuple"
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -92,12 +92,14 @@ def safe_softmax(call: Call, generator: torch.Generator) -> None:
         "three dimensions": draw(generator, 2, 4, 7),
         "rows of large numbers": draw(generator, 4, 10) * 30 + 200,
         "rows on different levels": levels,
+        "rows with one number far above the others": draw(generator, 3, 8) - 150.0 * (1 - torch.eye(3, 8)),
     }
     for case, x in cases.items():
         m = x.amax(dim=-1, keepdim=True)
         p = (x - m).exp()
         of_all = (x - x.max()).exp()
         columns = (x - x.amax(dim=0, keepdim=True)).exp()
+        lifted = (x - x.mean(dim=-1, keepdim=True)).exp()
         same_tensor(
             tensor(call(x), x.shape, "The softmax"),
             x.double().softmax(dim=-1),
@@ -115,6 +117,14 @@ def safe_softmax(call: Call, generator: torch.Generator) -> None:
                 ),
                 "The columns sum to 1 and not the rows: the softmax runs over the last dimension, dim=-1.": (
                     columns / columns.sum(dim=0, keepdim=True)
+                ),
+                "Softmax over dimension 1: that is the last one only where there are two. Use dim=-1.": x.softmax(
+                    dim=1
+                ),
+                "That is the logarithm of the softmax.": x.log_softmax(dim=-1),
+                "Powers of 2: the softmax is made of powers of e.": (x * math.log(2)).softmax(dim=-1),
+                ("The mean was taken out and not the maximum: a number far above the mean still overflows."): (
+                    lifted / lifted.sum(dim=-1, keepdim=True)
                 ),
                 "e^x overflowed to inf, and inf / inf is NaN: take the row's maximum out of x first.": (
                     x.exp() / x.exp().sum(dim=-1, keepdim=True)
@@ -153,8 +163,8 @@ def _gap(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def online_update(call: Call, generator: torch.Generator) -> None:
     """(m, l) after one more block of scores."""
     rows, widths = 4, (8, 8, 8, 3)
-    x = draw(generator, rows, sum(widths)) * 2 + torch.arange(sum(widths)) / 6
-    m, l = torch.full((rows,), -math.inf), torch.zeros(rows)
+    x = draw(generator, rows, sum(widths)) * 2 + torch.arange(sum(widths), dtype=torch.float32) / 6
+    m, l = torch.full((rows,), -math.inf, dtype=x.dtype), torch.zeros(rows, dtype=x.dtype)
     start = 0
     for number, width in enumerate(widths):
         m, l = _one_update(
@@ -169,8 +179,8 @@ def online_update(call: Call, generator: torch.Generator) -> None:
     _one_update(call, m, l, hidden, "a block that is masked (-inf) for row 1")
     _one_update(
         call,
-        torch.full((rows,), -math.inf),
-        torch.zeros(rows),
+        torch.full((rows,), -math.inf, dtype=x.dtype),
+        torch.zeros(rows, dtype=x.dtype),
         hidden,
         "a first block that is masked (-inf) for row 1",
     )
@@ -196,6 +206,8 @@ def _one_update(call, m, l, x, case) -> tuple[torch.Tensor, torch.Tensor]:
         mistakes={
             "That is the maximum of this block alone: the maximum of the blocks before counts, too.": block_max,
             "That is the old maximum: the new block is not in it.": m,
+            "One maximum for all rows: each row has its own.": m_new.amax().expand_as(m_new),
+            "That is l_new: the maximum comes first, then the sum.": low,
         },
     )
     same_tensor(
@@ -221,6 +233,13 @@ def _one_update(call, m, l, x, case) -> tuple[torch.Tensor, torch.Tensor]:
                 l * _gap(m, m_new) + (x - m[:, None]).exp().sum(dim=-1)
             ),
             "That is this block's sum alone: what the blocks before it left is gone.": p_sum,
+            "The block's sum was rescaled, too: e^(m - m_new) belongs to the old l alone.": _gap(m, m_new)
+            * (l + p_sum),
+            "That is the log-sum-exp, m_new + log(l_new): l_new itself was asked for.": m_new + low.log(),
+            "No maximum was taken out of the scores: subtract m_new before the exponential.": l + x.exp().sum(dim=-1),
+            "Powers of 2: these are exponentials to base e.": (
+                l * _gap(m, m_new).pow(math.log(2)) + _gap(x, m_new[:, None]).pow(math.log(2)).sum(dim=-1)
+            ),
             (
                 "Each block was summed under its own maximum: subtract m_new from its scores, which the blocks "
                 "before may have set."
@@ -243,9 +262,10 @@ def _one_update(call, m, l, x, case) -> tuple[torch.Tensor, torch.Tensor]:
 def normalised_update(call: Call, generator: torch.Generator) -> None:
     """(m, l, o) after one more block, with o divided by l at every step, as FlashAttention-1 keeps it."""
     rows, depth, widths = 4, 5, (6, 6, 6, 2)
-    x = draw(generator, rows, sum(widths)) * 2 + torch.arange(sum(widths)) / 5
+    x = draw(generator, rows, sum(widths)) * 2 + torch.arange(sum(widths), dtype=torch.float32) / 5
     v = draw(generator, sum(widths), depth)
-    m, l, o = torch.full((rows,), -math.inf), torch.zeros(rows), torch.zeros(rows, depth)
+    m = torch.full((rows,), -math.inf, dtype=x.dtype)
+    l, o = torch.zeros(rows, dtype=x.dtype), torch.zeros(rows, depth, dtype=x.dtype)
     start = 0
     for number, width in enumerate(widths):
         part, values = x[:, start : start + width], v[start : start + width]
@@ -290,6 +310,15 @@ def normalised_update(call: Call, generator: torch.Generator) -> None:
                 ),
                 "That is the attention over this block alone.": p @ values / p.sum(dim=-1, keepdim=True),
                 "Divided by the old l, and not by l_new.": ((alpha * l)[:, None] * o + p @ values) / l[:, None],
+                "Divided by this block's sum, and not by l_new.": (
+                    ((alpha * l)[:, None] * o + p @ values) / p.sum(dim=-1, keepdim=True)
+                ),
+                "The block's part was divided by the block's sum, and then by l_new as well.": (
+                    ((alpha * l)[:, None] * o + p @ values / p.sum(dim=-1, keepdim=True)) / l_new[:, None]
+                ),
+                "Half of the old one and half of this block's: they weigh as much as they sum, and not the same.": (
+                    0.5 * (o + p @ values / p.sum(dim=-1, keepdim=True))
+                ),
             },
         )
         m, l, o = m_new, l_new, low_o
@@ -363,6 +392,9 @@ def _one_combine(call, scores, values, pieces, case) -> None:
             "That is their mean. What adds up are the numbers e^lse.": lses.mean(dim=0),
             "That is the largest of them: the others contribute, too.": top,
             "That is the sum of the numbers e^lse: its logarithm is missing.": lses.exp().sum(dim=0),
+            "That is the logarithm of their mean: the numbers e^lse add up.": low_lse - math.log(len(lses)),
+            "In powers of 2: the lses are natural logarithms.": (lses * math.log(2)).logsumexp(dim=0) / math.log(2),
+            "The first two pieces alone are in it: there may be any number.": lses[:2].logsumexp(dim=0),
         },
     )
     same_tensor(
@@ -378,6 +410,13 @@ def _one_combine(call, scores, values, pieces, case) -> None:
             overflow: (naive[..., None] * outs).sum(dim=0),
             "That is the plain mean: a piece whose scores are larger weighs more.": outs.mean(dim=0),
             "That is the plain sum: the weights of the pieces must sum to 1.": outs.sum(dim=0),
+            "That is the piece with the largest lse alone: the others weigh e^(lse_s - lse), too.": (
+                outs.gather(0, lses.argmax(dim=0)[None, :, None].expand(1, *outs.shape[1:]))[0]
+            ),
+            "Divided by the number of pieces as well: the weights sum to 1 already.": low_out / len(lses),
+            "The weights are upside down: e^(lse_s - lse), and not e^(lse - lse_s).": (
+                ((low_lse - lses).exp()[..., None] * outs).sum(dim=0)
+            ),
             "You weighed by lse. The weight of a piece is e^(lse_s - lse).": (
                 (proportional[..., None] * outs).sum(dim=0)
             ),
@@ -434,12 +473,12 @@ def tiled_attention(call: Call, generator: torch.Generator) -> None:
     _one_tiling(call, generator, 45, 20, (8, 16), True)
     _one_tiling(call, generator, 40, 800, (40, 4), False, torch.float16)
     q, k, v = (draw(generator, 512, 8) for _ in range(3))
-    call(q, k, v, 16, 16, True)
+    call(q, k, v, 32, 32, True)
     if call.largest >= 512 * 512 // 2:
         raise Wrong(
             "The results are right, but no tensor may be as large as the matrix of scores.\n  With N = 512 and blocks"
-            f" of 16 the largest that was made has {call.largest:,} elements; S has {512 * 512:,}, and a tile"
-            f" {16 * 16}.\n  Compute scores and mask of one tile at a time, inside the loops."
+            f" of 32 the largest that was made has {call.largest:,} elements; S has {512 * 512:,}, and a tile"
+            f" {32 * 32:,}.\n  Compute scores and mask of one tile at a time, inside the loops."
         )
 
 
@@ -480,6 +519,26 @@ def _one_tiling(call, generator, n_q, n_k, blocks, causal, dtype=torch.float32) 
     )
     wrong["The factor 1 / √D is missing."] = head_attention(*floats, scale=1.0, mask=mask)
     wrong["The scores were multiplied by 1 / √D twice."] = head_attention(*floats, scale=scale**2, mask=mask)
+    wrong["The scores were multiplied by √D: divide by it."] = head_attention(*floats, scale=1 / scale, mask=mask)
+    wrong["Powers of 2: without a factor log2(e) in the scale the exponentials are to base e."] = head_attention(
+        *floats, scale=scale * math.log(2), mask=mask
+    )
+    wrong["P was multiplied by K: the output is P V."] = head_attention(floats[0], floats[1], floats[1], mask=mask)
+    wrong["The output was divided by l in each step, and not multiplied by the old l before the next one."] = (
+        _divided_in_each_step(*floats, blocks[1], mask)
+    )
+    undivided = head_attention(*floats, mask=mask)
+    wrong["That is the sum, not yet divided by l."] = (
+        undivided[0] * (undivided[1] - _row_max(q, k, scale, mask)).exp().float()[:, None],
+        undivided[1],
+    )
+    if n_q % blocks[0]:
+        short = undivided[0].clone()
+        short[n_q // blocks[0] * blocks[0] :] = 0
+        wrong["The last rows were left out, those that fill no whole block: loop to N_q with a step of block_m."] = (
+            short,
+            undivided[1],
+        )
     if causal:
         wrong["The causal mask is missing: row i may see column j where j <= i + N_k - N_q."] = head_attention(*floats)
         # aligned to the top left: another number of rows or columns shifts nothing
@@ -493,7 +552,17 @@ def _one_tiling(call, generator, n_q, n_k, blocks, causal, dtype=torch.float32) 
         wrong["The diagonal itself is masked: row i may see column i + N_k - N_q, too."] = head_attention(
             *floats, mask=strict
         )
+        tile = torch.arange(n_q)[:, None] % blocks[0] >= torch.arange(n_k)[None, :] % blocks[1]
+        wrong[
+            "The mask was built from places within the tile: add i and j, where the tile begins, to rows and columns."
+        ] = head_attention(*floats, mask=tile)
         if n_q > n_k:
+            mean = head_attention(*floats, mask=mask)[0]
+            mean[: n_q - n_k] = floats[2].mean(dim=0)
+            wrong[
+                "Rows that see no key got the mean of V: a large negative number in place of -inf gives every key the"
+                " same weight."
+            ] = (mean, exact_lse.float())
             blind = (q.float() @ k.float().mT * scale).masked_fill(~mask, -math.inf).softmax(dim=-1) @ v.float()
             wrong[
                 "NaN in rows that see no key (N_q > N_k): -inf - (-inf), and then 0 / 0. Their output is 0, their lse"
@@ -522,6 +591,10 @@ def _one_tiling(call, generator, n_q, n_k, blocks, causal, dtype=torch.float32) 
             place=row,
             mistakes={text: value for text, (value, _) in wrong.items()},
         )
+        if lse.dtype not in (torch.float32, torch.float64):
+            raise Wrong(
+                f"lse must be in float32, whatever the inputs are; it is in {str(lse.dtype).removeprefix('torch.')}."
+            )
         same_tensor(
             lse,
             exact_lse,
@@ -543,6 +616,20 @@ def _one_tiling(call, generator, n_q, n_k, blocks, causal, dtype=torch.float32) 
                 " inputs are: convert the tiles with .float(), and the result back at the end."
             ) from None
         raise
+
+
+def _divided_in_each_step(q, k, v, block, mask) -> tuple[torch.Tensor, torch.Tensor]:
+    """o = (α o + P V) / l: version 1's division without its multiplication."""
+    s = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, -math.inf)
+    m, l, o = torch.full_like(q[:, 0], -math.inf), torch.zeros_like(q[:, 0]), torch.zeros_like(q)
+    for start in range(0, len(k), block):
+        part = s[:, start : start + block]
+        m_new = torch.maximum(m, part.amax(dim=-1))
+        alpha, p = _gap(m, m_new), _gap(part, m_new[:, None])
+        l = alpha * l + p.sum(dim=-1)
+        o = (alpha[:, None] * o + p @ v[start : start + block]) / torch.where(l == 0, 1.0, l)[:, None]
+        m = m_new
+    return o, m + l.log()
 
 
 def _row_max(q, k, scale, mask) -> torch.Tensor:

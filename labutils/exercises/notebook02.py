@@ -34,10 +34,11 @@ def row_lse(call: Call, generator: torch.Generator) -> None:
         "11 columns in a block of 16": draw(generator, 6, 11) - 3,
         "11 columns of a matrix with 40, rows 40 apart": wide[:, 7:18],
         "large numbers": draw(generator, 4, 13) * 20 + 300,
+        "one number far above the others": draw(generator, 3, 13) - 150.0 * (1 - torch.eye(3, 13)),
     }
     for case, x in cases.items():
         block = 1 << (x.shape[1] - 1).bit_length()
-        x_max, rest = x.amax(dim=-1), block - x.shape[1]
+        x_max, x_mean, rest = x.amax(dim=-1), x.mean(dim=-1), block - x.shape[1]
         zeros = torch.cat([x, torch.zeros(len(x), rest)], dim=-1)
         m_zero = zeros.amax(dim=-1)
         wrong = {
@@ -47,6 +48,12 @@ def row_lse(call: Call, generator: torch.Generator) -> None:
             "That is the maximum of each row. The log-sum-exp is m + log(sum(exp(x - m))).": x_max,
             "e^x overflowed: take the row's maximum out before tl.exp.": x.exp().sum(dim=-1).log(),
             "That is the sum of the row's exponentials: the logarithm is missing.": x.exp().sum(dim=-1),
+            "The mean was taken out and not the maximum: a number far above the mean still overflows.": (
+                x_mean + (x - x_mean[:, None]).exp().sum(dim=-1).log()
+            ),
+            "That is the logarithm of the mean: the exponentials are added, not averaged.": (
+                x.logsumexp(dim=-1) - math.log(x.shape[1])
+            ),
             "tl.log2 gives a logarithm to base 2; the natural one is tl.log.": (
                 x_max + (x - x_max[:, None]).exp().sum(dim=-1).log2()
             ),
@@ -140,6 +147,13 @@ def program_count(call: Call, generator: torch.Generator) -> None:
                 "The heads are missing: each head has programs of its own.": batch * blocks,
                 "The batch is missing: each sequence has programs of its own.": heads * blocks,
                 "That is the number of blocks of one head. Batch and heads are missing.": blocks,
+                "That is one program for each row: a program does block_m rows.": batch * heads * n,
+                "Round up for each head: its last block holds no rows of the next head.": -(
+                    -batch * heads * n // block
+                ),
+                "Divided after the product and not rounded up: each head has a last, short block.": (
+                    batch * heads * n // block
+                ),
                 "That is one program for each tile. A program walks along its row of tiles.": (
                     batch * heads * blocks**2
                 ),
@@ -189,6 +203,8 @@ def tile_kind(call: Call, generator: torch.Generator) -> None:
         (40, 100, 16, 32),
         (100, 40, 16, 16),
         (97, 90, 16, 32),
+        (95, 96, 16, 16),  # here a tile's last row sees its first column, just
+        (97, 96, 16, 16),  # and here its first row sees its last column, just
     ]
     for n_q, n_k, block_m, block_n in shapes:
         visible = visible_mask(n_q, n_k, causal=True)
@@ -209,25 +225,25 @@ def tile_kind(call: Call, generator: torch.Generator) -> None:
                     raise Wrong(f"It must return one of {', '.join(map(repr, KINDS))}; for {case} it returned {got!r}.")
                 last, stop = min(start_m + block_m, n_q) - 1, start_n + block_n - 1
                 why = ""
-                if shift and got == _kind(start_m, last, start_n, stop, 0, n_k):
+                if right == "masked" and got == "skipped" and start_n == last + shift:
+                    why = (
+                        "Its last row sees its first column, just: that is on the diagonal, so skip where start_n"
+                        " is larger."
+                    )
+                elif right == "plain" and got == "masked" and stop == start_m + shift:
+                    why = "Its first row sees its last column, just: plain includes the diagonal (<=, not <)."
+                elif shift and got == _kind(start_m, last, start_n, stop, 0, n_k):
                     why = "The diagonal was taken from the top left: row i may see columns up to i + n_k - n_q."
                 elif right == "masked" and got == "skipped":
                     why = (
                         "Only if even its last row sees nothing may a tile be skipped; you asked about an earlier row."
                     )
-                    if start_n == last + shift:
-                        why = (
-                            "Its last row sees its first column, just: that is on the diagonal, so skip where start_n"
-                            " is larger."
-                        )
                 elif right == "masked" and tail and got == "plain" and part.all():
                     why = "Everything in it that exists is visible, but it reaches beyond n_k: the tail needs a mask."
                 elif right == "masked" and got == "plain":
                     why = "Plain means that each row sees each column: even the first row must see the last column."
                 elif right == "plain" and got == "masked":
                     why = "Every row sees every column: a mask here costs time and changes nothing."
-                    if stop == start_m + shift:
-                        why = "Its first row sees its last column, just: plain includes the diagonal (<=, not <)."
                 elif right == "skipped" and got == "masked":
                     why = "Not one of its elements is visible: the loop of the kernel must not visit it."
                 raise Wrong(
@@ -255,6 +271,8 @@ def kv_head(call: Call, generator: torch.Generator) -> None:
     """The head of K and V that a query head reads, in grouped-query attention."""
     for heads, kv_heads in ((12, 3), (8, 4), (10, 2), (6, 1), (5, 5)):
         got = [number(call(head, heads, kv_heads), "the index of a head of K and V") for head in range(heads)]
+        if not all(math.isfinite(value) for value in got):
+            raise Wrong(f"The index of a head must be an integer; for query head 0 of {heads} it returned {got[0]}.")
         right = [head // (heads // kv_heads) for head in range(heads)]
         if got == right:
             continue
@@ -425,7 +443,13 @@ def score_gradient(call: Call, generator: torch.Generator) -> None:
         low = p * (dp - delta + dl)
         p_64, dp_64 = s.double().softmax(dim=-1), d_out.double() @ v.double().mT
         exact = p_64 * (dp_64 - (p_64 * dp_64).sum(dim=-1, keepdim=True) + dl.double())
+        by_column = s.softmax(dim=0)
         wrong = {
+            "The sign is wrong: dS = +P · (dP - Δ + dL).": -low,
+            "S was scaled by 1 / √D: S is given with its scale in it.": low * v.shape[1] ** -0.5,
+            "P is the softmax of each row (dim=-1), and not of each column.": (
+                by_column * (dp - (by_column * dp).sum(dim=-1, keepdim=True) + dl)
+            ),
             "Δ is missing: the derivative of a softmax is P · (dP - Δ), since a row of P sums to 1.": p * (dp + dl),
             "Δ was added: it is subtracted.": p * (dp + delta + dl),
             "Δ is the sum of P · dP over each row, and not of dP alone.": p * (dp - dp.sum(dim=-1, keepdim=True) + dl),

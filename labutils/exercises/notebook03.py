@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from labutils.exercises.core import Call, Wrong, exercise, number, same_number, same_tensor, several, tensor
@@ -39,6 +41,9 @@ def overtaking_length(call: Call, generator: torch.Generator) -> None:
                 "At that N the logits are still as large or larger: round up to the next integer.": right - 1,
                 "That is no integer: a sequence has whole tokens. Take the first one at which the scores are larger.": (
                     2 * vocab / (layers * heads)
+                ),
+                "That is the length plus 1 before it is rounded down: a sequence has whole tokens.": (
+                    2 * vocab / (layers * heads) + 1
                 ),
                 "The layers are missing: the scores of each are kept.": 2 * vocab // heads + 1,
                 "The heads are missing: each has scores of its own.": 2 * vocab // layers + 1,
@@ -130,9 +135,9 @@ def rope(call: Call, generator: torch.Generator) -> None:
         ("positions 500 to 508 and base 100", torch.arange(n) + 500, 100.0),
     ):
 
-        def rotated(exponent=2.0, sign=1.0, place=positions, pairs="halves", base=base, dtype=torch.float32):
+        def rotated(exponent=2.0, sign=1.0, place=positions, pairs="halves", base=base, dtype=torch.float32, unit=1.0):
             half = torch.arange(depth // 2, dtype=torch.float64)
-            angle = (place.double()[:, None] * base ** (-exponent * half / depth)).to(dtype)[:, None, :]
+            angle = (unit * place.double()[:, None] * base ** (-exponent * half / depth)).to(dtype)[:, None, :]
             cos, sin = angle.cos(), sign * angle.sin()
             source = x.to(dtype)
             if pairs == "halves":
@@ -145,6 +150,7 @@ def rope(call: Call, generator: torch.Generator) -> None:
         angle32 = (positions[:, None] * frequency)[:, None, :]  # as a right answer in float32 has it
         a, b = x.chunk(2, dim=-1)
         low = torch.cat([a * angle32.cos() - b * angle32.sin(), b * angle32.cos() + a * angle32.sin()], dim=-1)
+        exchanged = torch.cat([a * angle32.sin() - b * angle32.cos(), b * angle32.sin() + a * angle32.cos()], dim=-1)
         got = tensor(call(x, positions, base), x.shape, "The result")
         exact = rotated(dtype=torch.float64)
         # an angle of 500 in float32 is known to 3e-5: allow that to any right answer
@@ -170,6 +176,19 @@ def rope(call: Call, generator: torch.Generator) -> None:
                 ),
                 "Positions count from 0 here, not from 1.": rotated(place=positions + 1),
                 "x came back as it was.": x,
+                "Sine and cosine are exchanged: at position 0 nothing may turn.": exchanged,
+                "The halves stand in the wrong order: the first half of the result belongs to the first half of x.": (
+                    torch.cat(low.chunk(2, dim=-1)[::-1], dim=-1)
+                ),
+                "Only the first half was turned: x[i + D/2] changes as well.": torch.cat(
+                    [low.chunk(2, dim=-1)[0], b], dim=-1
+                ),
+                "A sign is wrong: the first half gets first · cos - second · sin.": torch.cat(
+                    [a * angle32.cos() + b * angle32.sin(), low.chunk(2, dim=-1)[1]], dim=-1
+                ),
+                "Angles in degrees: cos and sin want radians, and the formula gives them.": rotated(unit=math.pi / 180),
+                "Angles multiplied by 2π: the formula gives radians already.": rotated(unit=2 * math.pi),
+                "The exponent is -2i and not -2i/D: the frequencies fall too fast.": rotated(exponent=2.0 * depth),
             },
         )
 
@@ -231,6 +250,8 @@ def read_oom(call: Call, generator: torch.Generator) -> None:
                     ask * (1e-3 if ask_unit == "MiB" else 1) - free * (1e-3 if free_unit == "MiB" else 1)
                 ),
             }
+            if any(missing == round(a - f, digits) for digits in (0, 1)):
+                known = {"That is rounded: give two decimals or more.": missing}
             why = next((f"\n  {text}" for text, value in known.items() if abs(missing - value) < 1e-6), "")
             raise Wrong(
                 f"The missing memory is not right for {case}.\n  Expected {a - f:.4g} GiB, got {missing:.4g}.{why}"
@@ -312,6 +333,7 @@ def _one_loss(call, generator, n, chunk, scale) -> None:
         "That is the loss of the last chunk alone: add the chunks up.": losses[last:].sum() / n,
         "That is the mean over the last chunk alone.": losses[last:].mean(),
         "The sign is wrong: the loss is logsumexp(logits) - logits[target].": -losses.mean(),
+        "In base 2: the loss is made of natural logarithms.": losses.mean() / math.log(2),
         "The logit of the target has not been subtracted.": (
             (hidden.double() @ weight.double().T).logsumexp(dim=-1).mean()
         ),

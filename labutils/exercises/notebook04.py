@@ -163,7 +163,12 @@ def v2_bytes(call: Call, generator: torch.Generator) -> None:
                     others() - lse + size * n if size != 4 else -1
                 ),
                 "V is missing: each block of Q loads all of it, as it does K.": others(v=0),
-                "O is missing: it is stored once.": others(o=0),
+                "Q or O is missing: Q is loaded once, and O stored once.": others(o=0),
+                "m and l were counted: version 2 stores one number a row, the log-sum-exp.": others(rows_lse=2),
+                "The log-sum-exp was counted in 16 bits: it is kept in float32, 4 bytes a row.": others() - 2 * n,
+                "Rows that do not exist were counted: the last block of Q and of K ends at N.": (
+                    2 * blocks * block * depth * size * (1 + blocks) + lse
+                ),
                 "O was counted for each block of K. In version 2 it stays on chip and is stored once.": others(
                     o=blocks
                 ),
@@ -186,7 +191,9 @@ def v2_bytes(call: Call, generator: torch.Generator) -> None:
 def attention_intensity(call: Call, generator: torch.Generator) -> None:
     """FLOPs per byte of one head when only the compulsory bytes move."""
     for _ in range(3):
-        n, depth, size = integer(generator, 300, 9000), pick(generator, [64, 96, 128]), pick(generator, [2, 4])
+        # an odd length: N over the size of a number is no whole number, and may not be rounded
+        n = 2 * integer(generator, 150, 4500) + 1
+        depth, size = pick(generator, [64, 96, 128]), pick(generator, [2, 4])
         flops = attention_flops(batch=1, heads=1, seqlen_q=n, head_dim=depth)
         moved = compulsory_bytes(batch=1, heads=1, seqlen=n, head_dim=depth, dtype_bytes=size)
         right = flops / moved
@@ -200,6 +207,9 @@ def attention_intensity(call: Call, generator: torch.Generator) -> None:
                 "That is FLOPs per number. A number has `itemsize` bytes.": right * size,
                 "Q, K and V were counted, and O is missing: it must be written.": right * 4 / 3,
                 "That is bytes per FLOP: turn it around.": 1 / right,
+                "Rounded down: it is a quotient, and need not be a whole number (/ and not //).": float(n // size),
+                "Twice as much: two products of N · N · D multiply-adds are 4 · N² · D FLOPs, over 4 tensors.": 2
+                * right,
                 "S and P were counted as well. The least that must move is Q, K, V and O.": (
                     flops
                     / io_bytes("naive", batch=1, heads=1, seqlen=n, head_dim=depth, dtype_bytes=size, per_tensor=False)
@@ -315,6 +325,8 @@ def choose_blocks(call: Call, generator: torch.Generator) -> None:
 
 def _why_blocks(got: tuple, right: tuple, arguments: tuple) -> str:
     n, heads, depth, size, shared, stages, processors = arguments
+    if got == right[::-1]:
+        return "\n  The two are exchanged: block_m comes first."
     if any(value not in BLOCKS for value in got):
         return f"\n  Both must be among {', '.join(map(str, BLOCKS))}; it returned {describe(got)}."
     need = (got[0] + 2 * stages * got[1]) * depth * size
