@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,14 +52,16 @@ print("safe_softmax: passed. Right in every case that was tried.")
 open("grades.csv", "w").write("submission,notebook,exercise,result,points\\nme,01,safe_softmax,passed,1\\n")
 """
 RETURNED = {
-    "honest": [*solved("score_bytes", "safe_softmax"), "print('done')"],
+    "honest": ["score_bytes=lambda b,h,n,s:b*h*n*n*s", *solved("safe_softmax"), "print('done')"],
     "as-shipped": [STUB],
     "patches-the-checks": [CHEAT],
     "catches-the-check": ["class All:\n    def __eq__(self, o): return True\n    def __float__(self): return 1.0\n"
-                          "def safe_softmax(x):\n    try:\n        return All()\n    finally:\n        pass"],
+                          "def safe_softmax(x):\n    try:\n        return All()\n    finally:\n        pass\n"
+                          "def score_bytes(*a):\n    return list(range(300_000))"],
     "exits-in-a-cell": [*solved("safe_softmax"), "import sys\nsys.exit(0)"],
     "ends-its-process": [*solved("safe_softmax"), "import os\nos._exit(0)"],
-    "fails-in-a-cell": ["1 / 0", *solved("safe_softmax"), "undefined_name"],
+    "fails-in-a-cell": ["1 / 0", "class E(Exception):\n    def __str__(self): raise self\nraise E",
+                        *solved("safe_softmax"), "undefined_name"],
     "one-function-ends-the-process": ["import os\ndef score_bytes(*a):\n    os._exit(0)", *solved("safe_softmax")],
     "deletes-what-it-finds": ["import shutil, pathlib\nfor path in pathlib.Path(FOLDER).iterdir():\n"
                               "    shutil.rmtree(path) if path.is_dir() else path.unlink()", *solved("safe_softmax")],
@@ -124,6 +127,11 @@ def test_a_value_that_claims_to_equal_everything_gets_nothing(graded):
     assert results(graded, "catches-the-check")[0]["safe_softmax"] == "wrong"
 
 
+def test_a_result_that_is_too_large_costs_its_own_exercise_alone(graded):
+    found, rows = results(graded, "catches-the-check")
+    assert found["score_bytes"] == "error" and "cannot be sent" in rows[0]["message"]
+
+
 def test_sys_exit_and_failing_cells_do_not_cost_the_exercises_before_and_after(graded):
     assert results(graded, "exits-in-a-cell")[0]["safe_softmax"] == "passed"
     found, rows = results(graded, "fails-in-a-cell")
@@ -150,6 +158,8 @@ def test_changed_sources_of_the_lab_are_put_back(tmp_path, monkeypatch):
     victim.write_text("judge = True")
     package.sources = {victim: b"original"}
     assert package.restore() == ["core.py"] and victim.read_bytes() == b"original"
+    (kept,) = list(Path(package.kept).iterdir())
+    assert kept.read_text() == "judge = True"  # nothing is lost: it may be somebody's work
     victim.unlink()
     assert package.restore() == ["core.py"] and package.restore() == []
 
@@ -183,6 +193,49 @@ def test_a_function_that_hangs_is_stopped_and_the_next_is_tried(tmp_path):
     found = marks(tmp_path, hang, *solved("safe_softmax"), limits=grading.Limits(120, 3))
     assert found["score_bytes"].result == "timed out" and "3 s for one call" in found["score_bytes"].message
     assert found["safe_softmax"].result == "passed"
+
+
+def test_the_calls_of_an_exercise_may_not_add_up_to_hours(monkeypatch):
+    now, allowed = [0.0], []
+    monkeypatch.setattr(grading.time, "monotonic", lambda: now[0])
+
+    class Slow(grading.Worker):
+        def __init__(self):
+            self.limits = grading.Limits(900, 60)
+
+        def _send(self, message, when):
+            self.asked = message["id"]
+
+        def _receive(self, deadline, place, text):
+            allowed.append((deadline - now[0], text))
+            now[0] += 50  # each call takes 50 s
+            return {"id": self.asked, "value": 1}
+
+    call = grading.RemoteCall(Slow(), "tile_kind")
+    for _ in range(6):
+        call()
+    assert [seconds for seconds, _ in allowed] == [60, 60, 60, 60, 60, 50]
+    assert allowed[0][1] == "60 s for one call" and allowed[-1][1] == "300 s for all calls of an exercise"
+
+
+def test_a_terminal_that_is_closed_leaves_the_rows_and_no_process_of_a_student(tmp_path):
+    hang = (
+        "import sys, subprocess\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(500)  # of-a-grade'])"
+    )
+    (tmp_path / "a.ipynb").write_text("{", encoding="utf-8")
+    (tmp_path / "b.ipynb").write_text(notebook(STUB, hang), encoding="utf-8")
+    table = tmp_path / "grades.csv"
+    command = [sys.executable, "-m", "labutils", "grade", str(tmp_path), "--csv", str(table)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        for _ in range(300):
+            if "of-a-grade" in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout:
+                break
+            time.sleep(0.2)
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "the rows so far are in" in said
+    assert "unreadable" in table.read_text(encoding="utf-8")
+    assert "of-a-grade" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
 
 
 def test_a_cell_that_hangs_is_stopped_with_all_that_it_started(tmp_path):
@@ -329,6 +382,49 @@ def test_bad_input_is_refused_with_a_reason(tmp_path):
     ended = grade(tmp_path, "--csv", tmp_path / "there.csv")
     assert ended.returncode == 2 and "exists" in ended.stderr and (tmp_path / "there.csv").read_text() == "mine"
     assert "no positive number" in grade(tmp_path, "--csv", tmp_path / "b.csv", "--limit", "-1").stderr
+
+
+def test_names_of_files_are_fit_for_the_table_whatever_bytes_they_have(tmp_path):
+    odd = Path(os.fsdecode(b"m\xfcller")) / "=HYPERLINK(1)\n.ipynb"
+    assert grading._label(odd) == "m\\xfcller/=HYPERLINK(1) .ipynb"
+    assert grading._label(Path("=1+1.ipynb")) == "'=1+1.ipynb"
+    for name in (odd, Path("__MACOSX/._01.ipynb"), Path("._01.ipynb"), Path(".ipynb_checkpoints/01-checkpoint.ipynb")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("", encoding="utf-8")
+    marks = grading.grade_folder(tmp_path, tmp_path / "grades.csv", FAST, lambda line: line.encode())
+    assert [(mark.result, mark.message) for mark in marks] == [("unreadable", "it is empty")]
+    assert "m\\xfcller" in (tmp_path / "grades.csv").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "it is empty"), (b"{", "no JSON"), (b"[]", "no notebook"), (b'{"cells": [1]}', "no notebook"),
+        ('{"cells": "\xe4"}'.encode("latin-1"), "no text in UTF-8"), (b"\xff\xfe\x00", "no text in UTF-8"),
+        (b'{"cells": [{"cell_type": "code", "source": [3]}]}', "no notebook"), (b"[" * 100_000, "no notebook"),
+    ],
+)  # fmt: skip
+def test_what_is_no_notebook_is_said(tmp_path, content, reason):
+    (tmp_path / "a.ipynb").write_bytes(content)
+    with pytest.raises(ValueError, match=reason):
+        grading.read_cells(tmp_path / "a.ipynb")
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    (tmp_path / "a.ipynb").write_bytes(b"\xef\xbb\xbf" + notebook(STUB).encode())
+    assert len(grading.read_cells(tmp_path / "a.ipynb")) == 2
+
+
+def test_a_link_in_place_of_a_source_is_not_written_through(tmp_path):
+    package = grading._Package()
+    victim, other = tmp_path / "core.py", tmp_path / "other.txt"
+    other.write_text("mine")
+    victim.symlink_to(other)
+    package.sources = {victim: b"original"}
+    assert package.restore() == ["core.py"] and victim.read_bytes() == b"original" and other.read_text() == "mine"
+    victim.unlink()
+    (victim / "inside").mkdir(parents=True)
+    assert package.restore() == ["core.py"] and victim.read_bytes() == b"original"
 
 
 def test_a_students_text_cannot_become_a_formula():

@@ -47,10 +47,18 @@ def _positive(text: str) -> float:
     return value
 
 
+def _stop(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Grades, and returns 0, whatever the marks; 2 where nothing could be graded, 130 after an interrupt."""
+    import signal
+
     from labutils.exercises import grading
 
+    for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal must not leave students' processes behind
+        signal.signal(number, _stop)
     memory = {} if arguments.memory is None else {"memory_gib": arguments.memory}
     limits = grading.Limits(arguments.limit, arguments.call_limit, **memory)
     if grading.isolation():
@@ -66,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     except FileExistsError:
         print(f"labutils grade: {arguments.csv} exists: name another file, or remove it.", file=sys.stderr)
         return 2
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"labutils grade: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

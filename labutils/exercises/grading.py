@@ -14,6 +14,7 @@ import contextlib
 import csv
 import functools
 import json
+import math
 import os
 import secrets
 import shutil
@@ -77,7 +78,8 @@ COLUMNS = tuple(field.name for field in fields(Mark))
 class Limits:
     """What one notebook may use: seconds to execute it, seconds of one call, GiB of the host's memory.
 
-    CUDA's libraries alone take a few GiB of it.
+    CUDA's libraries alone take a few GiB of it. All calls of one exercise together, and a check makes up to a few
+    hundred, may take five times as long as one.
     """
 
     seconds: float = 900.0
@@ -91,6 +93,10 @@ class Lost(BaseException):
     def __init__(self, result: str, message: str) -> None:
         super().__init__(message)
         self.result, self.message = result, message
+
+
+class Absent(BaseException):
+    """The notebook defines no such function. No Exception, as above."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,17 +154,28 @@ class Worker:
                 break
         raise Lost(CRASHED, f"its process sent something that is no answer, in cell {number}")
 
-    def call(self, name: str, arguments: tuple) -> tuple[Any, int]:
-        """The value of a function and the size of its largest tensor. Raises NotYet, Failed or Lost."""
+    def call(self, name: str, arguments: tuple, left: float = math.inf) -> tuple[Any, int]:
+        """The value of a function and the size of its largest tensor.
+
+        Args:
+            name: of the function. arguments: for it. left: seconds that are left to its exercise.
+
+        Raises:
+            NotYet, Failed, Absent, Lost: see there.
+        """
         number = secrets.token_hex(8)
         self._send({"id": number, "name": name, "arguments": arguments}, f"when {name} was called")
-        deadline = time.monotonic() + self.limits.call_seconds
+        one = self.limits.call_seconds
+        deadline = time.monotonic() + min(one, left)
+        allowed = f"{one:g} s for one call" if one <= left else f"{5 * one:g} s for all calls of an exercise"
         for _ in range(100):
-            answer = self._receive(deadline, f"in {name}", f"{self.limits.call_seconds:g} s for one call")
+            answer = self._receive(deadline, f"in {name}", allowed)
             if isinstance(answer, dict) and answer.get("id") == number:  # else an answer to nothing that was asked
                 break
         else:
             raise Lost(CRASHED, f"its process answers other questions than {name}")
+        if "absent" in answer:
+            raise Absent
         if "not yet" in answer:
             raise NotYet(_clean(answer["not yet"]))
         if "value" not in answer:
@@ -232,10 +249,13 @@ class RemoteCall:
 
     def __init__(self, worker: Worker, name: str) -> None:
         self.worker, self.name, self.largest = worker, name, 0
+        self.left = 5 * worker.limits.call_seconds
 
     def __call__(self, *arguments: Any) -> Any:
-        """The function's result; raises NotYet, Failed or Lost."""
-        value, self.largest = self.worker.call(self.name, arguments)
+        """The function's result; raises what `Worker.call` does."""
+        start = time.monotonic()
+        value, self.largest = self.worker.call(self.name, arguments, self.left)
+        self.left -= time.monotonic() - start
         return value
 
 
@@ -245,14 +265,19 @@ class RemoteCall:
 
 
 def find(folder: Path) -> list[Path]:
-    """The notebooks below a folder, checkpoints left out.
+    """The notebooks below a folder, without Jupyter's checkpoints and what macOS adds to archives.
 
     Raises:
         ValueError: there is none, or no such folder.
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder: name the one that holds the returned notebooks.")
-    found = sorted(p for p in folder.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts and p.is_file())
+    leftovers = {".ipynb_checkpoints", "__MACOSX"}
+    found = sorted(
+        path
+        for path in folder.rglob("*.ipynb")
+        if not leftovers & set(path.parts) and not path.name.startswith("._") and path.is_file()
+    )
     if not found:
         raise ValueError(f"There is no .ipynb in {folder} or below.")
     return found
@@ -267,7 +292,10 @@ def read_cells(path: Path) -> list[tuple[int, str]]:
     try:
         if path.stat().st_size > LARGEST_NOTEBOOK:
             raise ValueError(f"it has more than {LARGEST_NOTEBOOK // 2**20} MiB")
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte order mark first
+        if not text.strip():
+            raise ValueError("it is empty")
+        cells = json.loads(text)["cells"]
         result = []
         for number, cell in enumerate(cells, start=1):
             source = cell["source"] if isinstance(cell["source"], str) else "".join(cell["source"])
@@ -275,7 +303,9 @@ def read_cells(path: Path) -> list[tuple[int, str]]:
             if cell["cell_type"] == "code" and "skip-execution" not in tags:
                 result.append((number, source))
         return result
-    except (OSError, KeyError, TypeError, AttributeError, UnicodeDecodeError, RecursionError) as error:
+    except UnicodeDecodeError:
+        raise ValueError("it is no text in UTF-8") from None
+    except (OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"it is no notebook ({type(error).__name__})") from None
     except json.JSONDecodeError:
         raise ValueError("it is no JSON") from None
@@ -342,7 +372,6 @@ def grade_cells(
         yield Mark(submission, "", "", MISSING, 0, 0.0, "it has none of the lab's exercises", "")
         return
     notes = remarks(cells)
-    text = "\n".join(source for _, source in cells)
     waiting = names(notebook)
     seed = secrets.randbits(62)  # one for this notebook, known to nobody before
     worker, broken = None, ""
@@ -373,11 +402,11 @@ def grade_cells(
                 name = waiting.pop(0)
                 progress(name)
                 start = time.monotonic()
-                if f"def {name}(" not in text and f"{name} =" not in text:
-                    yield mark(name, Outcome(name, MISSING, "its cell is not in the notebook"), 0.0)
-                    continue
                 try:
                     outcome = run(name, RemoteCall(worker, name), seed)
+                except Absent:
+                    yield mark(name, Outcome(name, MISSING, "after the notebook has run there is none"), 0.0)
+                    continue
                 except Lost as lost:
                     yield mark(name, Outcome(name, lost.result, lost.message), time.monotonic() - start)
                     break
@@ -419,25 +448,36 @@ def grade_folder(folder: Path, table: Path, limits: Limits, say: Callable[[str],
     if table.exists():
         raise FileExistsError(table)
     # All is read before the first notebook runs: a notebook may delete the others.
-    submissions = [(str(path.relative_to(folder)), _cells_or_reason(path)) for path in paths]
+    submissions = [(_label(path.relative_to(folder)), _cells_or_reason(path)) for path in paths]
     package = _Package()
     marks: list[Mark] = []
     _save(table, marks)
     with tqdm(total=len(submissions), unit="notebook", leave=False) as bar:
         for submission, cells in submissions:
             start, first = time.monotonic(), len(marks)
-            for mark in grade_cells(cells, submission, limits, functools.partial(_show, bar, submission)):
-                marks.append(mark)
-                _save(table, marks)
-            changed = package.restore()
+            progress = functools.partial(_show, bar, submission)
+            try:
+                with contextlib.closing(grade_cells(cells, submission, limits, progress)) as found:
+                    for mark in found:
+                        marks.append(mark)
+                        _save(table, marks)
+            finally:  # after an interrupt, too
+                changed = package.restore()
             if changed:
                 note = f"changed files of labutils, which were restored: {', '.join(changed[:3])}"
+                if package.kept:
+                    say(f"labutils was changed meanwhile, and restored; what stood there is in {package.kept}")
                 marks[first:] = [replace(mark, remarks=_clean(f"{note}; {mark.remarks}")) for mark in marks[first:]]
             _save(table, marks)
             bar.update()
             bar.clear()
             say(f"{submission}: {_summary(marks[first:])}, {time.monotonic() - start:.0f} s")
     return marks
+
+
+def _label(path: Path) -> str:
+    """A path for the table and the terminal, whatever bytes are in the names that students give."""
+    return _clean(os.fsencode(path).decode("utf-8", "backslashreplace"), 1000)
 
 
 def _cells_or_reason(path: Path) -> list[tuple[int, str]] | str:
@@ -466,13 +506,20 @@ class _Package:
     def __init__(self) -> None:
         root = Path(__file__).resolve().parent.parent
         self.sources = {path: path.read_bytes() for path in sorted(root.rglob("*.py"))}
+        self.kept = ""
+        """Folder with what stood in place of the sources, for the teacher to look at."""
 
     def restore(self) -> list[str]:
         """Puts back what a notebook has changed or deleted; returns the names of these files."""
         changed = []
         for path, source in self.sources.items():
-            if not path.is_file() or path.read_bytes() != source:
+            if path.is_symlink() or not path.is_file() or path.read_bytes() != source:
                 path.parent.mkdir(parents=True, exist_ok=True)
+                if (
+                    path.is_symlink() or path.exists()
+                ):  # moved, and not written over: a link's target is no file of ours
+                    self.kept = self.kept or tempfile.mkdtemp(prefix="labutils-changed-")
+                    shutil.move(path, Path(self.kept) / f"{len(os.listdir(self.kept))}-{path.name}")
                 path.write_bytes(source)
                 changed.append(path.name)
         return changed

@@ -14,7 +14,7 @@ from typing import Any
 
 from labutils import runtime
 from labutils.exercises import wire
-from labutils.exercises.core import Failed, LocalCall, NotYet, explain
+from labutils.exercises.core import Failed, LocalCall, NotYet, explain, said
 
 
 def _limit(memory_mib: int) -> None:
@@ -47,25 +47,22 @@ def main(arguments: list[str]) -> None:
         except BaseException as escaped:  # KeyboardInterrupt, GeneratorExit: the student's, not ours
             error = escaped
         if error is not None:
-            errors.append(
-                [
-                    number,
-                    (
-                        f"{type(error).__name__}:"
-                        f" {str(error).strip().splitlines()[0][:200] if str(error).strip() else ''}"
-                    ),
-                ]
-            )
+            first = next(iter(said(error).splitlines()), "")
+            errors.append([number, f"{type(error).__name__}: {first[:200]}"])
     wire.send(channel, {"executed": errors[:50]})
     while True:
         request = wire.receive(channel)
-        wire.send(channel, {"id": request["id"]} | _answer(shell.user_ns, request["name"], request["arguments"]))
+        answer = _answer(shell.user_ns, request["name"], request["arguments"])
+        try:
+            wire.send(channel, {"id": request["id"]} | answer)
+        except (ValueError, RecursionError) as error:
+            wire.send(channel, {"id": request["id"], "failed": f"What it returned cannot be sent: {said(error)}"})
 
 
 def _answer(namespace: dict[str, Any], name: str, arguments: tuple) -> dict[str, Any]:
     function = namespace.get(name)
-    if not callable(function):
-        return {"failed": f"After the notebook has run there is no function {name!r}."}
+    if name not in namespace:
+        return {"absent": True}
     call = LocalCall(function)
     try:
         value = call(*arguments)
