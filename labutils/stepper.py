@@ -147,7 +147,7 @@ def plot_steps(states: Sequence[Step]) -> Figure:
         _draw_scores(left, step)
         _draw_state(right, step)
         left.set_title(_title(step, number, len(states)))
-        right.set_title("Kept on chip for each row after it")
+        right.set_title("After it: m, l and a stay on chip")
     _headline(fig)
     return fig
 
@@ -161,7 +161,7 @@ def plot_step(states: Sequence[Step], number: int) -> Figure:
     _draw_scores(left, step)
     _draw_state(right, step)
     left.set_title(_title(step, number, len(states)))
-    right.set_title("Kept on chip for each row after it")
+    right.set_title("After it: m, l and a stay on chip")
     _headline(fig)
     return fig
 
