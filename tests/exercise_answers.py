@@ -712,6 +712,10 @@ RIGHT = grouped(
         "window_attention": [banded, broken(banded, block=64)],
         "score_gradient": [d_scores, d_scores_by_autograd, d_scores_backward],
         "kv_head": [lambda h, n, g: h * g // n, lambda h, n, g: int(np.repeat(np.arange(g), n // g)[h])],
+        "logits_length": [
+            lambda gib, V: math.floor(gib * 1024**3 / (12 * V)),
+            lambda gib, V: max(n for n in range(10**5) if 12 * n * V <= gib << 30),
+        ],
         "overtaking_length": [first_length_by_search, lambda L, H, V: math.floor(2 * V / (L * H)) + 1],
         "document_mask": [
             lambda c, n: documents(c.cpu(), n),
@@ -872,6 +876,13 @@ WRONG = {
         "size of a group": lambda h, n, g: h // g,
         "An index is an integer": lambda h, n, g: h * g / n,
         "it returned nan": lambda h, n, g: math.nan,
+    },
+    "logits_length": {
+        "One more": lambda gib, V: -(-gib * 2**30 // (12 * V)),
+        "counted once": lambda gib, V: gib * 2**30 // (4 * V),
+        "has 4 bytes": lambda gib, V: gib * 2**30 // (3 * V),
+        "not 10⁹": lambda gib, V: gib * 10**9 // (12 * V),
+        "no integer": lambda gib, V: gib * 2**30 / (12 * V),
     },
     "overtaking_length": {
         "layers are missing": lambda L, H, V: 2 * V // H + 1,

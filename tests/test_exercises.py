@@ -29,7 +29,7 @@ def test_each_notebook_has_at_least_five_exercises_from_minutes_to_half_an_hour(
     for notebook in ("01", "02", "03", "04"):
         minutes = [EXERCISES[name].minutes for name in exercises.names(notebook)]
         assert len(minutes) >= 5
-        assert min(minutes) <= 5 and max(minutes) >= 30
+        assert min(minutes) == 2 and max(minutes) >= 30
         assert all(2 <= len(EXERCISES[name].hints) <= 3 for name in exercises.names(notebook))
 
 

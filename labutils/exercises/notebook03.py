@@ -12,6 +12,38 @@ from labutils.exercises.notebook01 import draw, integer, pick
 
 @exercise(
     "03",
+    "A length that the logits allow",
+    2,
+    [
+        "One token takes 3 · 4 · vocab bytes of logits, and there are gib · 2³⁰ bytes for them.",
+        "How often does the first go into the second? A sequence has whole tokens: round down, with //.",
+    ],
+)
+def logits_length(call: Call, generator: torch.Generator) -> None:
+    """The largest N whose logits, three times in float32, fit into so many GiB."""
+    for gib, vocab in ((8, 50257), (3, integer(generator, 40_000, 90_000)), (1, integer(generator, 1000, 3000))):
+        token = 12 * vocab
+        right = gib * 2**30 // token
+        same_number(
+            call(gib, vocab),
+            right,
+            "the length N",
+            f"{gib} GiB and a vocabulary of {vocab:,}",
+            {
+                "One more than fits: round down.": right + 1,
+                "That is no integer: a sequence has whole tokens. Round down.": gib * 2**30 / token,
+                "The logits were counted once: three copies in float32 are alive at the peak.": gib
+                * 2**30
+                // (4 * vocab),
+                "A number in float32 has 4 bytes.": gib * 2**30 // (3 * vocab),
+                "In 16 bits: the three copies are in float32, 4 bytes a number.": gib * 2**30 // (6 * vocab),
+                "1 GiB is 2³⁰ bytes, not 10⁹.": gib * 10**9 // token,
+            },
+        )
+
+
+@exercise(
+    "03",
     "Where the scores overtake the logits",
     5,
     [

@@ -3,6 +3,11 @@
 import torch
 
 
+def logits_length(gib, vocab):
+    """The largest N whose logits fit into so many GiB."""
+    return gib * 2**30 // (3 * 4 * vocab)
+
+
 def overtaking_length(layers, heads, vocab):
     """The smallest N at which the scores of standard attention take more bytes than the logits."""
     # 6 · layers · heads · N² > 12 · N · vocab, that is N > 2 · vocab / (layers · heads)
