@@ -405,7 +405,7 @@ def grade_cells(
                 try:
                     outcome = run(name, RemoteCall(worker, name), seed)
                 except Absent:
-                    yield mark(name, Outcome(name, MISSING, "after the notebook has run there is none"), 0.0)
+                    yield mark(name, Outcome(name, MISSING, "the notebook defines no such function"), 0.0)
                     continue
                 except Lost as lost:
                     yield mark(name, Outcome(name, lost.result, lost.message), time.monotonic() - start)
