@@ -625,6 +625,51 @@ def test_a_recorder_neither_overwrites_nor_mixes(tmp_path):
     assert benchmark.read_results(tmp_path).attrs["environment"]["driver"] == "1"
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: "", "attention.csv cannot be read"),
+        (lambda text: "garbage\n", "attention.csv cannot be read"),
+        (lambda text: text[: text.rindex(",float32") - 1] + "\n", r"line 3 is damaged \(head_dim"),
+        (lambda text: text.replace(",16,", ",abc,", 1), r"line 2 is damaged \(head_dim: abc"),
+        (lambda text: text.replace(",ok,", ",fine,", 1), r"line 2 is damaged \(status: fine"),
+    ],
+    ids=["empty", "garbage", "cut off", "no number", "no status"],
+)
+def test_a_damaged_table_is_not_gone_on_with(tmp_path, change, message):
+    measured(benchmark.Recorder(tmp_path, ENVIRONMENT), some_points(["naive"]), rounds=1)
+    path = tmp_path / "attention.csv"
+    damaged = change(path.read_text())
+    assert damaged != path.read_text()
+    path.write_text(damaged)
+    with pytest.raises(ValueError, match=message):
+        benchmark.Recorder(tmp_path, ENVIRONMENT, resume=True)
+    assert path.read_text() == damaged  # what can be saved of it is its owner's
+
+
+def test_a_damaged_environment_is_told(tmp_path):
+    measured(benchmark.Recorder(tmp_path, ENVIRONMENT), some_points(["naive"]), rounds=1)
+    for damaged in ("{", "[]", '{"attention": {}}'):
+        (tmp_path / "environment.json").write_text(damaged)
+        with pytest.raises(ValueError, match="environment.json is damaged"):
+            benchmark.read_results(tmp_path)
+
+
+def test_a_write_that_fails_leaves_the_table_before(tmp_path, monkeypatch):
+    recorder = benchmark.Recorder(tmp_path, ENVIRONMENT)
+    measured(recorder, some_points(["naive"]), rounds=1)
+    before = recorder.path.read_bytes()
+
+    def half(path, text, **_):
+        path.write_bytes(text[:10].encode())
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(storing.Path, "write_text", half)
+    with pytest.raises(OSError, match="No space"):
+        recorder.write()
+    assert recorder.path.read_bytes() == before and list(tmp_path.glob(".*")) == []
+
+
 def test_a_failure_is_kept_and_not_tried_again(tmp_path):
     planned = some_points(["flash_attn", "naive"])
     recorder = benchmark.Recorder(tmp_path, ENVIRONMENT)

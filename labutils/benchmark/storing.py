@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
@@ -98,14 +99,25 @@ def _save_environment(directory: Path, environment: Any, table: str) -> None:
 
 def _environments(directory: Path) -> dict[str, dict]:
     path = directory / "environment.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it, or use another folder.") from error
+    if not isinstance(found, dict) or not all(isinstance(entry, dict) and "gpu" in entry for entry in found.values()):
+        raise ValueError(f"{path} is damaged: it holds no environment with an entry 'gpu' for each table.")
+    return found
 
 
 def _replace(path: Path, text: str) -> None:
     """Writes a file so that whoever reads it, at any moment, finds all of the old text or all of the new."""
     new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
+    try:
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)  # what a full disk cut short is of no use, and takes room
 
 
 def read_results(directory: str | Path, table: str = "attention") -> pd.DataFrame:
@@ -116,14 +128,19 @@ def read_results(directory: str | Path, table: str = "attention") -> pd.DataFram
 
     Raises:
         FileNotFoundError: the folder has no such table, or no environment for it.
-        ValueError: the file does not have the columns of its schema.
+        ValueError: the file does not have the columns of its schema, or is damaged.
     """
     directory = Path(directory)
     path = directory / f"{table}.csv"
     if not path.exists():
         raise FileNotFoundError(f"{directory} has no {table}.csv: name a folder that holds one.")
-    df = pd.read_csv(path, dtype={"reason": "str", "rounds_ms": "str"})
-    check_schema(df, table)
+    try:
+        df = pd.read_csv(path, dtype={"reason": "str", "rounds_ms": "str"})
+        check_schema(df, table)
+        if table == "attention":
+            _check_rows(df)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
     for text in {"reason", "rounds_ms"} & set(df.columns):
         df[text] = df[text].fillna("")
     environments = _environments(directory)
@@ -166,6 +183,29 @@ def reference_results(
 def stored_gpus() -> list[str]:
     """The names that `reference_results` takes: GPUs of which attention was measured."""
     return sorted(p.parent.name for p in RESULTS.glob("*/attention.csv"))
+
+
+def _check_rows(df: pd.DataFrame) -> None:
+    """Raises ValueError, with the line, at a row of an attention table that no measurement wrote."""
+    numbers = {"ms", "tflops", "peak_mib", "spread_ms", "max_error"} & set(df.columns)
+    for line, row in enumerate(df.to_dict("records"), start=2):
+        wrong = [name for name in ("head_dim", "batch", "heads", "seqlen") if not _whole(row[name])]
+        wrong += [
+            name for name, known in {"pass": ("fwd", "bwd"), "status": STATUSES}.items() if row[name] not in known
+        ]
+        wrong += [] if str(row["causal"]) in ("True", "False") else ["causal"]
+        wrong += [name for name in numbers if not isinstance(row[name], (int, float))]
+        if not wrong and row["status"] == "ok" and not row["ms"] > 0:
+            wrong = ["ms"]
+        if wrong:
+            raise ValueError(
+                f"line {line} is damaged ({', '.join(f'{name}: {row[name]}' for name in wrong)}). Delete it, and "
+                "--resume measures its point again."
+            )
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value >= 1 and value == int(value)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -216,10 +256,9 @@ class Recorder:
         for point, row in self.rows.items():
             values = point.as_dict() | row
             lines.append([_text(values.get(column)) for column in COLUMNS])
-        new = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        with new.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(lines)
-        os.replace(new, self.path)
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows(lines)
+        _replace(self.path, text.getvalue())
 
 
 def _text(value: Any) -> str:
