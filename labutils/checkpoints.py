@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ class Checkpoint:
     Raises:
         FileExistsError: the file is there, and `resume` was not asked for.
         FileNotFoundError: `resume`, and there is no file.
-        ValueError: `resume`, and the settings differ, or the file is of another format; `every` below 1.
+        ValueError: `resume`, and the settings differ, or the file is damaged or of another format; `every` below 1.
     """
 
     def __init__(
@@ -47,7 +48,13 @@ class Checkpoint:
         if not self.path.exists():
             raise FileNotFoundError(f"there is no {self.path} to go on from: start without --resume.")
         # Tensors and plain values alone: a file from somebody else cannot run code here.
-        self.stored = torch.load(self.path, map_location="cpu", weights_only=True)
+        try:
+            self.stored = torch.load(self.path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"{self.path} is damaged, or no checkpoint of this lab: restore it, or start without --resume in "
+                "another folder."
+            ) from error
         if self.stored.get("format") != FORMAT:
             raise ValueError(f"{self.path} is of format {self.stored.get('format')}, this version reads {FORMAT}.")
         before = self.stored["settings"]
@@ -116,8 +123,16 @@ class Checkpoint:
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         new = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        with new.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())  # on disk before it takes the other's place
-        os.replace(new, self.path)
+        try:
+            with new.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())  # on disk before it takes the other's place
+            os.replace(new, self.path)
+        except (OSError, RuntimeError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
+            raise OSError(
+                f"the checkpoint after step {steps} could not be written to {self.path}, which is as it was: is the "
+                f"disk full? ({error})"
+            ) from error
+        finally:
+            new.unlink(missing_ok=True)

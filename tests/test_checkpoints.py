@@ -122,6 +122,16 @@ def test_a_failed_write_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         train(Checkpoint(path, resume=True), steps=4)
     assert path.read_bytes() == before
+    assert list(tmp_path.glob(".*")) == []  # half a file on a full disk keeps it full
+
+
+@pytest.mark.parametrize("damage", [b"", b"garbage\n", None], ids=["empty", "garbage", "cut off"])
+def test_a_damaged_checkpoint_is_told(tmp_path, damage):
+    path = tmp_path / "checkpoint.pt"
+    train(Checkpoint(path), steps=1)
+    path.write_bytes(path.read_bytes()[:3000] if damage is None else damage)
+    with pytest.raises(ValueError, match="checkpoint.pt is damaged"):
+        Checkpoint(path, resume=True)
 
 
 def test_going_on_where_everything_was_done_trains_nothing(tmp_path):
