@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -199,18 +200,40 @@ def test_against_an_earlier_sweep(tmp_path, bench_here, capsys):
     assert "None is long enough" in capsys.readouterr().out
 
 
+def test_another_environment_is_told_by_against(tmp_path, capsys):
+    keys = pd.DataFrame([["naive", "fwd", "float16", 64, False, 1, 4, 16]], columns=list(benchmark.Point.KEY))
+    first, second = (keys.assign(ms=2.0, spread_ms=0.01) for _ in range(2))
+    first.attrs["environment"] = {"driver": "1", "date": "2026-01-01"}
+    second.attrs["environment"] = {"driver": "1", "date": "2026-01-02"}
+    bench._compare(first, second, tmp_path)
+    assert "same environment" not in capsys.readouterr().out
+    second.attrs["environment"]["driver"] = "2"
+    bench._compare(first, second, tmp_path)
+    assert "not measured in the same environment: driver: 1, now 2." in capsys.readouterr().out
+
+
+def test_a_full_disk_ends_it_without_a_traceback(tmp_path):
+    asked = ["--impls", "naive", "--seqlens", "32,64", *SMALL, "--rounds", 1, "--out", tmp_path]
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))  # noqa: E731
+    status, _, err = finish(start(*asked, "--write", "json", preexec_fn=limit))
+    assert status == 1 and "Traceback" not in err and "File too large" in err and "--resume" in err
+    assert len(benchmark.read_results(tmp_path)) == 2 and not list(tmp_path.glob(".*"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--impls", "flash"], "flash is not known. Choose from naive"),
         (["--seqlens", "0"], "must be 1 or more"),
-        (["--seqlens", "a"], "such as 512,1024"),
+        (["--seqlens", "a"], "a: it must be 1 or more, a whole number"),
         (["--dtype", "int8"], "int8 is not known"),
         (["--pass", "forward"], "forward is not known"),
         (["--batch", "1", "--tokens", "64"], "not allowed with"),
         (["--hidden", "100"], "H would not be whole"),
         (["--reference", "no_such_gpu"], "no stored table no_such_gpu"),
         (["--against", "/no/such/folder"], "has no attention.csv"),
+        (["--seconds", "abc"], "abc: it must be a number of seconds"),
+        (["--rounds", "1.5"], "must be 1 or more, a whole number"),
         (["--write", "pdf"], "pdf is not known"),
     ],
 )

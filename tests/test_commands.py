@@ -147,6 +147,16 @@ def test_check_runs_as_a_process_and_force_decides_its_status():
         assert done.stderr.splitlines()[-1].startswith("labutils check: No FlashAttention kernel compiled for a GPU")
 
 
+@pytest.mark.parametrize("command", ["check", "bench"])
+def test_a_device_that_is_not_known_is_told_without_a_traceback(command, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "labutils", command], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"LABUTILS_DEVICE": "gpu", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+    )  # fmt: skip
+    assert done.returncode in (1, 2) and "LABUTILS_DEVICE='gpu' is not known" in done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+
+
 def test_check_prints_the_report(monkeypatch, capsys):
     monkeypatch.setattr(environment, "report", lambda compile_flex: f"report, compile_flex={compile_flex}")
     assert command_line.main(["check"]) == 0

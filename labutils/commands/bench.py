@@ -45,14 +45,17 @@ def _listed(kind: Callable[[str], Any], choices: Sequence[Any] | None = None) ->
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    number = int(text) if text.isdecimal() else 0
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: it must be 1 or more")
+        raise argparse.ArgumentTypeError(f"{text}: it must be 1 or more, a whole number")
     return number
 
 
 def _seconds(text: str) -> float:
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
     if not 0 <= number < 3600:
         raise argparse.ArgumentTypeError(f"{text}: it must be a number of seconds, 0 or more")
     return number
@@ -179,17 +182,26 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measures, writes and prints. Returns 130 after an interrupt, 1 where --against finds a difference, 2 for bad
-    arguments."""
-    from labutils import benchmark, environment, runtime
-    from labutils.benchmark import sweeping
-
+    arguments and for a folder that cannot be used, 1 where files cannot be written any more."""
     try:
+        return _bench(arguments)
+    except OSError as error:
+        print(f"labutils bench: {error}. Rows that {arguments.out} holds are whole: once it can be written to again, "
+              "the same command with --resume measures the rest.", file=sys.stderr)  # fmt: skip
+        return 1
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    try:
+        from labutils import benchmark, environment, runtime  # a device that is not there raises here
+        from labutils.benchmark import sweeping
+
         if arguments.reference is not None:  # a wrong name is told before anything is measured
             benchmark.reference_results(arguments.reference, dtype=None)
         earlier = None if arguments.against is None else benchmark.read_results(arguments.against)
         points = _plan(arguments)
         recorder = benchmark.Recorder(arguments.out, environment.environment(), resume=arguments.resume)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         print(f"labutils bench: {error}", file=sys.stderr)
         return 2
     kept = len(points) - sum(point not in recorder.rows for point in points)
@@ -219,8 +231,9 @@ def run(arguments: argparse.Namespace) -> int:
     print(describe(table))
     _write(table, arguments)
     if interrupted:
-        print(f"Interrupted: {len(table)} of {len(points)} points are in {recorder.path}. The same command with "
-              "--resume measures the rest.")  # fmt: skip
+        missing = sweeping.pending(points, recorder.rows, arguments.rounds)
+        print(f"Interrupted: of {len(points)} points in {arguments.rounds} rounds, {missing} measurements are missing "
+              f"from {recorder.path}. The same command with --resume measures the rest.")  # fmt: skip
         return INTERRUPTED
     return 0 if earlier is None else _compare(earlier, table, arguments.against)
 
@@ -294,6 +307,7 @@ def _line(row: Any) -> str:
 def _compare(earlier: pd.DataFrame, now: pd.DataFrame, folder: Path) -> int:
     """Prints how far two sweeps lie apart; 1 where a median differs by more than `LIMIT`."""
     from labutils import benchmark
+    from labutils.benchmark import storing
 
     try:
         both = benchmark.compare(earlier, now)
@@ -302,6 +316,9 @@ def _compare(earlier: pd.DataFrame, now: pd.DataFrame, folder: Path) -> int:
         return 2
     long = both[(both["first_ms"] > SHORTEST_MS) & (both["second_ms"] > SHORTEST_MS)]
     print(f"\nAgainst {folder}: {len(both)} points in common, {len(long)} of them above {SHORTEST_MS} ms.")
+    changes = storing.environment_changes(earlier.attrs["environment"], now.attrs["environment"])
+    if changes:
+        print(f"They were not measured in the same environment: {'; '.join(changes)}.")
     if long.empty:
         print("None is long enough to be held to a limit.")
         return 0

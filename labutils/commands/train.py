@@ -177,7 +177,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _complain(f"the step does not fit into memory: {remedy}. ({error})", 1)
     except (ValueError, FileExistsError, FileNotFoundError) as error:
         return _complain(error, 2)
-    except (RuntimeError, FloatingPointError) as error:
+    except (RuntimeError, FloatingPointError, OSError) as error:
         return _complain(error, 1)
 
 
@@ -408,7 +408,8 @@ def _polite_interrupts() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        print("\nStopping after this step; once more stops at once.", flush=True)
+        # Not print: where the signal comes in the middle of another print, Python forbids a second one.
+        os.write(2, b"\nStopping after this step; once more stops at once.\n")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
