@@ -111,6 +111,17 @@ SHAPES = [  # N_q, N_k, D, block_m, block_n, causal, dtype
     (101, 37, 24, 32, 32, True, torch.float16),
     (33, 65, 16, 16, 32, False, torch.bfloat16),
     (128, 96, 128, 64, 32, True, torch.float16),
+    (16, 16, 16, 16, 16, False, torch.float16),
+    (1, 40, 16, 16, 16, True, torch.float16),
+    (40, 1, 16, 16, 16, False, torch.float16),
+    (96, 96, 32, 16, 64, True, torch.float16),
+    (96, 96, 32, 64, 16, False, torch.float16),
+    (65, 63, 48, 32, 16, True, torch.bfloat16),
+    (70, 70, 8, 64, 64, True, torch.float32),
+    (129, 33, 16, 128, 32, True, torch.float16),
+    (33, 129, 16, 32, 128, False, torch.float16),
+    (128, 128, 64, 128, 128, True, torch.float16),
+    (80, 112, 64, 16, 32, False, torch.bfloat16),
 ]
 
 
@@ -125,7 +136,7 @@ def assert_model_is_counted(kernel, n_q, n_k, head_dim, block_m, block_n, causal
 
 @interpreted_only
 @pytest.mark.filterwarnings("ignore:divide by zero")  # log2(0) = -inf is the log-sum-exp of a row that sees nothing
-@pytest.mark.parametrize("kernel", ["v1", "v2"])
+@pytest.mark.parametrize("kernel", ["v1", "v2", "dq", "dkdv"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_model_equals_counted_bytes(kernel, shape):
     assert_model_is_counted(kernel, *shape)
@@ -135,7 +146,7 @@ def test_model_equals_counted_bytes(kernel, shape):
 @pytest.mark.filterwarnings("ignore:divide by zero")
 @settings(max_examples=12)
 @given(
-    kernel=st.sampled_from(["v1", "v2"]),
+    kernel=st.sampled_from(["v1", "v2", "dq", "dkdv"]),
     n_q=st.integers(1, 70),
     n_k=st.integers(1, 70),
     head_dim=st.sampled_from([16, 20, 32]),
@@ -145,6 +156,21 @@ def test_model_equals_counted_bytes(kernel, shape):
 )
 def test_model_equals_counted_bytes_anywhere(kernel, n_q, n_k, head_dim, block_m, block_n, causal):
     assert_model_is_counted(kernel, n_q, n_k, head_dim, block_m, block_n, causal, torch.float16)
+
+
+@interpreted_only
+@pytest.mark.parametrize("kernel", ["v1", "v2"])
+def test_the_counted_traffic_obeys_the_theorem(kernel):
+    """Of twice the on-chip memory comes half the traffic: what is counted falls as 1 / M (arXiv 2205.14135, 3.2)."""
+    n, d = 256, 16
+    counted = {}
+    for block in (16, 32, 64):
+        blocks = {"block_m": d, "block_n": block} if kernel == "v1" else {"block_m": block, "block_n": d}
+        moved = analysis.counted_traffic(kernel, seqlen=n, head_dim=d, **blocks)
+        repeated = ("q", "o", "l", "m") if kernel == "v1" else ("k", "v")  # what is loaded anew for each outer block
+        counted[4 * d * block] = sum(sum(moved[tensor].values()) for tensor in repeated)
+    assert list(counted) == [1024, 2048, 4096]  # M numbers, of which B_c = M / 4D
+    assert counted[1024] == 2 * counted[2048] == 4 * counted[4096]
 
 
 def test_counting_in_a_process_of_its_own(monkeypatch):
@@ -168,7 +194,7 @@ def test_nothing_is_counted_where_kernels_are_compiled(monkeypatch):
 
 
 def test_counting_an_unknown_kernel():
-    with pytest.raises(ValueError, match="'v1' or 'v2'"):
+    with pytest.raises(ValueError, match="'v1', 'v2', 'dq', 'dkdv'"):
         analysis.counted_traffic("v3", seqlen=16)
 
 

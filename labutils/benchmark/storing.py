@@ -21,8 +21,14 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
         "attention": "impl pass dtype head_dim causal batch heads seqlen ms tflops peak_mib status",
         "training": "model impl checkpointing chunked_loss seqlen batch peak_gib reserved_gib cap_gib "
         "tokens_per_s loss status",
-        "traffic": "impl seqlen head_dim block_m block_n model_bytes counted_bytes measured_bytes",
-        "prediction": "impl pass head_dim causal batch heads seqlen ms predicted_ms split",
+        "traffic": "impl seqlen head_dim block_m block_n model_bytes counted_bytes measured_bytes pass dtype causal "
+        "batch heads kernels compulsory_bytes dram_read_bytes dram_write_bytes l2_read_bytes l2_write_bytes "
+        "l1_filled_bytes load_sectors_per_request store_sectors_per_request",
+        "coalescing": "stride elements useful_bytes model_bytes dram_read_bytes dram_write_bytes l2_read_bytes "
+        "l2_write_bytes load_sectors_per_request store_sectors_per_request",
+        "prediction": "impl pass head_dim causal batch heads seqlen ms predicted_ms split dtype spread_ms",
+        "resources": "origin kernel capability head_dim dtype causal block_m block_n num_warps num_stages tma "
+        "shared_bytes tensor_columns registers spilled_bytes fits blocks_per_sm occupancy triton",
     }.items()
 }
 """The columns that each stored table starts with; more may follow."""
@@ -67,7 +73,7 @@ def save_results(df: pd.DataFrame, directory: str | Path, environment: Any, *, t
         directory: made where it does not exist; one directory for each GPU.
         environment: a mapping, or an object with `as_dict()` (`environment.environment()`); it needs a key
             "gpu".
-        table: attention, training, traffic or prediction.
+        table: a key of `SCHEMAS`.
 
     `environment.json` holds an entry for each table, since tables of one GPU are measured at different times.
 
@@ -158,7 +164,7 @@ def reference_results(
 
     Args:
         gpu: a directory under labutils/results.
-        table: attention, training, traffic or prediction.
+        table: a key of `SCHEMAS`.
         dtype: of tables with a column `dtype`, the rows of this one alone; None for all rows.
 
     Returns:

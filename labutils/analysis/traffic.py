@@ -1,9 +1,8 @@
-"""Explains times: bytes moved (modelled and counted), the ceilings of this machine, roofline, profiles.
+"""Bytes moved to and from global memory: what the algorithms ask for (the IO model), and what kernels really ask for.
 
-The IO model (`io_bytes`) says what an algorithm must load and store; `count_traffic` counts, in Triton's
-interpreter, what a kernel really loads and stores, and the two agree to the byte. Run as a program, this
-module counts one kernel in a process of its own, which is how `counted_traffic` works on a machine whose
-kernels are compiled.
+`io_bytes` models; `counted_traffic` counts in Triton's interpreter, and the two agree to the byte, for the forward
+passes of FlashAttention-1 and 2 and for both kernels of the backward pass. Where kernels are compiled, counting happens in a
+process of its own, in which they are interpreted.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +22,13 @@ import pandas as pd
 import torch
 
 from labutils import runtime
-from labutils.benchmark import RESULTS, attention_flops, dtype_name, time_call, torch_profiler, watch_interpreter
-
-__all__ = [
-    "Ceilings",
-    "Traffic",
-    "attention_flops",
-    "compulsory_bytes",
-    "count_traffic",
-    "counted_traffic",
-    "io_bytes",
-    "measure_ceilings",
-    "profile",
-    "roofline_points",
-    "stored_ceilings",
-    "total_bytes",
-]
+from labutils.benchmark import dtype_name, watch_interpreter
 
 Bytes = dict[str, dict[str, int]]
 """Bytes per tensor: {"q": {"load": 1024, "store": 0}, ...}."""
+
+TILED = ("v1", "v2", "dq", "dkdv")
+"""The kernels that have an IO model and can be counted: both forward passes, and the two of the backward pass."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -68,17 +54,19 @@ def io_bytes(
     seqlen_k: int | None = None,
     per_tensor: bool = True,
 ) -> Bytes | int:
-    """Bytes that a forward pass loads from and stores to global memory (HBM), by the algorithm's own loops.
+    """Bytes that a pass loads from and stores to global memory (HBM), by the algorithm's own loops.
 
     Args:
         impl: "naive": standard attention, which writes S, reads it, writes P and reads that (FlashAttention,
             Algorithm 0; a mask saves it nothing). "v1": K/V blocks outside, O (float32), l and m read and
             written in each inner step (Algorithm 1). "v2": Q blocks outside, everything else stays on chip
-            (FlashAttention-2, Algorithm 1).
+            (FlashAttention-2, Algorithm 1). "dq" and "dkdv": the two kernels of labutils' backward pass of v2. The
+            first has a block of Q, O and dO for each program and streams K and V; it also writes L log2 e and Δ, a
+            float32 each for a row, for the second, which has a block of K and V and streams Q, dO and these two.
         batch, heads, seqlen, head_dim, seqlen_k: B, H, N_q, D and N_k (N_q where not given).
-        block_m, block_n: rows of a block of Q and of K/V; needed for v1 and v2.
+        block_m, block_n: rows of a block of Q and of K/V; needed for all but "naive".
         dtype_bytes: size of an element of q, k, v (and of S and P in "naive").
-        causal: v1 and v2 leave out the tiles that are masked as a whole; what they load is loaded whole.
+        causal: all but "naive" leave out the tiles that are masked as a whole; what they load is loaded whole.
         per_tensor: bytes by tensor, {"q": {"load": ..., "store": ...}, ...}; False: their sum.
 
     Every load counts, whether or not a cache could serve it: this is what the kernel asks for. Bytes that
@@ -87,19 +75,19 @@ def io_bytes(
     Raises:
         ValueError: unknown `impl`, or block sizes missing.
 
-    Source: arXiv 2205.14135 (Algorithms 0 and 1) and arXiv 2307.08691 (Algorithm 1).
+    Source: arXiv 2205.14135 (Algorithms 0 and 1) and arXiv 2307.08691 (Algorithms 1 and 2).
     """
     n_q, n_k = seqlen, seqlen if seqlen_k is None else seqlen_k
     if impl == "naive":
         row, scores = head_dim * dtype_bytes, n_q * n_k * dtype_bytes
         loads = {"q": n_q * row, "k": n_k * row, "v": n_k * row, "s": scores, "p": scores}
         stores = {"s": scores, "p": scores, "o": n_q * row}
-    elif impl in ("v1", "v2"):
+    elif impl in TILED:
         if block_m is None or block_n is None:
             raise ValueError(f"io_bytes({impl!r}) needs block_m and block_n.")
         loads, stores = _tiled_io(impl, n_q, n_k, head_dim, block_m, block_n, dtype_bytes, causal)
     else:
-        raise ValueError(f"impl={impl!r} has no IO model: 'naive', 'v1' or 'v2'.")
+        raise ValueError(f"impl={impl!r} has no IO model: 'naive', {', '.join(map(repr, TILED))}.")
     result: Bytes = {
         name: {"load": batch * heads * loads.get(name, 0), "store": batch * heads * stores.get(name, 0)}
         for name in dict.fromkeys([*loads, *stores])
@@ -117,16 +105,25 @@ def _tiled_io(
     def visible(rows: tuple[int, int], keys: tuple[int, int]) -> bool:
         return not causal or keys[0] <= rows[1] - 1 + n_k - n_q  # its last row sees its first key
 
-    # How many rows of Q (keys of K) are loaded in all, counted once for each visible tile
-    q_rows = sum(q[1] - q[0] for k in k_blocks for q in q_blocks if visible(q, k))
+    tiles = [(q, k) for q in q_blocks for k in k_blocks if visible(q, k)]
+    # How many rows of Q, and of K, are loaded in all if each tile loads its own
+    q_rows = sum(q[1] - q[0] for q, _ in tiles)
+    k_rows = sum(k[1] - k[0] for _, k in tiles)
     if impl == "v1":  # K and V once; Q, O, l and m once for each tile
-        kv_rows = n_k
-        loads = {"q": q_rows * row, "k": kv_rows * row, "v": kv_rows * row}
+        loads = {"q": q_rows * row, "k": n_k * row, "v": n_k * row}
         state = {"o": q_rows * row_fp32, "l": q_rows * one_fp32, "m": q_rows * one_fp32}
         return loads | state, state
-    kv_rows = sum(k[1] - k[0] for q in q_blocks for k in k_blocks if visible(q, k))
-    loads = {"q": n_q * row, "k": kv_rows * row, "v": kv_rows * row}
-    return loads, {"o": n_q * row, "lse": n_q * one_fp32}
+    if impl == "v2":  # Q once; K and V once for each tile
+        loads = {"q": n_q * row, "k": k_rows * row, "v": k_rows * row}
+        return loads, {"o": n_q * row, "lse": n_q * one_fp32}
+    if impl == "dq":
+        loads = {"q": n_q * row, "k": k_rows * row, "v": k_rows * row, "o": n_q * row, "do": n_q * row}
+        loads["lse"] = n_q * one_fp32
+        return loads, {"lse2": n_q * one_fp32, "delta": n_q * one_fp32, "dq": n_q * row}
+    # dK and dV: of L log2 e and Δ a whole block for each tile, also where the last one goes on past the sequence
+    per_row = len(tiles) * block_m * one_fp32
+    loads = {"q": q_rows * row, "k": n_k * row, "v": n_k * row, "do": q_rows * row, "lse2": per_row, "delta": per_row}
+    return loads, {"dk": n_k * row, "dv": n_k * row}
 
 
 def total_bytes(per_tensor: Bytes) -> int:
@@ -328,11 +325,11 @@ def counted_traffic(
     causal: bool = False,
     seqlen_k: int | None = None,
 ) -> Bytes:
-    """Runs labutils' own forward kernel in the interpreter and returns the bytes it loaded and stored, per
-    tensor.
+    """Runs a kernel of labutils in the interpreter and returns the bytes that it loaded and stored, per tensor.
 
     Args:
-        kernel: "v1" or "v2".
+        kernel: "v1", "v2", "dq" or "dkdv", as for `io_bytes`. The dK/dV kernel needs what the dQ kernel writes, so that
+            to count it takes both.
         batch, heads, seqlen, head_dim, seqlen_k: B, H, N_q, D and N_k (N_q where not given).
         block_m, block_n: block sizes of the launch.
         dtype: of q, k and v.
@@ -346,8 +343,8 @@ def counted_traffic(
         ValueError: an unknown kernel.
         RuntimeError: the child process failed; its last lines are in the message.
     """
-    if kernel not in ("v1", "v2"):
-        raise ValueError(f"kernel={kernel!r} is not known: 'v1' or 'v2'.")
+    if kernel not in TILED:
+        raise ValueError(f"kernel={kernel!r} is not known: one of {', '.join(map(repr, TILED))}.")
     shape = {
         "kernel": kernel, "batch": batch, "heads": heads, "seqlen": seqlen, "head_dim": head_dim,
         "block_m": block_m, "block_n": block_n, "causal": causal,
@@ -355,10 +352,10 @@ def counted_traffic(
     }  # fmt: skip
     if runtime.interpreted:
         return _count_here(dtype=dtype, **shape)
-    package_root = str(Path(__file__).resolve().parent.parent)
+    package_root = str(Path(__file__).resolve().parents[2])
     search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
     child = subprocess.run(
-        [sys.executable, "-m", "labutils.analysis", json.dumps({"dtype": dtype_name(dtype), **shape})],
+        [sys.executable, "-c", _CHILD, json.dumps({"dtype": dtype_name(dtype), **shape})],
         env=os.environ | {"LABUTILS_DEVICE": "cpu", "PYTHONPATH": search_path},
         capture_output=True,
         text=True,
@@ -381,223 +378,28 @@ def _count_here(
     block_n: int,
     causal: bool,
 ) -> Bytes:
-    from labutils.kernels import flash_v1, flash_v2
+    from labutils.kernels import flash_v1, flash_v2, flash_v2_backward
     from labutils.kernels.launch import LaunchConfig
 
     q, k, v = (torch.zeros(batch, n, heads, head_dim, dtype=dtype) for n in (seqlen, seqlen_k, seqlen_k))
     scale, config = head_dim**-0.5, LaunchConfig(block_m, block_n)
+    options = flash_v2.Options(scale, (None, 0 if causal else None))
     with count_traffic() as traffic:
         if kernel == "v1":
             flash_v1.forward(q, k, v, scale, causal, config)
+        elif kernel == "v2":
+            flash_v2.forward(q, k, v, options, config)
         else:
-            flash_v2.forward(q, k, v, flash_v2.Options(scale, (None, 0 if causal else None)), config)
+            out, dout, lse = torch.zeros_like(q), torch.zeros_like(q), torch.zeros(batch, heads, seqlen)
+            flash_v2_backward.backward(dout, q, k, v, out, lse, options, {"dq": config, "dkdv": config})
+            return traffic.per_tensor(f"_{kernel}_kernel")
     return traffic.per_tensor()
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Roofline
-# ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What this machine can do at most, as measured on it."""
-
-    tflops: float
-    """TFLOP/s of a large matmul in `dtype`."""
-    gb_per_s: float
-    """GB/s (10^9 bytes) of a large copy, reads and writes counted."""
-    dtype: str
-    machine: str
-
-    @property
-    def ridge(self) -> float:
-        """FLOP/byte at which the two ceilings meet: below it memory is the bound, above it arithmetic."""
-        return 1e3 * self.tflops / self.gb_per_s
-
-    def roof(self, intensity: float) -> float:
-        """TFLOP/s attainable at an arithmetic intensity in FLOP/byte."""
-        return min(self.tflops, 1e-3 * self.gb_per_s * intensity)
-
-
-def measure_ceilings(*, dtype: torch.dtype | None = None, seconds: float = 0.5) -> Ceilings:
-    """Measures this machine's two ceilings: a square matmul, and a copy too large for the caches.
-
-    Args:
-        dtype: of the matmul; `runtime.dtype` where not given.
-        seconds: spent on each of the two.
-    """
-    dtype = runtime.dtype if dtype is None else dtype
-    n = runtime.choose(cpu=1024, gpu=4096, large_gpu=8192)
-    a, b = (torch.randn(n, n, device=runtime.device, dtype=dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    matmul = time_call(lambda: torch.mm(a, b, out=out), seconds=seconds)
-    size = runtime.choose(cpu=128, gpu=256, large_gpu=2048) * 2**20
-    source = torch.zeros(size, dtype=torch.uint8, device=runtime.device)
-    target = torch.empty_like(source).zero_()  # touched once, so that the timed copy does not wait for page faults
-    copy = time_call(lambda: target.copy_(source), seconds=seconds)
-    return Ceilings(
-        tflops=2 * n**3 / matmul.median_ms / 1e9,
-        gb_per_s=2 * size / copy.median_ms / 1e6,
-        dtype=dtype_name(dtype),
-        machine=runtime.machine,
-    )
-
-
-def stored_ceilings(gpu: str = "nvidia_h200") -> Ceilings:
-    """The ceilings of a named GPU, as `measure_ceilings` found them there.
-
-    Raises:
-        FileNotFoundError: none are stored for this GPU.
-    """
-    path = RESULTS / gpu / "ceilings.json"
-    if not path.exists():
-        raise FileNotFoundError(f"no ceilings of {gpu!r} are stored: measure_ceilings() measures this machine's.")
-    return Ceilings(**json.loads(path.read_text(encoding="utf-8")))
-
-
-_IO_MODEL_OF = {"naive": "naive", "sdpa_math": "naive", "triton_v1": "v1", "tiled_v1": "v1"}  # the others: v2
-
-
-def roofline_points(df: pd.DataFrame, ceilings: Ceilings, *, block_m: int = 128, block_n: int = 128) -> pd.DataFrame:
-    """Where each measured forward pass stands under the roofline.
-
-    Args:
-        df: a table of `benchmark.sweep`; rows with pass "fwd" and status "ok" are used.
-        ceilings: of the machine that measured it.
-        block_m, block_n: the blocks assumed in the IO model of the tiled implementations.
-
-    Returns:
-        impl, seqlen, causal, tflops, flops, model_bytes, intensity (FLOP/byte by the IO model),
-        intensity_compulsory (with every tensor moved once: what a cache that serves all repeated loads would
-        make of it), roof_tflops (the roof at `intensity`), share (of that roof) and bound ("memory" or
-        "compute"). A share above 1 says that a cache served loads which the model sends to memory.
-    """
-    rows = []
-    for row in df[(df["pass"] == "fwd") & (df["status"] == "ok")].itertuples():
-        shape = {"batch": row.batch, "heads": row.heads, "seqlen": row.seqlen, "head_dim": row.head_dim}
-        size = getattr(torch, row.dtype).itemsize
-        model = _IO_MODEL_OF.get(row.impl, "v2")
-        moved = io_bytes(
-            model,
-            **shape,
-            block_m=block_m,
-            block_n=block_n,
-            dtype_bytes=size,
-            causal=row.causal,
-            per_tensor=False,
-        )
-        flops = attention_flops(
-            batch=row.batch, heads=row.heads, seqlen_q=row.seqlen, head_dim=row.head_dim, causal=row.causal
-        )
-        intensity, roof = flops / moved, ceilings.roof(flops / moved)
-        rows.append(
-            {
-                "impl": row.impl,
-                "seqlen": row.seqlen,
-                "causal": row.causal,
-                "tflops": row.tflops,
-                "flops": flops,
-                "model_bytes": moved,
-                "intensity": intensity,
-                "intensity_compulsory": flops / compulsory_bytes(**shape, dtype_bytes=size),
-                "roof_tflops": roof,
-                "share": row.tflops / roof,
-                "bound": "memory" if intensity < ceilings.ridge else "compute",
-            }
-        )
-    columns = [
-        "impl", "seqlen", "causal", "tflops", "flops", "model_bytes", "intensity", "intensity_compulsory",
-        "roof_tflops", "share", "bound",
-    ]  # fmt: skip
-    return pd.DataFrame(rows, columns=columns)
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Profiling
-# ------------------------------------------------------------------------------------------------------------
-
-
-# The profiler records its own requests for memory among the operations.
-_PROFILERS_OWN = ("Activity Buffer Request",)
-
-
-def profile(fn: Callable[[], Any], *, repeats: int = 3, top: int | None = 10) -> pd.DataFrame:
-    """What torch.profiler says of `fn()`, as a table: where its time goes, operation by operation.
-
-    Args:
-        fn: called `repeats` times, after one call that is not recorded.
-        repeats: calls to average over.
-        top: rows to return, longest first; None for all.
-
-    Returns:
-        `op`, `calls` (per call of fn), `self_ms` (per call of fn, without what the operation calls in turn;
-        time on the GPU where there is one, else on the CPU), `share` of the total and `gflops` (per call of
-        fn; NaN where the
-        profiler does not count, which is everything but matmuls and a few elementwise operations: attention
-            kernels
-        show none). On a GPU, kernels launched outside a PyTorch operation, as Triton's are, stand under their
-        own name. `.attrs`: "total_ms", "machine", "device" ("CPU" or "GPU").
-    """
-    on_gpu = runtime.device.type == "cuda"
-    activity = torch.profiler.ProfilerActivity
-    fn()
-    with torch_profiler(
-        activities=[activity.CPU, activity.CUDA] if on_gpu else [activity.CPU], with_flops=True
-    ) as profiler:
-        for _ in range(repeats):
-            fn()
-        if on_gpu:
-            torch.cuda.synchronize()
-
-    cpu = torch.autograd.DeviceType.CPU
-    rows: list[dict] = []
-    for event in profiler.key_averages():
-        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        if event.device_type == cpu and microseconds > 0 and event.key not in _PROFILERS_OWN:
-            rows.append({"op": event.key, "calls": event.count, "us": microseconds, "flops": event.flops or nan})
-    if on_gpu:
-        rows += _kernels_without_operation(profiler)
-    table = pd.DataFrame(rows, columns=["op", "calls", "us", "flops"]).sort_values("us", ascending=False)
-    total_us = table["us"].sum()
-    result = pd.DataFrame(
-        {
-            "op": table["op"],
-            "calls": table["calls"] / repeats,
-            "self_ms": table["us"] / repeats / 1e3,
-            "share": table["us"] / total_us,
-            "gflops": table["flops"] / repeats / 1e9,
-        }
-    ).reset_index(drop=True)
-    result = result if top is None else result.head(top)
-    result.attrs.update(
-        total_ms=float(total_us) / repeats / 1e3, machine=runtime.machine, device="GPU" if on_gpu else "CPU"
-    )
-    return result
-
-
-def _kernels_without_operation(profiler: Any) -> list[dict]:
-    """GPU kernels that no PyTorch operation launched: their time is in no operation's account."""
-    cpu = torch.autograd.DeviceType.CPU
-    spent: Counter[str] = Counter()  # microseconds by kernel, less those that an operation accounts for
-    calls: Counter[str] = Counter()
-    for event in profiler.events():
-        if event.device_type == cpu:
-            for kernel in event.kernels:
-                spent[kernel.name] -= kernel.duration
-                calls[kernel.name] -= 1
-        else:
-            spent[event.name] += event.self_device_time_total
-            calls[event.name] += 1
-    for name in _PROFILERS_OWN:
-        calls.pop(name, None)
-    return [{"op": name, "calls": n, "us": spent[name], "flops": nan} for name, n in calls.items() if n > 0]
+_CHILD = "from labutils.analysis import traffic; traffic._main()"
 
 
 def _main() -> None:
+    """What the child process does: counts the kernel that its argument names, and prints the bytes."""
     shape = json.loads(sys.argv[1])
     print(json.dumps(_count_here(**shape | {"dtype": getattr(torch, shape["dtype"])})))
-
-
-if __name__ == "__main__":
-    _main()

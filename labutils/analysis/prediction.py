@@ -1,0 +1,359 @@
+"""Predicts the time of attention at shapes that nobody ran: FLOPs, exponentials, bytes, waves over SMs, overhead.
+
+A kernel of the flash family gives each program a block of rows. The model says of its time
+
+    t = overhead + c_bytes * bytes
+      + fill * (c_products * products + c_exponentials * exponentials + c_programs * programs)
+
+`products`, `exponentials` and `bytes` are what a shape asks for, divided by what the GPU can do (its ceilings), so that
+c = 1 would be a kernel at that ceiling; c_programs is the time in microseconds that a program takes beside its tiles,
+and `fill` says how much longer the SM that has the most to do works than the average one. They are added, since the kernels
+of this lab overlap little of it; where a kernel does overlap, its constants come out smaller.
+
+The constants are fitted, for each implementation, pass, dtype and mask, on measured times; what they are multiplied
+with comes from the shape and from the GPU, which is why a fit of one GPU says something about another.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from labutils import runtime
+from labutils.analysis.roofline import Ceilings, stored_ceilings
+from labutils.benchmark import Point, attention_flops, reference_results
+
+EXPONENTIALS_PER_CLOCK = 16
+"""Results of ex2 that an SM delivers in a clock, compute capability 7.5 to 10.0 (CUDA C++ Programming Guide, table
+"Throughput of Native Arithmetic Instructions")."""
+
+PREDICTED = ("triton_v2", "sdpa_flash", "sdpa_cudnn", "flash_attn", "sdpa_efficient", "flex")
+"""Implementations that the model is for: one kernel, or a few in the backward pass, each with its programs. Not naive
+attention, whose operations run one after another, nor v1, which has a program for each head alone."""
+
+GROUP = ("impl", "pass", "dtype", "causal")
+"""One fit for each of these."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the model must know of a GPU.
+
+    Attributes:
+        name: of the machine.
+        tflops: of a large matrix product. gb_per_s: of a large copy. Both as `measure_ceilings` finds them.
+        processors: streaming multiprocessors (SMs).
+        mhz: highest clock of an SM, for the exponentials.
+    """
+
+    name: str
+    tflops: float
+    gb_per_s: float
+    processors: int
+    mhz: float
+
+    @property
+    def exponentials_per_s(self) -> float:
+        """ex2 results that all SMs deliver a second, at most."""
+        return EXPONENTIALS_PER_CLOCK * self.processors * self.mhz * 1e6
+
+    @classmethod
+    def of_this_machine(cls, ceilings: Ceilings) -> Gpu:
+        """This machine's GPU, with ceilings measured on it.
+
+        Raises:
+            RuntimeError: no GPU.
+        """
+        if runtime.device.type != "cuda":
+            raise RuntimeError("this machine has no GPU: Gpu.stored() is the H200 of the stored results.")
+        properties = torch.cuda.get_device_properties(runtime.device)
+        mhz = _highest_clock_mhz()
+        return cls(ceilings.machine, ceilings.tflops, ceilings.gb_per_s, properties.multi_processor_count, mhz)
+
+    @classmethod
+    def stored(cls, gpu: str = "nvidia_h200") -> Gpu:
+        """A GPU of which ceilings are stored."""
+        ceilings = stored_ceilings(gpu)
+        return cls(ceilings.machine, ceilings.tflops, ceilings.gb_per_s, *_DATASHEET[gpu])
+
+
+_DATASHEET = {"nvidia_h200": (132, 1980.0)}  # SMs and highest clock in MHz, which stored results do not hold
+
+
+def _highest_clock_mhz() -> float:
+    asked = [
+        "nvidia-smi",
+        "--query-gpu=clocks.max.sm",
+        "--format=csv,noheader,nounits",
+        f"--id={runtime.device.index or 0}",
+    ]
+    done = subprocess.run(asked, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"nvidia-smi does not say the highest clock: {done.stdout.strip()}{done.stderr.strip()}")
+    return float(done.stdout.split()[0])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What a shape asks for
+# ------------------------------------------------------------------------------------------------------------
+
+_PRODUCTS = {"fwd": 2, "bwd": 5}  # matrix products of N x N x D
+_TENSORS = {"fwd": 4, "bwd": 8}  # q, k, v, o; in the backward pass dout, dq, dk and dv as well
+
+FITTED = ("overhead", "bytes", "products", "exponentials", "programs")
+"""The terms of the model, in the order of `Fit.constants`."""
+
+
+def padded(head_dim: int) -> int:
+    """The head dimension that a kernel is taken to compute with: the next multiple of 32."""
+    return -(-head_dim // 32) * 32
+
+
+def terms(row: Mapping[str, Any], gpu: Gpu, block: int, resident: float, slowdown: float) -> dict[str, float]:
+    """What a shape asks for, in milliseconds at the ceilings of a GPU.
+
+    Args:
+        row: pass, dtype, head_dim, causal, batch, heads, seqlen.
+        gpu: whose ceilings count.
+        block: rows and columns of a tile.
+        resident: programs that an SM holds at once.
+        slowdown: how much longer a program takes alone on an SM than its share of an SM that is full.
+
+    Returns:
+        A value for each of `FITTED` ("overhead" is 1; products, exponentials and programs have `fill` in them) and
+        `fill` itself.
+    """
+    n, d = int(row["seqlen"]), int(row["head_dim"])
+    heads = int(row["batch"]) * int(row["heads"])
+    blocks = math.ceil(n / block)
+    tiles = blocks * (blocks + 1) // 2 if row["causal"] else blocks**2
+    pairs = heads * tiles * block * block  # scores computed, those that a mask takes away within a tile included
+    programs = heads * blocks
+    even = programs / gpu.processors
+    if row["causal"]:  # unequal programs, the longest first, fill each other's gaps, but the longest must end
+        waves = max(even, slowdown * blocks**2 / tiles)
+    else:  # equal programs come in waves
+        most = math.ceil(even)
+        waves = max(most, slowdown * math.ceil(most / resident))
+    fill = waves / even
+    itemsize = getattr(torch, row["dtype"]).itemsize
+    return {
+        "overhead": 1.0,
+        "bytes": _TENSORS[row["pass"]] * heads * n * d * itemsize / gpu.gb_per_s / 1e6,
+        "products": fill * 2 * _PRODUCTS[row["pass"]] * pairs * padded(d) / gpu.tflops / 1e9,
+        "exponentials": fill * pairs / gpu.exponentials_per_s * 1e3,
+        "programs": fill * even * 1e-3,  # a microsecond each
+        "fill": fill,
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Fit and prediction
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The constants of one implementation, pass, dtype and mask.
+
+    Attributes:
+        constants: by the names of `FITTED`: milliseconds of overhead; how many times as long as at the ceiling bytes,
+            products and exponentials take; microseconds of a program.
+        block, resident, slowdown: as for `terms`.
+        rows: how many measurements it was fitted on.
+    """
+
+    constants: dict[str, float]
+    block: int
+    resident: float
+    slowdown: float
+    rows: int
+
+    def parts(self, row: Mapping[str, Any], gpu: Gpu) -> dict[str, float]:
+        """Milliseconds of a shape on a GPU, by the terms of the model; their sum is the prediction."""
+        asked = terms(row, gpu, self.block, self.resident, self.slowdown)
+        return {name: self.constants[name] * asked[name] for name in FITTED}
+
+    def predict(self, row: Mapping[str, Any], gpu: Gpu) -> float:
+        """Milliseconds of a shape on a GPU."""
+        return sum(self.parts(row, gpu).values())
+
+
+_BLOCKS = (64, 128)
+_RESIDENT = (1, 2, 3, 4)
+_SLOWDOWN = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
+
+
+def _not_negative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Least squares with all constants 0 or more: the best of all choices of which are 0."""
+    best, best_error = np.zeros(a.shape[1]), math.inf
+    for size in range(1, a.shape[1] + 1):
+        for chosen in itertools.combinations(range(a.shape[1]), size):
+            found = np.linalg.lstsq(a[:, chosen], b, rcond=None)[0]
+            error = float(((a[:, chosen] @ found - b) ** 2).sum())
+            if (found >= 0).all() and error < best_error:
+                best, best_error = np.zeros(a.shape[1]), error
+                best[list(chosen)] = found
+    return best
+
+
+def fit_one(rows: Sequence[Mapping[str, Any]], gpu: Gpu) -> Fit:
+    """The constants with the least squares of relative errors, over `rows` of one implementation, pass, dtype and mask.
+
+    Which block, how many resident programs and what slowdown is tried out. Where all rows fill the GPU several times
+    over, as a sweep of a fixed number of tokens does, the last two make no difference, and the smallest are taken; nor
+    can such a sweep tell bytes, which are then all the same, from overhead.
+
+    Raises:
+        ValueError: fewer rows than constants.
+    """
+    if len(rows) < len(FITTED):
+        raise ValueError(f"{len(rows)} measurements cannot say {len(FITTED)} constants: measure more shapes.")
+    best: Fit | None = None
+    best_error = math.inf
+    ms = np.array([row["ms"] for row in rows])
+    for block, resident, slowdown in itertools.product(_BLOCKS, _RESIDENT, _SLOWDOWN):
+        if slowdown > resident:  # alone, a program has all that the resident ones share, and no more
+            continue
+        asked = [terms(row, gpu, block, resident, slowdown) for row in rows]
+        a = np.array([[one[name] for name in FITTED] for one in asked]) / ms[:, None]
+        constants = _not_negative(a, np.ones(len(ms)))
+        error = float(((a @ constants - 1) ** 2).sum())
+        if error < best_error * (1 - 1e-6):
+            named = dict(zip(FITTED, constants.tolist(), strict=True))
+            best, best_error = Fit(named, block, resident, slowdown, len(rows)), error
+    assert best is not None
+    return best
+
+
+def fit(measured: pd.DataFrame, gpu: Gpu) -> dict[tuple, Fit]:
+    """One `Fit` for each implementation, pass, dtype and mask in a table of measurements; failures are left out.
+
+    Args:
+        measured: a table such as attention.csv, with the columns of `GROUP`, the shape and `ms`.
+        gpu: that measured it.
+
+    Raises:
+        ValueError: too few rows of one group.
+    """
+    ok = measured[measured["ms"].notna() & measured["impl"].isin(PREDICTED)]
+    return {key: fit_one(rows.to_dict("records"), gpu) for key, rows in ok.groupby(list(GROUP))}
+
+
+def predict(fits: Mapping[tuple, Fit], shapes: pd.DataFrame, gpu: Gpu) -> pd.DataFrame:
+    """The table with `predicted_ms`, on a GPU; rows of a group that has no fit are left out."""
+    known = [tuple(row[name] for name in GROUP) in fits for row in shapes.to_dict("records")]
+    found = shapes[known].copy()
+    found["predicted_ms"] = [
+        fits[tuple(row[name] for name in GROUP)].predict(row, gpu) for row in found.to_dict("records")
+    ]
+    return found
+
+
+def errors(predicted: pd.DataFrame) -> pd.Series:
+    """|predicted / measured - 1| of each row."""
+    return (predicted["predicted_ms"] / predicted["ms"] - 1).abs().rename("error")
+
+
+def judged(predicted: pd.DataFrame, by: Iterable[str] = ("impl", "pass")) -> pd.DataFrame:
+    """Median and 90th percentile of the absolute relative error, for each group of rows and for all."""
+    parts = {" ".join(map(str, key)): rows for key, rows in predicted.groupby(list(by), sort=False)}
+    table = {
+        name: [len(rows), errors(rows).median(), errors(rows).quantile(0.9), errors(rows).max()]
+        for name, rows in (parts | {"all": predicted}).items()
+    }
+    return pd.DataFrame.from_dict(table, orient="index", columns=["shapes", "median", "90 %", "largest"])
+
+
+def held_out_by_length(measured: pd.DataFrame, held_out: Iterable[int]) -> pd.DataFrame:
+    """A table of measurements with a column `split`: "held_out" where N is one of these, else "fit"."""
+    split = np.where(measured["seqlen"].isin(list(held_out)), "held_out", "fit")
+    return measured[measured["impl"].isin(PREDICTED) & measured["ms"].notna()].assign(
+        split=pd.Series(split, index=measured.index)
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Shapes to be measured for it
+# ------------------------------------------------------------------------------------------------------------
+
+MEASURED = ("triton_v2", "sdpa_flash", "sdpa_cudnn")
+_LEAST_FLOPS, _MOST_FLOPS = 4e10, 4e12  # of a forward pass: below, launching counts; above, it takes long
+_FIT_LENGTHS, _FIT_HEADS = (1024, 2048, 4096, 8192, 16384), (1, 4, 12, 32, 128, 512)  # heads of all sequences
+
+
+def fit_shapes() -> list[dict]:
+    """Shapes for the fit: N a power of two, D 64 and 128, and from few programs to many.
+
+    Each is {"batch", "heads", "seqlen", "head_dim", "causal"}. None is in the stored sweep of 16,384 tokens, but for
+    those with as many tokens and as wide heads.
+    """
+    shapes = [
+        {"batch": max(1, total // 32), "heads": min(total, 32), "seqlen": n, "head_dim": d, "causal": causal}
+        for d, n, total, causal in itertools.product((64, 128), _FIT_LENGTHS, _FIT_HEADS, (False, True))
+    ]
+    return [shape for shape in shapes if _LEAST_FLOPS <= _flops(shape) <= _MOST_FLOPS]
+
+
+def held_out_shapes(count: int = 60) -> list[dict]:
+    """Shapes for the judgement: N no power of two, batches and heads of all kinds, D 64, 96 and 128; always the same.
+
+    The model never sees one of these lengths in its fit.
+    """
+    generator = np.random.default_rng(0)
+    shapes: dict[tuple, dict] = {}
+    while len(shapes) < count:
+        shape = {
+            "batch": int(generator.choice([1, 2, 3, 5, 8])),
+            "heads": int(generator.choice([1, 3, 6, 10, 16, 24, 40])),
+            "seqlen": int(8 * generator.integers(700 // 8, 14000 // 8)),
+            "head_dim": int(generator.choice([64, 64, 96, 128, 128])),
+            "causal": bool(generator.integers(2)),
+        }
+        power_of_two = shape["seqlen"] & (shape["seqlen"] - 1) == 0
+        if _LEAST_FLOPS <= _flops(shape) <= _MOST_FLOPS and not power_of_two:
+            shapes[tuple(shape.values())] = shape
+    return list(shapes.values())
+
+
+def _flops(shape: Mapping[str, Any]) -> float:
+    return attention_flops(
+        batch=shape["batch"], heads=shape["heads"], seqlen_q=shape["seqlen"], head_dim=shape["head_dim"],
+        causal=shape["causal"],
+    )  # fmt: skip
+
+
+def points_to_measure(
+    impls: Iterable[str] = MEASURED, passes: Iterable[str] = ("fwd", "bwd"), dtype: str = "bfloat16"
+) -> dict[Point, str]:
+    """Every point of `fit_shapes` and `held_out_shapes` -> its split; points of one shape follow each other."""
+    impls, passes = list(impls), list(passes)
+    return {
+        Point(impl, which, dtype, s["head_dim"], s["causal"], s["batch"], s["heads"], s["seqlen"]): split
+        for split, shapes in (("fit", fit_shapes()), ("held_out", held_out_shapes()))
+        for s in shapes
+        for impl in impls
+        for which in passes
+    }
+
+
+def stored_predictions(gpu: str = "nvidia_h200") -> pd.DataFrame:
+    """The stored table of predictions of a GPU, with the columns of `SCHEMAS["prediction"]`.
+
+    Raises:
+        FileNotFoundError: none is stored: `python -m labutils study shapes` measures one.
+    """
+    return reference_results(gpu, "prediction", dtype=None)
+
+
+def predicted_table(measured: pd.DataFrame, gpu: Gpu) -> pd.DataFrame:
+    """Fits the rows with split "fit" and predicts all rows of a table that has `split`, `ms` and the shapes."""
+    return predict(fit(measured[measured["split"] == "fit"], gpu), measured, gpu)

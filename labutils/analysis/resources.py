@@ -1,0 +1,169 @@
+"""What launches take of a chip: registers, spills, shared memory and occupancy, compiled for GPUs that are not there.
+
+`labutils.kernels.compiled` compiles; here is which launches are worth knowing, and the table of them. Compiling all of
+it takes many minutes, so that the table is stored (`stored_table`) with the Triton version that made it; a test
+compiles a few rows again and compares.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import pandas as pd
+import torch
+
+from labutils.benchmark import SCHEMAS, dtype_name, reference_results
+
+STORED_AS = "compiled"
+"""The folder under labutils/results that holds the table: no GPU was measured for it."""
+
+CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0))
+"""T4, A100, RTX 3060, RTX 4090, H100 and B200."""
+
+HEAD_DIMS = (64, 128, 256)
+GRID_BLOCKS = (32, 64, 128)
+GRID_WARPS = (4, 8)
+GRID_STAGES = 2
+
+COLUMNS = list(SCHEMAS["resources"])
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch to be compiled.
+
+    Attributes:
+        origin: "table", an entry of the launch table, or "grid", block sizes tried for the map.
+        program: a key of `compiled.PROGRAMS`. head_dim: D. capability: of the GPU, as (8, 9).
+        causal: whether the mask is on. config: None for the launch table's own.
+    """
+
+    origin: str
+    program: str
+    head_dim: int
+    capability: tuple[int, int]
+    causal: bool = True
+    config: object | None = None
+
+
+def gpu_name(capability: tuple[int, int] | str) -> str:
+    """The first GPU that `compiled.GPUS` names for a compute capability, given as (8, 9) or "8.9"."""
+    from labutils.kernels import compiled
+
+    if isinstance(capability, str):
+        capability = tuple(map(int, capability.split(".")))
+    return compiled.GPUS[capability].names.split(",")[0]
+
+
+def launches_of_the_table(capabilities: Iterable[tuple[int, int]] = CAPABILITIES) -> list[Launch]:
+    """What the launch table holds for 16-bit inputs: v1, forward, backward and decode, causal and full.
+
+    v1 has no entry above D = 128, which is its own limit.
+    """
+    return [
+        Launch("table", program, d, capability, causal)
+        for capability in capabilities
+        for program in ("v1", "forward", "backward", "decode")
+        for d in HEAD_DIMS
+        if not (program == "v1" and (d > 128))
+        for causal in (False, True)
+    ]
+
+
+def launches_of_the_grid(capabilities: Iterable[tuple[int, int]] = CAPABILITIES) -> list[Launch]:
+    """Forward kernels with all pairs of `GRID_BLOCKS` and numbers of `GRID_WARPS`, at D = 64 and 128.
+
+    From 9.0 on through tensor descriptors, as the launch table has it.
+    """
+    from labutils.kernels.launch import LaunchConfig
+
+    return [
+        Launch("grid", "forward", d, c, False, LaunchConfig(m, n, warps, GRID_STAGES, c >= (9, 0)))
+        for c in capabilities
+        for d, m, n, warps in product((64, 128), GRID_BLOCKS, GRID_BLOCKS, GRID_WARPS)
+    ]
+
+
+def compile_launches(
+    launches: Iterable[Launch], *, processes: int = 1, done: Callable[[int], None] = lambda n: None
+) -> pd.DataFrame:
+    """Compiles launches in float16, completely, and says what each takes.
+
+    Args:
+        launches: of the two functions above, or your own.
+        processes: that compile at once; each takes a CPU core and half a GiB.
+        done: told how many launches have been compiled since it was last called.
+
+    Returns:
+        One row for each kernel launched (a backward pass launches two), with `COLUMNS`: `capability` as text ("8.9"),
+        `shared_bytes` of a block, `registers` and `spilled_bytes` of a thread, `fits` (whether the GPU can launch it),
+        `blocks_per_sm` and `occupancy` (0 where it does not fit), `triton`, the version that compiled.
+
+    Raises:
+        RuntimeError: see `compiled.measure`.
+    """
+    rows = []
+    for part in _parts(list(launches), 4 * processes):
+        rows += _compile(part, processes)
+        done(len(part))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _parts(items: list, size: int) -> Iterator[list]:
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def _compile(launches: list[Launch], processes: int) -> list[dict]:
+    import triton
+
+    from labutils.kernels import compiled
+
+    requests = [
+        compiled.Request(x.program, x.head_dim, torch.float16, x.capability, x.causal, config=x.config)
+        for x in launches
+    ]
+    rows = []
+    for launch, found in zip(launches, compiled.measure(requests, binaries=True, processes=processes), strict=True):
+        for cost in found:
+            if cost.kernel.endswith("_merge_kernel"):  # the end of decoding: it has no blocks to choose
+                continue
+            rows.append(
+                {
+                    "origin": launch.origin,
+                    "kernel": _KERNELS.get(cost.kernel, cost.kernel),
+                    "capability": "{}.{}".format(*cost.capability),
+                    "head_dim": launch.head_dim,
+                    "dtype": dtype_name(torch.float16),
+                    "causal": launch.causal,
+                    "block_m": cost.constants["BLOCK_M"],
+                    "block_n": cost.constants["BLOCK_N"],
+                    "num_warps": cost.num_warps,
+                    "num_stages": cost.num_stages,
+                    "tma": bool(cost.constants.get("TMA", False)),
+                    "shared_bytes": cost.shared_bytes,
+                    "tensor_columns": cost.tensor_columns,
+                    "registers": cost.registers,
+                    "spilled_bytes": cost.spilled_bytes,
+                    "fits": cost.fits,
+                    "blocks_per_sm": cost.blocks_per_sm,
+                    "occupancy": cost.occupancy,
+                    "triton": triton.__version__,
+                }
+            )
+    return rows
+
+
+_KERNELS = {
+    "flash_v1._forward_kernel": "v1",
+    "flash_v2._forward_kernel": "forward",
+    "flash_v2_backward._dq_kernel": "dq",
+    "flash_v2_backward._dkdv_kernel": "dkdv",
+    "flash_decode._decode_kernel": "decode",
+}
+
+
+def stored_table() -> pd.DataFrame:
+    """The stored table of all launches, with `COLUMNS`; `.attrs["environment"]` says what compiled it."""
+    return reference_results(STORED_AS, "resources", dtype=None).astype({"capability": str})

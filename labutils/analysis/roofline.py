@@ -1,0 +1,127 @@
+"""The roofline: the ceilings of a machine, and where implementations stand under them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import pandas as pd
+import torch
+
+from labutils import runtime
+from labutils.analysis.traffic import compulsory_bytes, io_bytes
+from labutils.benchmark import RESULTS, attention_flops, dtype_name, time_call
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine can do at most, as measured on it."""
+
+    tflops: float
+    """TFLOP/s of a large matmul in `dtype`."""
+    gb_per_s: float
+    """GB/s (10^9 bytes) of a large copy, reads and writes counted."""
+    dtype: str
+    machine: str
+
+    @property
+    def ridge(self) -> float:
+        """FLOP/byte at which the two ceilings meet: below it memory is the bound, above it arithmetic."""
+        return 1e3 * self.tflops / self.gb_per_s
+
+    def roof(self, intensity: float) -> float:
+        """TFLOP/s attainable at an arithmetic intensity in FLOP/byte."""
+        return min(self.tflops, 1e-3 * self.gb_per_s * intensity)
+
+
+def measure_ceilings(*, dtype: torch.dtype | None = None, seconds: float = 0.5) -> Ceilings:
+    """Measures this machine's two ceilings: a square matmul, and a copy too large for the caches.
+
+    Args:
+        dtype: of the matmul; `runtime.dtype` where not given.
+        seconds: spent on each of the two.
+    """
+    dtype = runtime.dtype if dtype is None else dtype
+    n = runtime.choose(cpu=1024, gpu=4096, large_gpu=8192)
+    a, b = (torch.randn(n, n, device=runtime.device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    matmul = time_call(lambda: torch.mm(a, b, out=out), seconds=seconds)
+    size = runtime.choose(cpu=128, gpu=256, large_gpu=2048) * 2**20
+    source = torch.zeros(size, dtype=torch.uint8, device=runtime.device)
+    target = torch.empty_like(source).zero_()  # touched once, so that the timed copy does not wait for page faults
+    copy = time_call(lambda: target.copy_(source), seconds=seconds)
+    return Ceilings(
+        tflops=2 * n**3 / matmul.median_ms / 1e9,
+        gb_per_s=2 * size / copy.median_ms / 1e6,
+        dtype=dtype_name(dtype),
+        machine=runtime.machine,
+    )
+
+
+def stored_ceilings(gpu: str = "nvidia_h200") -> Ceilings:
+    """The ceilings of a named GPU, as `measure_ceilings` found them there.
+
+    Raises:
+        FileNotFoundError: none are stored for this GPU.
+    """
+    path = RESULTS / gpu / "ceilings.json"
+    if not path.exists():
+        raise FileNotFoundError(f"no ceilings of {gpu!r} are stored: measure_ceilings() measures this machine's.")
+    return Ceilings(**json.loads(path.read_text(encoding="utf-8")))
+
+
+_IO_MODEL_OF = {"naive": "naive", "sdpa_math": "naive", "triton_v1": "v1", "tiled_v1": "v1"}  # the others: v2
+
+
+def roofline_points(df: pd.DataFrame, ceilings: Ceilings, *, block_m: int = 128, block_n: int = 128) -> pd.DataFrame:
+    """Where each measured forward pass stands under the roofline.
+
+    Args:
+        df: a table of `benchmark.sweep`; rows with pass "fwd" and status "ok" are used.
+        ceilings: of the machine that measured it.
+        block_m, block_n: the blocks assumed in the IO model of the tiled implementations.
+
+    Returns:
+        impl, seqlen, causal, tflops, flops, model_bytes, intensity (FLOP/byte by the IO model),
+        intensity_compulsory (with every tensor moved once: what a cache that serves all repeated loads would
+        make of it), roof_tflops (the roof at `intensity`), share (of that roof) and bound ("memory" or
+        "compute"). A share above 1 says that a cache served loads which the model sends to memory.
+    """
+    rows = []
+    for row in df[(df["pass"] == "fwd") & (df["status"] == "ok")].itertuples():
+        shape = {"batch": row.batch, "heads": row.heads, "seqlen": row.seqlen, "head_dim": row.head_dim}
+        size = getattr(torch, row.dtype).itemsize
+        model = _IO_MODEL_OF.get(row.impl, "v2")
+        moved = io_bytes(
+            model,
+            **shape,
+            block_m=block_m,
+            block_n=block_n,
+            dtype_bytes=size,
+            causal=row.causal,
+            per_tensor=False,
+        )
+        flops = attention_flops(
+            batch=row.batch, heads=row.heads, seqlen_q=row.seqlen, head_dim=row.head_dim, causal=row.causal
+        )
+        intensity, roof = flops / moved, ceilings.roof(flops / moved)
+        rows.append(
+            {
+                "impl": row.impl,
+                "seqlen": row.seqlen,
+                "causal": row.causal,
+                "tflops": row.tflops,
+                "flops": flops,
+                "model_bytes": moved,
+                "intensity": intensity,
+                "intensity_compulsory": flops / compulsory_bytes(**shape, dtype_bytes=size),
+                "roof_tflops": roof,
+                "share": row.tflops / roof,
+                "bound": "memory" if intensity < ceilings.ridge else "compute",
+            }
+        )
+    columns = [
+        "impl", "seqlen", "causal", "tflops", "flops", "model_bytes", "intensity", "intensity_compulsory",
+        "roof_tflops", "share", "bound",
+    ]  # fmt: skip
+    return pd.DataFrame(rows, columns=columns)

@@ -1,0 +1,148 @@
+"""`python -m labutils study`: measures and compiles what notebook 04 shows, and stores it under labutils/results."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+PARTS = ("traffic", "shapes", "resources")
+INTERRUPTED = 130  # what a shell calls the end by Control-C
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Puts the command on the command line."""
+    parser = commands.add_parser(
+        "study",
+        help="measure what notebook 04 shows: traffic by counters, shapes to predict, resources by compiling",
+        description="Writes tables for notebook 04. traffic: bytes at DRAM and L2 and sectors by Nsight Compute, on a "
+        "GPU whose counters may be read. shapes: times of shapes to fit a prediction on and of others to judge it by, "
+        "on a GPU. resources: registers, spills and occupancy of kernels compiled for other GPUs; needs no GPU.",
+    )
+    parser.add_argument("part", choices=PARTS, help="what to do")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the tables, such as labutils/results/my_gpu"
+    )
+    parser.add_argument(
+        "--count-up-to",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="traffic: longest sequence whose bytes are counted in the interpreter, too (default: %(default)s; 8192 "
+        "takes ten minutes)",
+    )
+    parser.add_argument(
+        "--counts-only",
+        action="store_true",
+        help="traffic: count for the rows that --out holds already, and measure nothing; needs no GPU",
+    )
+    parser.add_argument("--log", type=Path, help="traffic: folder that keeps what ncu wrote")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("study-shapes"),
+        help="shapes: folder for the measurements as they come (default: %(default)s)",
+    )
+    parser.add_argument("--resume", action="store_true", help="shapes: go on with the measurements in --work")
+    parser.add_argument(
+        "--seconds", type=float, default=0.1, help="shapes: of recorded repeats for a point (default: %(default)s)"
+    )
+    parser.add_argument("--processes", type=int, default=1, help="resources: compilers at once (default: %(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Does one part. Returns 130 after an interrupt, 2 where it cannot be done."""
+    parts = {"traffic": _traffic, "shapes": _shapes, "resources": _resources}
+    try:
+        return parts[arguments.part](arguments)
+    except (RuntimeError, ValueError, FileNotFoundError, FileExistsError) as error:
+        print(f"labutils study {arguments.part}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted: the table was not written.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _traffic(arguments: argparse.Namespace) -> int:
+    from labutils import benchmark, environment
+    from labutils.analysis import counters
+    from labutils.benchmark.sweeping import progress_bar
+
+    if arguments.counts_only:
+        table = benchmark.read_results(arguments.out, "traffic")
+        made_by = table.attrs["environment"]
+    else:
+        made_by = environment.environment().as_dict()
+        logs = [None, None]
+        if arguments.log is not None:
+            arguments.log.mkdir(parents=True, exist_ok=True)
+            logs = [arguments.log / "ncu-traffic.csv", arguments.log / "ncu-coalescing.csv"]
+        print("Copies with gaps, under ncu ...", flush=True)
+        gaps = counters.measure_coalescing(counters.planned_coalescing(), keep=logs[1])
+        benchmark.save_results(gaps, arguments.out, made_by, table="coalescing")
+        print(gaps.to_string(index=False))
+        print("Attention, under ncu ...", flush=True)
+        table = counters.measure_traffic(counters.planned_traffic(), keep=logs[0])
+        benchmark.save_results(table, arguments.out, made_by, table="traffic")  # counting may be interrupted
+    print(f"Counting in the interpreter, up to N = {arguments.count_up_to:,} ...", flush=True)
+    with progress_bar(len(table)) as bar:
+        table = counters.with_counts(table, arguments.count_up_to, bar.update)
+    path = benchmark.save_results(table, arguments.out, made_by, table="traffic")
+    print(table.to_string(index=False))
+    print(f"\nWritten: {path}")
+    return 0
+
+
+def _shapes(arguments: argparse.Namespace) -> int:
+    from labutils import analysis, benchmark, environment, runtime
+    from labutils.analysis import prediction
+    from labutils.benchmark import sweeping
+
+    if runtime.device.type != "cuda":
+        raise RuntimeError("the shapes are for a GPU: this machine has none that the lab can use.")
+    splits = prediction.points_to_measure()
+    points = list(splits)
+    recorder = benchmark.Recorder(arguments.work, environment.environment(), resume=arguments.resume)
+    with sweeping.progress_bar(sweeping.pending(points, recorder.rows, 1)) as bar:
+        try:
+            for done in sweeping.measure(
+                points, benchmark.IMPLEMENTATIONS, recorder.rows, seconds_per_point=arguments.seconds,
+                error_seconds=0.0, describe=bar.set_description_str,
+            ):  # fmt: skip
+                recorder.write()
+                bar.update(done)
+        except KeyboardInterrupt:
+            recorder.write()
+            print(f"Interrupted: the same command with --resume goes on with {recorder.path}.", file=sys.stderr)
+            return INTERRUPTED
+    recorder.write()
+    measured = benchmark.read_results(arguments.work)
+    measured["split"] = [splits[benchmark.Point.of(record)] for record in measured.to_dict("records")]
+    for (impl, status), rows in measured[measured["status"] != "ok"].groupby(["impl", "status"]):
+        print(f"{impl}: {len(rows)} shapes {status}: {rows['reason'].iloc[0]}")
+    measured = measured[(measured["status"] == "ok") & (measured["overhead_bound"].astype(str) != "True")]
+    if (arguments.out / "ceilings.json").exists():
+        gpu = prediction.Gpu.stored(arguments.out.name)
+    else:
+        gpu = prediction.Gpu.of_this_machine(analysis.measure_ceilings())
+    table = prediction.predicted_table(measured, gpu)[list(benchmark.SCHEMAS["prediction"])]
+    path = benchmark.save_results(table, arguments.out, recorder.environment, table="prediction")
+    held_out = table[table["split"] == "held_out"]
+    print(f"\n{gpu}\nHeld-out shapes, absolute relative error:")
+    print(prediction.judged(held_out).round(3).to_string())
+    print(f"\nWritten: {path}")
+    return 0
+
+
+def _resources(arguments: argparse.Namespace) -> int:
+    from labutils import benchmark, environment
+    from labutils.analysis import resources
+    from labutils.benchmark.sweeping import progress_bar
+
+    launches = resources.launches_of_the_table() + resources.launches_of_the_grid()
+    with progress_bar(len(launches)) as bar:
+        table = resources.compile_launches(launches, processes=arguments.processes, done=bar.update)
+    path = benchmark.save_results(table, arguments.out, environment.environment(), table="resources")
+    print(f"Written: {path}, {len(table)} launches")
+    return 0

@@ -1,0 +1,189 @@
+"""ncu's text is read as it writes it; cases, kernels and units are told apart; tables hold what was found."""
+
+import pytest
+
+pytest.importorskip("pandas")
+
+from labutils import analysis, benchmark  # noqa: E402
+from labutils.analysis import counters  # noqa: E402
+
+HEADER = (
+    '"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device",'
+    '"CC","Section Name","Metric Name","Metric Unit","Metric Value"'
+)
+
+
+def launch(number, kernel, **values):
+    """The lines that ncu writes for one launch, thousands separated by commas."""
+    units = {"dram": "byte", "lts_": "sector", "l1te": "byte"}
+    lines = []
+    for ours, value in values.items():
+        metric = counters.METRICS[ours]
+        unit = "" if metric.endswith(".ratio") else units[metric[:4]]
+        text = value if isinstance(value, str) else f"{value:,}"
+        lines.append(
+            f'"{number}","4711","python3.12","127.0.0.1","{kernel}","1","7","(128, 1, 1)","(64, 1, 1)","0","9.0",'
+            f'"Command line profiler metrics","{metric}","{unit}","{text}"'
+        )
+    return "\n".join(lines)
+
+
+def text_of(*launches):
+    """What ncu writes: messages of its own, the header, launches."""
+    return "\n".join(
+        [
+            "==PROF== Connected to process 4711 (/usr/bin/python3.12)",
+            '==PROF== Profiling "_mark" - 0: 0%....50%....100% - 3 passes',
+            HEADER,
+            *launches,
+            "==PROF== Disconnected from process 4711",
+        ]
+    )
+
+
+TRAFFIC = text_of(
+    launch(0, "_mark", dram_read_bytes=1_024, dram_write_bytes=0),
+    launch(1, "void at::native::elementwise_kernel<128, 4>(int, T1)", dram_read_bytes=7_000, dram_write_bytes=1),
+    launch(
+        2,
+        "_forward_kernel",
+        dram_read_bytes=12_345_678,
+        dram_write_bytes=2_097_152,
+        l2_read_sectors=1_000,
+        l2_write_sectors=10,
+        l1_filled_bytes="n/a",
+        load_sectors_per_request=15.5,
+    ),
+    launch(3, "_mark", dram_read_bytes=1_024, dram_write_bytes=0),
+    launch(4, "_dq_kernel", dram_read_bytes=100, dram_write_bytes=10),
+    launch(5, "_dkdv_kernel", dram_read_bytes=200, dram_write_bytes=20),
+)
+
+
+def test_ncus_text_becomes_a_row_for_each_launch():
+    found = counters.parse_ncu(TRAFFIC)
+    assert list(found["launch"]) == list(range(6))
+    assert list(found["kernel"])[:3] == ["_mark", "void at::native::elementwise_kernel<128, 4>", "_forward_kernel"]
+    row = found.set_index("kernel").loc["_forward_kernel"]
+    assert row["dram__bytes_read.sum"] == 12_345_678
+    assert row["l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op_ld.ratio"] == 15.5
+    assert row.isna()["l1tex__m_xbar2l1tex_read_bytes.sum"]
+
+
+def test_units_are_undone_and_unknown_ones_refused():
+    line = launch(0, "k", dram_read_bytes="2.5").replace('"byte"', '"Mbyte"')
+    assert counters.parse_ncu(text_of(line))["dram__bytes_read.sum"].tolist() == [2.5e6]
+    with pytest.raises(ValueError, match="'furlong'"):
+        counters.parse_ncu(text_of(line.replace("Mbyte", "furlong")))
+
+
+def test_closed_counters_and_empty_output_are_told():
+    with pytest.raises(RuntimeError, match="run as root"):
+        counters.parse_ncu("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access counters")
+    with pytest.raises(RuntimeError, match="no kernel: ==WARNING== No kernels were profiled"):
+        counters.parse_ncu("==WARNING== No kernels were profiled.")
+
+
+def test_cases_lie_between_marks_and_kernels_are_chosen_by_name():
+    first, second = counters.by_case(counters.parse_ncu(TRAFFIC))
+    assert list(second["kernel"]) == ["_dq_kernel", "_dkdv_kernel"]
+    own = counters.summed(first, "_forward_kernel")
+    assert own["kernels"] == 1 and own["dram_read_bytes"] == 12_345_678
+    assert own["l2_read_bytes"] == 32_000 and own["load_sectors_per_request"] == 15.5
+    assert counters.summed(first)["dram_read_bytes"] == 12_345_678 + 7_000
+    with pytest.raises(RuntimeError, match=r"no _dq_kernel, but .*_forward_kernel"):
+        counters.summed(first, "_dq_kernel")
+    with pytest.raises(RuntimeError, match="and no mark"):
+        counters.by_case(counters.parse_ncu(text_of(launch(0, "other", dram_read_bytes=1))))
+
+
+def test_a_planned_table_takes_what_was_measured(monkeypatch, tmp_path):
+    """From the plan to the file: only ncu itself is left out."""
+    blocks = {"v2": (64, 64), "dq": (64, 64), "dkdv": (64, 64)}
+    plan = counters.planned_traffic(["triton_v2", "triton_v2_dq", "triton_v2_dkdv"], [256], heads=2, blocks=blocks)
+    asked = []
+
+    def run(function, cases, keep):
+        asked.append((function, cases))
+        return counters.by_case(counters.parse_ncu(TRAFFIC))
+
+    monkeypatch.setattr(counters, "run_under_ncu", run)
+    table = counters.measure_traffic(plan).set_index("impl")
+    [(function, cases)] = asked
+    assert function == "_run_attention" and [case["pass"] for case in cases] == ["fwd", "bwd"]
+    assert {case["call"] for case in cases} == {"triton_v2"} and cases[0]["seqlen"] == 256
+    assert table.loc["triton_v2", "measured_bytes"] == 12_345_678 + 2_097_152
+    assert table.loc["triton_v2_dq", "measured_bytes"] == 110 and table.loc["triton_v2_dkdv", "measured_bytes"] == 220
+    path = benchmark.save_results(table.reset_index()[list(plan.columns)], tmp_path, {"gpu": "G"}, table="traffic")
+    back = benchmark.read_results(tmp_path, "traffic")
+    assert path.exists() and tuple(back.columns) == benchmark.SCHEMAS["traffic"]
+
+
+@pytest.mark.skipif(not counters.runtime.interpreted, reason="counting happens in the interpreter")
+def test_counts_are_filled_in_and_equal_the_model():
+    blocks = {"v1": (64, 64), "v2": (64, 64), "dq": (64, 32), "dkdv": (32, 64)}
+    impls = [name for name in counters.CASES if name != "sdpa_flash"]
+    plan = counters.planned_traffic(impls, [128, 256], heads=3, head_dim=16, blocks=blocks)
+    counted = counters.with_counts(plan, up_to=128)
+    ours = counted[(counted["impl"] != "naive") & (counted["seqlen"] == 128)]
+    assert len(ours) == 4 and (ours["counted_bytes"] == ours["model_bytes"]).all()
+    assert counted.drop(ours.index)["counted_bytes"].isna().all()
+    with pytest.raises(ValueError, match="choose from naive"):
+        counters.planned_traffic(["v3"], [128])
+
+
+def test_the_command_line_names_what_is_measured(tmp_path):
+    command = counters.ncu_command("ncu", counters.METRICS.values(), tmp_path / "log", ["python3", "-c", "pass"])
+    assert command[0] == "ncu" and command[-3:] == ["python3", "-c", "pass"]
+    assert command[command.index("--metrics") + 1].split(",") == list(counters.METRICS.values())
+    assert command[command.index("--profile-from-start") + 1] == "off"
+
+
+def test_metrics_that_the_gpu_lacks_are_left_out(monkeypatch, capsys):
+    """`--query-metrics` lists names without their endings."""
+    listed = "\n".join(f"{name.split('.')[0]}   Counter   byte   what it is" for name in counters.METRICS.values())
+
+    def query(text):
+        monkeypatch.setattr(
+            counters.subprocess, "run", lambda *a, **k: counters.subprocess.CompletedProcess(a, 0, text, "")
+        )
+        return counters._known_metrics("ncu")
+
+    assert query("Device NVIDIA H200 (GH100)\n-----\n" + listed) == counters.METRICS
+    fewer = query(listed.replace("l1tex__m_xbar2l1tex_read_bytes", "other__name"))
+    assert set(counters.METRICS) - set(fewer) == {"l1_filled_bytes"} and "l1_filled_bytes" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="no counter for dram_read_bytes"):
+        query(listed.replace("dram__bytes_read", "other__name"))
+
+
+def test_gaps_cost_whole_sectors():
+    assert [counters.sectors_touched(s, 64) for s in (1, 2, 8, 16)] == [8, 16, 64, 64]
+    plan = counters.planned_coalescing((1, 8), 2**12)
+    assert (plan["model_bytes"] / plan["useful_bytes"]).tolist() == [1, 8]
+
+
+def test_without_a_gpu_it_says_so(monkeypatch):
+    if counters.runtime.device.type == "cuda":
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(RuntimeError, match="hardware counters are a GPU's"):
+        counters.measure_coalescing(counters.planned_coalescing((1,), 2**12))
+
+
+def stored():
+    return benchmark.RESULTS / "nvidia_h200" / "traffic.csv"
+
+
+@pytest.mark.skipif(not stored().exists(), reason="no traffic of an H200 is stored yet")
+def test_the_stored_traffic_lies_between_its_bounds():
+    table = benchmark.reference_results(table="traffic", dtype=None)
+    counted = table[table["counted_bytes"].notna()]
+    assert len(counted) and (counted["counted_bytes"] == counted["model_bytes"]).all()
+    assert set(table["seqlen"]) == set(counters.LENGTHS)
+    for row in table[table["impl"].isin(["triton_v1", "triton_v2"])].itertuples():
+        model = analysis.io_bytes(
+            "v1" if row.impl == "triton_v1" else "v2", batch=row.batch, heads=row.heads, seqlen=row.seqlen,
+            head_dim=row.head_dim, block_m=int(row.block_m), block_n=int(row.block_n), causal=row.causal,
+            per_tensor=False,
+        )  # fmt: skip
+        assert row.model_bytes == model
+        assert row.dram_read_bytes < 1.1 * model
