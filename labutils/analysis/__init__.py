@@ -1,11 +1,22 @@
 """Explains times: bytes moved (modelled, counted, measured), ceilings and roofline, profiles, resources, predictions.
 
-The parts: `traffic` models and counts bytes, `roofline` has the ceilings of a machine and what stands under them,
-`profiling` reads torch.profiler, `resources` compiles for GPUs that are not there.
+The parts: `traffic` models and counts bytes, `counters` reads a GPU's own by ncu, `roofline` has the ceilings of a
+machine and what stands under them, `profiling` reads torch.profiler, `resources` compiles for GPUs that are not there,
+`tuning` tries block sizes, `prediction` predicts times, `advice` says what to take. What is used most is named here.
 """
 
-from labutils.analysis.profiling import profile
-from labutils.analysis.roofline import Ceilings, measure_ceilings, roofline_points, stored_ceilings
+from labutils.analysis.advice import Advice, recommend
+from labutils.analysis.profiling import launch_overhead, profile, timeline
+from labutils.analysis.roofline import (
+    Ceilings,
+    decode_points,
+    exponential_tflops,
+    in_turn,
+    measure_ceilings,
+    measure_exponentials,
+    roofline_points,
+    stored_ceilings,
+)
 from labutils.analysis.traffic import (
     Bytes,
     Traffic,
@@ -18,6 +29,7 @@ from labutils.analysis.traffic import (
 from labutils.benchmark import attention_flops
 
 __all__ = [
+    "Advice",
     "Bytes",
     "Ceilings",
     "Traffic",
@@ -25,10 +37,17 @@ __all__ = [
     "compulsory_bytes",
     "count_traffic",
     "counted_traffic",
+    "decode_points",
+    "exponential_tflops",
+    "in_turn",
     "io_bytes",
+    "launch_overhead",
     "measure_ceilings",
+    "measure_exponentials",
     "profile",
+    "recommend",
     "roofline_points",
     "stored_ceilings",
+    "timeline",
     "total_bytes",
 ]

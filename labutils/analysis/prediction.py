@@ -7,8 +7,8 @@ A kernel of the flash family gives each program a block of rows. The model says 
 
 `products`, `exponentials` and `bytes` are what a shape asks for, divided by what the GPU can do (its ceilings), so that
 c = 1 would be a kernel at that ceiling; c_programs is the time in microseconds that a program takes beside its tiles,
-and `fill` says how much longer the SM that has the most to do works than the average one. They are added, since the kernels
-of this lab overlap little of it; where a kernel does overlap, its constants come out smaller.
+and `fill` says how much longer the SM that has the most to do works than the average one. They are added, since the
+kernels of this lab overlap little of it; where a kernel does overlap, its constants come out smaller.
 
 The constants are fitted, for each implementation, pass, dtype and mask, on measured times; what they are multiplied
 with comes from the shape and from the GPU, which is why a fit of one GPU says something about another.

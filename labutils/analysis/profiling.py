@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from math import nan
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
 from labutils import runtime
-from labutils.benchmark import torch_profiler
+from labutils.benchmark import Unsupported, time_replayed, torch_profiler
 
 # The profiler records its own requests for memory among the operations.
 _PROFILERS_OWN = ("Activity Buffer Request",)
 
 
-def profile(fn: Callable[[], Any], *, repeats: int = 3, top: int | None = 10) -> pd.DataFrame:
+def profile(
+    fn: Callable[[], Any], *, repeats: int = 3, top: int | None = 10, flops: Mapping[str, float] | None = None
+) -> pd.DataFrame:
     """What torch.profiler says of `fn()`, as a table: where its time goes, operation by operation.
 
     Args:
         fn: called `repeats` times, after one call that is not recorded.
         repeats: calls to average over.
         top: rows to return, longest first; None for all.
+        flops: of one call of `fn`, by a part of an operation's name: for those that the profiler does not count, such
+            as attention kernels. They stand with the longest operation of that name.
 
     Returns:
         `op`, `calls` (per call of fn), `self_ms` (per call of fn, without what the operation calls in turn;
@@ -64,6 +71,11 @@ def profile(fn: Callable[[], Any], *, repeats: int = 3, top: int | None = 10) ->
             "gflops": table["flops"] / repeats / 1e9,
         }
     ).reset_index(drop=True)
+    for part, number in (flops or {}).items():
+        named = result.index[result["op"].str.contains(part, regex=False)]
+        if not len(named):
+            raise ValueError(f"no operation's name contains {part!r}: {', '.join(result['op'].head(20))}.")
+        result.loc[named[0], "gflops"] = number / 1e9
     result = result if top is None else result.head(top)
     result.attrs.update(
         total_ms=float(total_us) / repeats / 1e3, machine=runtime.machine, device="GPU" if on_gpu else "CPU"
@@ -87,3 +99,85 @@ def _kernels_without_operation(profiler: Any) -> list[dict]:
     for name in _PROFILERS_OWN:
         calls.pop(name, None)
     return [{"op": name, "calls": n, "us": spent[name], "flops": nan} for name, n in calls.items() if n > 0]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Timeline
+# ------------------------------------------------------------------------------------------------------------
+
+
+def timeline(fn: Callable[[], Any], *, trace: str | Path | None = None) -> pd.DataFrame:
+    """When each operation of one call of `fn()` ran: a row for each, in microseconds from the first.
+
+    Args:
+        fn: called once to warm up, and once more, recorded.
+        trace: a file for the whole trace, which https://ui.perfetto.dev and chrome://tracing open.
+
+    Returns:
+        `op`, `track` ("CPU" or "GPU"), `start_us`, `end_us` and `depth`: how many operations of the same track were
+        going on when this one began (`matmul` 0, the `bmm` that it calls 1). `.attrs`: "machine".
+    """
+    on_gpu = runtime.device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity
+    fn()
+    with torch_profiler(activities=[activity.CPU, activity.CUDA] if on_gpu else [activity.CPU]) as profiler:
+        fn()
+        if on_gpu:
+            torch.cuda.synchronize()
+    if trace is not None:
+        profiler.export_chrome_trace(str(trace))
+    cpu = torch.autograd.DeviceType.CPU
+    rows = [
+        [e.name, "CPU" if e.device_type == cpu else "GPU", e.time_range.start, e.time_range.end]
+        for e in profiler.events()
+        if e.name not in _PROFILERS_OWN and e.time_range.end > e.time_range.start
+    ]
+    table = pd.DataFrame(rows, columns=["op", "track", "start_us", "end_us"])
+    table[["start_us", "end_us"]] -= table["start_us"].min()
+    table = table.sort_values(["track", "start_us", "end_us"], ascending=[True, True, False]).reset_index(drop=True)
+    depth = []
+    going_on: list[tuple[str, float]] = []
+    for row in table.itertuples():
+        going_on = [(track, end) for track, end in going_on if track == row.track and end > row.start_us]
+        depth.append(len(going_on))
+        going_on.append((row.track, row.end_us))
+    table["depth"] = depth
+    table.attrs["machine"] = runtime.machine
+    return table
+
+
+@dataclass(frozen=True)
+class LaunchOverhead:
+    """What a call costs with the host and without it.
+
+    Attributes:
+        called_us: microseconds of a call, many in a row, until the GPU is done with all.
+        replayed_us: microseconds of the same work as a CUDA graph, which the host starts as one.
+    """
+
+    called_us: float
+    replayed_us: float
+
+    @property
+    def waiting(self) -> float:
+        """Share of a call's time in which the GPU waits for the host."""
+        return max(0.0, 1 - self.replayed_us / self.called_us)
+
+
+def launch_overhead(fn: Callable[[], Any], *, repeats: int = 50) -> LaunchOverhead:
+    """What starting a call's kernels from Python costs: the call as it is, against the same as a CUDA graph.
+
+    Raises:
+        Unsupported: no GPU.
+    """
+    if runtime.device.type != "cuda":
+        raise Unsupported("launches are a GPU's: on a CPU the operation itself runs when it is called.")
+    for _ in range(5):
+        fn()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(repeats):
+        fn()
+    torch.cuda.synchronize()
+    called_us = 1e6 * (time.perf_counter() - began) / repeats
+    return LaunchOverhead(called_us, time_replayed([fn]))

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pandas as pd
 import torch
+import triton
+import triton.language as tl
 
 from labutils import runtime
 from labutils.analysis.traffic import compulsory_bytes, io_bytes
-from labutils.benchmark import RESULTS, attention_flops, dtype_name, time_call
+from labutils.benchmark import (
+    RESULTS,
+    SCHEMAS,
+    Unsupported,
+    attention_flops,
+    decode_bandwidth,
+    dtype_name,
+    time_call,
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,60 @@ def stored_ceilings(gpu: str = "nvidia_h200") -> Ceilings:
     if not path.exists():
         raise FileNotFoundError(f"no ceilings of {gpu!r} are stored: measure_ceilings() measures this machine's.")
     return Ceilings(**json.loads(path.read_text(encoding="utf-8")))
+
+
+@triton.jit
+def _exponentials(out_ptr, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = offs.to(tl.float32) * 1e-9
+    for _ in tl.range(0, STEPS):
+        x = tl.math.exp2(-x)  # the sign is part of the instruction; x stays near 0.64
+    tl.store(out_ptr + offs, x)
+
+
+def measure_exponentials(*, seconds: float = 0.2) -> float:
+    """Exponentials (base 2, float32) that this GPU computes in a second, with nothing else to do.
+
+    Raises:
+        Unsupported: no GPU.
+    """
+    if runtime.device.type != "cuda":
+        raise Unsupported("the rate of exponentials is a GPU's: in the interpreter a time means nothing.")
+    programs = 16 * torch.cuda.get_device_properties(runtime.device).multi_processor_count
+    block, steps = 2048, 1024  # 16 independent numbers a thread hide the latency of each
+    out = torch.empty(programs * block, device=runtime.device)
+    ms = time_call(lambda: _exponentials[(programs,)](out, STEPS=steps, BLOCK=block), seconds=seconds).median_ms
+    return 1e3 * programs * block * steps / ms
+
+
+def exponential_tflops(exponentials_per_s: float, head_dim: int) -> float:
+    """TFLOP/s at which a forward pass would run if its exponentials alone took time: 4 * D FLOPs belong to each."""
+    return 4e-12 * head_dim * exponentials_per_s
+
+
+def in_turn(*tflops: float) -> float:
+    """TFLOP/s of a kernel that does one thing after another, each at a rate of its own, overlapping nothing."""
+    return 1 / sum(1 / rate for rate in tflops)
+
+
+def decode_points(
+    batches: Iterable[int], *, seqlen: int = 8192, heads: int = 64, heads_kv: int = 8, head_dim: int = 128
+) -> pd.DataFrame:
+    """Decoding one token against a full cache, measured on this GPU: where it stands under the roofline.
+
+    Returns:
+        batch, seqlen, heads, heads_kv, head_dim, us (microseconds), gb_per_s (of keys and values), `flops` (4 * B * H *
+        N_k * D), `intensity` (FLOP/byte: H / H_kv in 16 bits) and tflops.
+
+    Raises:
+        Unsupported: no GPU.
+    """
+    rows = []
+    for batch in batches:
+        us, gb_per_s = decode_bandwidth(batch=batch, seqlen=seqlen, heads=heads, heads_kv=heads_kv, head_dim=head_dim)
+        flops = 4.0 * batch * heads * seqlen * head_dim
+        rows.append([batch, seqlen, heads, heads_kv, head_dim, us, gb_per_s, flops, heads / heads_kv, flops / us / 1e6])
+    return pd.DataFrame(rows, columns=list(SCHEMAS["decoding"]))
 
 
 _IO_MODEL_OF = {"naive": "naive", "sdpa_math": "naive", "triton_v1": "v1", "tiled_v1": "v1"}  # the others: v2

@@ -1,8 +1,8 @@
 """Bytes moved to and from global memory: what the algorithms ask for (the IO model), and what kernels really ask for.
 
 `io_bytes` models; `counted_traffic` counts in Triton's interpreter, and the two agree to the byte, for the forward
-passes of FlashAttention-1 and 2 and for both kernels of the backward pass. Where kernels are compiled, counting happens in a
-process of its own, in which they are interpreted.
+passes of FlashAttention-1 and 2 and for both kernels of the backward pass. Where kernels are compiled, counting happens
+in a process of its own, in which they are interpreted.
 """
 
 from __future__ import annotations

@@ -26,6 +26,8 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
         "l1_filled_bytes load_sectors_per_request store_sectors_per_request",
         "coalescing": "stride elements useful_bytes model_bytes dram_read_bytes dram_write_bytes l2_read_bytes "
         "l2_write_bytes load_sectors_per_request store_sectors_per_request",
+        "decoding": "batch seqlen heads heads_kv head_dim us gb_per_s flops intensity tflops",
+        "blocks": "kernel head_dim dtype causal batch heads seqlen block_m block_n num_warps num_stages tma ms status",
         "prediction": "impl pass head_dim causal batch heads seqlen ms predicted_ms split dtype spread_ms",
         "resources": "origin kernel capability head_dim dtype causal block_m block_n num_warps num_stages tma "
         "shared_bytes tensor_columns registers spilled_bytes fits blocks_per_sm occupancy triton",

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-PARTS = ("traffic", "shapes", "resources")
+PARTS = ("traffic", "shapes", "blocks", "decoding", "resources")
 INTERRUPTED = 130  # what a shell calls the end by Control-C
 
 
@@ -17,7 +17,8 @@ def add(commands: argparse._SubParsersAction) -> None:
         help="measure what notebook 04 shows: traffic by counters, shapes to predict, resources by compiling",
         description="Writes tables for notebook 04. traffic: bytes at DRAM and L2 and sectors by Nsight Compute, on a "
         "GPU whose counters may be read. shapes: times of shapes to fit a prediction on and of others to judge it by, "
-        "on a GPU. resources: registers, spills and occupancy of kernels compiled for other GPUs; needs no GPU.",
+        "on a GPU. blocks: times of all block sizes, on a GPU. decoding: bandwidth of reading a cache, on a GPU. "
+        "resources: registers, spills and occupancy of kernels compiled for other GPUs; needs no GPU.",
     )
     parser.add_argument("part", choices=PARTS, help="what to do")
     parser.add_argument(
@@ -53,7 +54,13 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Does one part. Returns 130 after an interrupt, 2 where it cannot be done."""
-    parts = {"traffic": _traffic, "shapes": _shapes, "resources": _resources}
+    parts = {
+        "traffic": _traffic,
+        "shapes": _shapes,
+        "blocks": _blocks,
+        "decoding": _decoding,
+        "resources": _resources,
+    }
     try:
         return parts[arguments.part](arguments)
     except (RuntimeError, ValueError, FileNotFoundError, FileExistsError) as error:
@@ -132,6 +139,37 @@ def _shapes(arguments: argparse.Namespace) -> int:
     print(f"\n{gpu}\nHeld-out shapes, absolute relative error:")
     print(prediction.judged(held_out).round(3).to_string())
     print(f"\nWritten: {path}")
+    return 0
+
+
+def _blocks(arguments: argparse.Namespace) -> int:
+    import pandas as pd
+
+    from labutils import benchmark, environment
+    from labutils.analysis import tuning
+    from labutils.benchmark.sweeping import progress_bar
+
+    tables = []
+    each = len(tuning.BLOCKS) ** 2 * len(tuning.WARPS) * len(tuning.STAGES)
+    shapes = [(d, causal) for d in (64, 128) for causal in (False, True)]
+    with progress_bar(each * len(shapes)) as bar:
+        for d, causal in shapes:
+            tables.append(tuning.sweep_blocks(head_dim=d, heads=2048 // d, causal=causal, done=bar.update))
+    table = pd.concat(tables, ignore_index=True)
+    path = benchmark.save_results(table, arguments.out, environment.environment(), table="blocks")
+    print(table.sort_values("ms").groupby(["head_dim", "causal"]).head(3).to_string(index=False))
+    print(f"\nWritten: {path}")
+    return 0
+
+
+def _decoding(arguments: argparse.Namespace) -> int:
+    from labutils import analysis, benchmark, environment
+
+    table = analysis.decode_points((1, 8, 32, 64))
+    path = benchmark.save_results(table, arguments.out, environment.environment(), table="decoding")
+    print(table.to_string(index=False))
+    print(f"\nExponentials: {analysis.measure_exponentials() / 1e12:.3g} * 10^12 a second")
+    print(f"Written: {path}")
     return 0
 
 

@@ -6,7 +6,8 @@ one colour and one marker in all figures (`COLORS`, `MARKERS`); the markers tell
 not.
 
 The parts: `style` has what all figures share, `sweeps` draws measurements over the sequence length, `algorithm`
-how attention is computed, `costs` bytes, roofline and profiles, `training` losses and memory.
+how attention is computed, `costs` bytes, roofline and profiles, `machines` what a GPU makes of a kernel, `training`
+losses and memory.
 """
 
 from labutils.plotting.algorithm import (
@@ -16,6 +17,15 @@ from labutils.plotting.algorithm import (
     plot_tile_order,
 )
 from labutils.plotting.costs import plot_profile, plot_roofline, plot_traffic
+from labutils.plotting.machines import (
+    plot_block_times,
+    plot_counters,
+    plot_decisions,
+    plot_fill,
+    plot_fit,
+    plot_prediction,
+    plot_timeline,
+)
 from labutils.plotting.style import COLORS, LABELS, MARKERS, TENSOR_COLORS
 from labutils.plotting.sweeps import plot_error, plot_memory, plot_sweep, plot_time
 from labutils.plotting.training import plot_memory_bars, plot_training
@@ -25,17 +35,24 @@ __all__ = [
     "LABELS",
     "MARKERS",
     "TENSOR_COLORS",
+    "plot_block_times",
+    "plot_counters",
+    "plot_decisions",
     "plot_error",
+    "plot_fill",
+    "plot_fit",
     "plot_mask",
     "plot_memory",
     "plot_memory_bars",
     "plot_memory_hierarchy",
     "plot_online_softmax",
+    "plot_prediction",
     "plot_profile",
     "plot_roofline",
     "plot_sweep",
     "plot_tile_order",
     "plot_time",
+    "plot_timeline",
     "plot_traffic",
     "plot_training",
 ]

@@ -91,7 +91,13 @@ def plot_traffic(model: Mapping[str, Bytes], counted: Mapping[str, Bytes] | None
 
 
 @styled
-def plot_roofline(points: pd.DataFrame, ceilings: Ceilings) -> Figure:
+def plot_roofline(
+    points: pd.DataFrame,
+    ceilings: Ceilings,
+    *,
+    lower: Mapping[str, float] | None = None,
+    decoding: pd.DataFrame | None = None,
+) -> Figure:
     """Attained TFLOP/s over arithmetic intensity, under the two ceilings measured on this machine.
 
     A marker stands at the intensity of the IO model. The line to its right ends at the intensity with every
@@ -101,9 +107,12 @@ def plot_roofline(points: pd.DataFrame, ceilings: Ceilings) -> Figure:
     Args:
         points: of `analysis.roofline_points`.
         ceilings: of `analysis.measure_ceilings`.
+        lower: further ceilings in TFLOP/s, by what they are called, such as that of the exponentials.
+        decoding: of `analysis.decode_points`: reading a cache for one token.
     """
     fig, ax = plt.subplots(figsize=(WIDTH, 4.9))
-    low = min([points["intensity"].min() if len(points) else ceilings.ridge, ceilings.ridge]) / 4
+    lowest = [ceilings.ridge, *points["intensity"], *(() if decoding is None else decoding["intensity"])]
+    low = min(lowest) / 4
     high = max([points["intensity_compulsory"].max() if len(points) else ceilings.ridge, ceilings.ridge]) * 2
     ax.plot(
         [low, ceilings.ridge, high],
@@ -140,6 +149,28 @@ def plot_roofline(points: pd.DataFrame, ceilings: Ceilings) -> Figure:
         fontsize=9,
         va="center",
     )
+    for i, (name, tflops) in enumerate((lower or {}).items()):
+        ax.hlines(tflops, 1e3 * tflops / ceilings.gb_per_s, high, color="#777777", linestyle=("--", "-.", ":")[i % 3])
+        ax.annotate(
+            f"{name}: {tflops:.3g}",
+            (1e3 * tflops / ceilings.gb_per_s, tflops),
+            ha="right",
+            va="center",
+            xytext=(-6, 0),
+            textcoords="offset points",
+            fontsize=8,
+            color="#555555",
+        )
+    if decoding is not None:
+        ax.plot(
+            decoding["intensity"],
+            decoding["tflops"],
+            linestyle="none",
+            marker="s",
+            markerfacecolor="none",
+            markeredgecolor=BLACK,
+            label=f"decoding, B = {', '.join(map(str, decoding['batch']))}",
+        )
     lengths = sorted(set(points["seqlen"]))
     for i, (name, group) in enumerate(points.groupby("impl", sort=False)):
         look = look_of(name, i)

@@ -1,0 +1,81 @@
+"""Which block sizes, warps and stages are fastest: a sweep on this GPU, or what is stored of another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import product
+
+import pandas as pd
+import torch
+
+from labutils import runtime
+from labutils.benchmark import SCHEMAS, Unsupported, dtype_name, reference_results, time_call
+
+BLOCKS, WARPS, STAGES = (32, 64, 128), (4, 8), (2, 3)
+
+
+def sweep_blocks(
+    *,
+    batch: int = 4,
+    heads: int = 32,
+    seqlen: int = 4096,
+    head_dim: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    causal: bool = False,
+    blocks: Iterable[int] = BLOCKS,
+    warps: Iterable[int] = WARPS,
+    stages: Iterable[int] = STAGES,
+    seconds: float = 0.05,
+    done: Callable[[int], None] = lambda n: None,
+) -> pd.DataFrame:
+    """Times the forward kernel of v2 with all combinations of block sizes, warps and stages, on this GPU.
+
+    Args:
+        batch, heads, seqlen, head_dim, dtype, causal: B, H, N, D and so on.
+        blocks: of rows and of columns. warps, stages: as in `LaunchConfig`.
+        seconds: of repeats for each.
+        done: told 1 after each combination.
+
+    Returns:
+        A table with the columns of `SCHEMAS["blocks"]`: `ms` of each, NaN where `status` says "does not fit". From
+        compute capability 9.0 on tiles are read through tensor descriptors.
+
+    Raises:
+        Unsupported: no GPU.
+    """
+    from labutils.kernels import flash_v2
+    from labutils.kernels.launch import LaunchConfig
+
+    if runtime.device.type != "cuda":
+        raise Unsupported("block sizes are timed on a GPU: in the interpreter a time means nothing.")
+    generator = runtime.seed(0)
+    shape = (batch, seqlen, heads, head_dim)
+    q, k, v = (torch.randn(shape, generator=generator, device=runtime.device, dtype=dtype) for _ in range(3))
+    options = flash_v2.Options(head_dim**-0.5, (None, 0 if causal else None))
+    tma = runtime.capability >= (9, 0)
+    rows = []
+    for m, n, w, s in product(blocks, blocks, warps, stages):
+        config = LaunchConfig(m, n, w, s, tma)
+        ms, status = float("nan"), "ok"
+        try:
+            ms = time_call(
+                lambda c=config: flash_v2.forward(q, k, v, options, c), seconds=seconds, warm_up=0.03
+            ).median_ms
+        except RuntimeError as error:
+            if "too small for" not in str(error):
+                raise
+            status = "does not fit"
+        rows.append(["forward", head_dim, dtype_name(dtype), causal, batch, heads, seqlen, m, n, w, s, tma, ms, status])
+        done(1)
+    table = pd.DataFrame(rows, columns=list(SCHEMAS["blocks"]))
+    table.attrs["machine"] = runtime.machine
+    return table
+
+
+def stored_blocks(gpu: str = "nvidia_h200") -> pd.DataFrame:
+    """The stored sweep of a GPU.
+
+    Raises:
+        FileNotFoundError: none is stored: `python -m labutils study blocks` makes one.
+    """
+    return reference_results(gpu, "blocks", dtype=None)
