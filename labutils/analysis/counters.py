@@ -11,6 +11,7 @@ each: what comes from L2 was brought there by this kernel.
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import shutil
 import subprocess
@@ -27,7 +28,7 @@ import triton.language as tl
 
 from labutils import runtime
 from labutils.analysis.traffic import compulsory_bytes, counted_traffic, io_bytes, total_bytes
-from labutils.benchmark import SCHEMAS, dtype_name
+from labutils.benchmark import SCHEMAS, Unsupported, dtype_name, time_call
 
 SECTOR = 32
 """Bytes of a sector, the smallest piece that L2 hands over."""
@@ -392,6 +393,31 @@ def merged(table: pd.DataFrame, calls: pd.DataFrame, cases: list[dict], found: l
     return table
 
 
+def explained(traffic: pd.DataFrame) -> pd.DataFrame:
+    """Where the model's bytes go, of the forward rows of a measured table: ratios that a sentence can stand on.
+
+    Returns:
+        By impl and seqlen: `L2 / model` (1 where L2 is asked for what the IO model says; naive attention scales its
+        scores in an operation of its own, which adds a half), `DRAM / L2` (what L2 does not serve), `DRAM / compulsory`
+        (1 where every tensor comes once) and `S (MiB)`, the size of the N x N matrix of all heads, to be compared with
+        the L2 cache.
+    """
+    rows = traffic[traffic["pass"] == "fwd"]
+    l2 = rows["l2_read_bytes"] + rows["l2_write_bytes"]
+    itemsize = rows["dtype"].map(lambda name: getattr(torch, name).itemsize)
+    matrix = rows["batch"] * rows["heads"] * rows["seqlen"] ** 2 * itemsize
+    return pd.DataFrame(
+        {
+            "impl": rows["impl"],
+            "seqlen": rows["seqlen"],
+            "L2 / model": l2 / rows["model_bytes"],
+            "DRAM / L2": rows["measured_bytes"] / l2,
+            "DRAM / compulsory": rows["measured_bytes"] / rows["compulsory_bytes"],
+            "S (MiB)": matrix / 2**20,
+        }
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Coalescing
 # ------------------------------------------------------------------------------------------------------------
@@ -415,6 +441,23 @@ def planned_coalescing(strides: Iterable[int] = STRIDES, elements: int = 2**22) 
         for s in strides
     ]
     return pd.DataFrame(rows, columns=list(SCHEMAS["coalescing"]))
+
+
+def time_copies(table: pd.DataFrame) -> pd.DataFrame:
+    """The table of `planned_coalescing` with `ms` and `useful_gb_per_s` of each copy on this GPU.
+
+    Raises:
+        Unsupported: no GPU.
+    """
+    if runtime.device.type != "cuda":
+        raise Unsupported("copies are timed on a GPU: in the interpreter a time means nothing.")
+    times = []
+    for row in table.itertuples():
+        x = torch.zeros(row.elements * row.stride, device=runtime.device)
+        y, copy = torch.empty_like(x), _copy_with_gaps[(row.elements // 1024,)]
+        call = functools.partial(copy, x, y, STRIDE=row.stride, BLOCK=1024)
+        times.append(time_call(call, seconds=0.1).median_ms)
+    return table.assign(ms=times, useful_gb_per_s=table["useful_bytes"] / pd.Series(times, index=table.index) / 1e6)
 
 
 def measure_coalescing(table: pd.DataFrame, *, keep: Path | None = None) -> pd.DataFrame:

@@ -29,7 +29,7 @@ import torch
 
 from labutils import runtime
 from labutils.analysis.roofline import Ceilings, stored_ceilings
-from labutils.benchmark import Point, attention_flops, reference_results
+from labutils.benchmark import Point, attention_flops, find_results, reference_results
 
 EXPONENTIALS_PER_CLOCK = 16
 """Results of ex2 that an SM delivers in a clock, compute capability 7.5 to 10.0 (CUDA C++ Programming Guide, table
@@ -352,6 +352,28 @@ def stored_predictions(gpu: str = "nvidia_h200") -> pd.DataFrame:
         FileNotFoundError: none is stored: `python -m labutils study shapes` measures one.
     """
     return reference_results(gpu, "prediction", dtype=None)
+
+
+GRID_HELD_OUT = (1024, 4096, 16384)
+
+
+def stored_measurements(gpu: str = "nvidia_h200") -> tuple[pd.DataFrame, str]:
+    """What is stored of a GPU to fit and to judge on, in bfloat16: a table with `split`, and a sentence on what it is.
+
+    Either the shapes that `study shapes` measured or, where there are none, the stored sweep of 16,384 tokens, of which
+    the lengths in `GRID_HELD_OUT` are held out.
+    """
+    shapes = find_results("prediction", gpu)
+    if shapes is not None:
+        return shapes, "shapes measured for this purpose; those held out have other lengths, batches and heads"
+    grid = reference_results(gpu, dtype="bfloat16")
+    table = held_out_by_length(grid[grid["impl"].isin(MEASURED)], GRID_HELD_OUT)
+    table.attrs.update(grid.attrs)
+    lengths = ", ".join(f"{n:,}" for n in GRID_HELD_OUT)
+    return table, (
+        f"the stored sweep of 16,384 tokens, with N = {lengths} held out: every shape of it fills the GPU, so that it "
+        "says nothing of those that do not"
+    )
 
 
 def predicted_table(measured: pd.DataFrame, gpu: Gpu) -> pd.DataFrame:

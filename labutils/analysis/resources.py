@@ -164,6 +164,28 @@ _KERNELS = {
 }
 
 
+def compared(table: pd.DataFrame, one: str = "8.0", other: str = "8.9") -> pd.DataFrame:
+    """The grid's launches on two GPUs, side by side: which fit, and how many programs and warps an SM holds.
+
+    Args:
+        table: of `stored_table`. one, other: compute capabilities; by default of the A100 and the RTX 4090.
+
+    Returns:
+        head_dim, block_m, block_n, num_warps, shared_kib (of the first), and for each of both `fits`, `programs` and
+        `occupancy`, named "fits 8.0" and so on.
+    """
+    keys = ["head_dim", "block_m", "block_n", "num_warps"]
+    grid = table[table["origin"] == "grid"].rename(columns={"blocks_per_sm": "programs"})
+    columns = ["fits", "programs", "occupancy"]
+    sides = [
+        grid[grid["capability"] == c].set_index(keys)[[*columns, "shared_bytes"]].add_suffix(f" {c}")
+        for c in (one, other)
+    ]
+    both = sides[0].join(sides[1], how="inner").reset_index()
+    both.insert(4, "shared_kib", both.pop(f"shared_bytes {one}") / 1024)
+    return both.drop(columns=f"shared_bytes {other}")
+
+
 def stored_table() -> pd.DataFrame:
     """The stored table of all launches, with `COLUMNS`; `.attrs["environment"]` says what compiled it."""
     return reference_results(STORED_AS, "resources", dtype=None).astype({"capability": str})
