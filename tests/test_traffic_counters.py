@@ -187,3 +187,32 @@ def test_the_stored_traffic_lies_between_its_bounds():
         )  # fmt: skip
         assert row.model_bytes == model
         assert row.dram_read_bytes < 1.1 * model
+
+
+# --- the command ------------------------------------------------------------------------------------------
+
+
+def study(*arguments):
+    from labutils.__main__ import main
+
+    return main(["study", *arguments])
+
+
+@pytest.mark.skipif(counters.runtime.device.type == "cuda", reason="this machine has a GPU")
+@pytest.mark.parametrize("part", ["traffic", "shapes", "blocks", "decoding"])
+def test_the_command_says_that_it_needs_a_gpu(part, tmp_path, capsys):
+    assert study(part, "--out", str(tmp_path), "--work", str(tmp_path / "work")) == 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"labutils study {part}: ") and "GPU" in message
+    assert not list(tmp_path.glob("*.csv"))
+
+
+@pytest.mark.skipif(not counters.runtime.interpreted, reason="counting happens in the interpreter")
+def test_counts_can_be_added_later_without_a_gpu(tmp_path, capsys):
+    plan = counters.planned_traffic(["triton_v2"], [64, 128], heads=2, head_dim=16, blocks={"v2": (32, 32)})
+    benchmark.save_results(plan.assign(measured_bytes=1.0), tmp_path, {"gpu": "G"}, table="traffic")
+    assert study("traffic", "--out", str(tmp_path), "--counts-only", "--count-up-to", "64") == 0
+    back = benchmark.read_results(tmp_path, "traffic")
+    assert back["counted_bytes"].iloc[0] == back["model_bytes"].iloc[0] and back["counted_bytes"].isna().iloc[1]
+    assert back.attrs["machine"] == "G" and "Written" in capsys.readouterr().out
+    assert study("traffic", "--out", str(tmp_path / "none"), "--counts-only") == 2

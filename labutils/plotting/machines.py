@@ -114,7 +114,7 @@ def plot_block_times(blocks: pd.DataFrame) -> Figure:
         blocks: of `analysis.tuning.sweep_blocks`.
     """
     panels = list(blocks.groupby(["head_dim", "causal"], sort=True))
-    fig, axes = plt.subplots(1, len(panels), figsize=(min(WIDE, 0.6 + 3.4 * len(panels)), 3.3), squeeze=False)
+    fig, axes = plt.subplots(1, len(panels), figsize=(WIDTH if len(panels) < 3 else WIDE, 3.3), squeeze=False)
     for ax, ((d, causal), rows) in zip(axes[0], panels, strict=True):
         best = rows.sort_values("ms").drop_duplicates(["block_m", "block_n"]).set_index(["block_m", "block_n"])
         relative = best["ms"] / best["ms"].min()
