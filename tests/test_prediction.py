@@ -86,6 +86,15 @@ def test_too_few_rows_and_unknown_groups():
     assert prediction.fit(measured.assign(impl="naive"), GPU) == {}  # it is not what the model describes
 
 
+def test_the_gpu_of_a_folder(tmp_path, monkeypatch):
+    assert prediction.gpu_for(benchmark.RESULTS / "nvidia_h200") == prediction.Gpu.stored()
+    monkeypatch.setattr(prediction.Gpu, "of_this_machine", classmethod(lambda cls, ceilings: GPU))
+    monkeypatch.setattr(prediction, "measure_ceilings", lambda: None)
+    assert prediction.gpu_for(tmp_path / "nvidia_h200") is GPU  # a folder of that name with nobody's ceilings
+    with pytest.raises(ValueError, match="gpu='abacus' is not known: nvidia_h200"):
+        prediction.Gpu.stored("abacus")
+
+
 def test_errors_are_relative_and_summed_up():
     table = pd.DataFrame({"impl": "a", "pass": "fwd", "ms": [1.0, 2.0, 4.0], "predicted_ms": [1.1, 2.0, 3.0]})
     assert prediction.errors(table).tolist() == pytest.approx([0.1, 0.0, 0.25])

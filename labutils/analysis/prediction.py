@@ -21,6 +21,7 @@ import math
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,8 +29,8 @@ import pandas as pd
 import torch
 
 from labutils import runtime
-from labutils.analysis.roofline import Ceilings, stored_ceilings
-from labutils.benchmark import Point, attention_flops, find_results, reference_results
+from labutils.analysis.roofline import Ceilings, measure_ceilings, stored_ceilings
+from labutils.benchmark import RESULTS, Point, attention_flops, find_results, reference_results
 
 EXPONENTIALS_PER_CLOCK = 16
 """Results of ex2 that an SM delivers in a clock, compute capability 7.5 to 10.0 (CUDA C++ Programming Guide, table
@@ -80,9 +81,30 @@ class Gpu:
 
     @classmethod
     def stored(cls, gpu: str = "nvidia_h200") -> Gpu:
-        """A GPU of which ceilings are stored."""
+        """A GPU of which ceilings are stored.
+
+        Raises:
+            ValueError: its number of SMs and its clock are not known here.
+            FileNotFoundError: its ceilings are not stored.
+        """
+        if gpu not in _DATASHEET:
+            raise ValueError(f"gpu={gpu!r} is not known: {', '.join(_DATASHEET)}, or Gpu.of_this_machine(ceilings).")
         ceilings = stored_ceilings(gpu)
         return cls(ceilings.machine, ceilings.tflops, ceilings.gb_per_s, *_DATASHEET[gpu])
+
+
+def gpu_for(folder: Path) -> Gpu:
+    """The GPU whose results a folder holds: with the stored ceilings where these are its own, else this machine's.
+
+    What is stored must follow from what is stored beside it, so that anybody can compute it again.
+    """
+    if (
+        folder.resolve().parent == RESULTS.resolve()
+        and folder.name in _DATASHEET
+        and (folder / "ceilings.json").exists()
+    ):
+        return Gpu.stored(folder.name)
+    return Gpu.of_this_machine(measure_ceilings())
 
 
 _DATASHEET = {"nvidia_h200": (132, 1980.0)}  # SMs and highest clock in MHz, which stored results do not hold

@@ -102,7 +102,7 @@ def _traffic(arguments: argparse.Namespace) -> int:
 
 
 def _shapes(arguments: argparse.Namespace) -> int:
-    from labutils import analysis, benchmark, environment, runtime
+    from labutils import benchmark, environment, runtime
     from labutils.analysis import prediction
     from labutils.benchmark import sweeping
 
@@ -129,10 +129,7 @@ def _shapes(arguments: argparse.Namespace) -> int:
     for (impl, status), rows in measured[measured["status"] != "ok"].groupby(["impl", "status"]):
         print(f"{impl}: {len(rows)} shapes {status}: {rows['reason'].iloc[0]}")
     measured = measured[(measured["status"] == "ok") & (measured["overhead_bound"].astype(str) != "True")]
-    if (arguments.out / "ceilings.json").exists():
-        gpu = prediction.Gpu.stored(arguments.out.name)
-    else:
-        gpu = prediction.Gpu.of_this_machine(analysis.measure_ceilings())
+    gpu = prediction.gpu_for(arguments.out)
     table = prediction.predicted_table(measured, gpu)[list(benchmark.SCHEMAS["prediction"])]
     path = benchmark.save_results(table, arguments.out, recorder.environment, table="prediction")
     held_out = table[table["split"] == "held_out"]
