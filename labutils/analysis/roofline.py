@@ -86,7 +86,7 @@ def _exponentials(out_ptr, STEPS: tl.constexpr, BLOCK: tl.constexpr):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = offs.to(tl.float32) * 1e-9
     for _ in tl.range(0, STEPS):
-        x = tl.math.exp2(-x)  # the sign is part of the instruction; x stays near 0.64
+        x = tl.math.exp2(-x)  # stays near 0.64; the sign costs other units an eighth of the time
     tl.store(out_ptr + offs, x)
 
 
