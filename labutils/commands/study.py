@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
     }
     try:
         return parts[arguments.part](arguments)
-    except (RuntimeError, ValueError, FileNotFoundError, FileExistsError) as error:
+    except (RuntimeError, ValueError, OSError) as error:
         print(f"labutils study {arguments.part}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
