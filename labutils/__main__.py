@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from labutils.commands import bench, check, grade, lab, study, train
+from labutils.commands import bench, check, grade, lab, study, train, tune
 
-COMMANDS = (lab, check, bench, study, train, grade)
+COMMANDS = (lab, check, bench, tune, study, train, grade)
 """The modules of the commands, in the order in which the help lists them."""
 
 

@@ -200,7 +200,7 @@ def _dotted(capability: tuple[int, int] | None) -> str | None:
     return None if capability is None else f"{capability[0]}.{capability[1]}"
 
 
-def _why_no_gpu() -> tuple[str, str]:
+def why_no_gpu() -> tuple[str, str]:
     """Why the lab does not use a GPU here, and what to do about it; two empty strings where it does."""
     if runtime.device.type == "cuda":
         return "", ""
@@ -417,7 +417,7 @@ def report(*, compile_flex: bool | None = None) -> str:
     memory = f"{machine.gpu}, {machine.memory_gib} GiB"
     shape = ", ".join(map(str, PROBE_SHAPE))
     lines += ["", f"FlashAttention, each backend tried on tensors (B, N, H, D) = ({shape})"]
-    lines.append(_row(machine.gpu is not None, "GPU", memory if machine.gpu else _why_no_gpu()[0]))
+    lines.append(_row(machine.gpu is not None, "GPU", memory if machine.gpu else why_no_gpu()[0]))
     lines.append(_row(machine.capability is not None, "compute capability", _about_capability(machine.capability)))
     found = {backend.name: backend for backend in backends(compile_flex=compile_flex)}
     for name in ("flash_attn", *(other for other in TITLES if other != "flash_attn")):
@@ -460,7 +460,7 @@ def _status() -> str:
 def _cause_and_remedy() -> tuple[str, str]:
     """Why no compiled flash kernel ran on a GPU, and what to do."""
     if runtime.device.type != "cuda":
-        return _why_no_gpu()
+        return why_no_gpu()
     failed = "; ".join(f"{TITLES[b.name]}: {b.reason}" for b in backends() if b.name in FLASH)
     return (
         f"none of them ran on this GPU ({failed})",

@@ -19,6 +19,9 @@ import torch  # isort: skip
 # kernels.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# What somebody has tuned on this machine is not what is tested; notebooks inherit this.
+os.environ["LABUTILS_LAUNCH_TABLE"] = "none"
+
 if importlib.util.find_spec("hypothesis"):  # the notebooks can be executed without it
     from hypothesis import settings
 

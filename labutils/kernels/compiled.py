@@ -34,6 +34,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
 from labutils.kernels import append, flash_decode, flash_v1, flash_v2, flash_v2_backward, launch
+from labutils.kernels.launch_table import LaunchConfig
 
 WARP_SIZE = 32
 REGISTERS_PER_SM = 65_536
@@ -81,6 +82,7 @@ class Request:
         causal: whether the causal mask is on.
         features: of `PROGRAMS[program].features`, those to switch on.
         config: for all kernels of the program that take one; the launch table's where not given.
+        only: of what the program launches, the one kernel to compile, as in `Resources.kernel`; all where not given.
 
     Raises:
         ValueError: the program does not exist or has no such feature, or the capability is not in the table.
@@ -92,7 +94,8 @@ class Request:
     capability: tuple[int, int]
     causal: bool = True
     features: tuple[str, ...] = ()
-    config: launch.LaunchConfig | None = None
+    config: LaunchConfig | None = None
+    only: str | None = None
 
     def __post_init__(self):
         if self.program not in PROGRAMS:
@@ -290,13 +293,15 @@ def _launches(request: Request, binaries: bool) -> list[Resources]:
 
     def compile_and_stop(*, fn, compile, **_) -> bool:
         kernel = fn.jit_function
+        name = f"{fn.module.rpartition('.')[2]}.{fn.name}"
+        if request.only not in (None, name):
+            return True
         source = ASTSource(kernel, compile["signature"], compile["constants"], compile["configs"][0])
         options = {name: compile[name] for name in ("num_warps", "num_stages")}
         key = (source.hash(), target.arch, *options.values())
         if key not in _known:
             _known[key] = (_build if binaries else _allocate)(source, target, options)
         constants = {kernel.arg_names[place]: compile["constants"][place,] for place in kernel.constexprs}
-        name = f"{fn.module.rpartition('.')[2]}.{fn.name}"
         found.append(Resources(name, request.capability, constants, *options.values(), *_known[key]))
         return True  # tells Triton that there is nothing left to compile, and so nothing to start
 

@@ -162,6 +162,11 @@ def _multiprocessors(device_index: int) -> int:
     return torch.cuda.get_device_properties(device_index).multi_processor_count
 
 
+def cut_to_rows(config: LaunchConfig, rows: int) -> LaunchConfig:
+    """The same with no more rows in a tile than there are queries times heads that share a key head."""
+    return replace(config, block_m=min(config.block_m, max(SMALLEST_BLOCK, triton.next_power_of_2(rows))))
+
+
 def choose_splits(programs: int, tiles: int, slots: int) -> int:
     """In how many parts to split the keys: the number that ends first if all programs run in waves.
 
@@ -200,7 +205,7 @@ def decode(
         options: scale, window, softcap, ALiBi; no dropout, no packed sequences.
         n_new: keys that stand in the cache behind those that `cache` counts.
         splits: parts of the keys, 1 to 128; 0 to have it chosen.
-        config: block sizes and warps; the launch table's where not given. block_m is cut to the rows there are.
+        config: block sizes and warps; the launch table's where not given, cut to the rows that there are.
 
     Returns:
         out (B, N_q, H, D) in the dtype of q, lse (B, H, N_q) float32.
@@ -216,7 +221,7 @@ def decode(
         rows = n_q * group
         kernel = "decode" if rows < 128 else "forward"  # a long prompt against the cache is no decoding
         config = pick_config(kernel, head_dim, q.dtype, right is not None, q.device, longest=max(rows, n_k))
-        config = replace(config, block_m=min(config.block_m, max(SMALLEST_BLOCK, triton.next_power_of_2(rows))))
+        config = cut_to_rows(config, rows)
     programs = batch * heads_kv * triton.cdiv(n_q * group, config.block_m)
     if splits == 0:
         slots = _multiprocessors(q.device.index or 0) if q.is_cuda else 1

@@ -16,6 +16,7 @@ from labutils.kernels.flash_v2 import Options, with_batch
 from labutils.kernels.launch import (
     SEQUENCE_LENGTHS,
     LaunchConfig,
+    Launched,
     describe,
     describe_vectors,
     descriptors_fit,
@@ -260,6 +261,13 @@ def backward(
     Returns:
         dq, dk and dv in the shapes of q, k and v, contiguous, in the dtype of q.
     """
+    return start(dout, q, k, v, out, lse, options, configs, dlse)[0]
+
+
+def start(
+    dout, q, k, v, out, lse, options: Options, configs: dict[str, LaunchConfig] | None = None, dlse=None
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, Launched | None]]:
+    """`backward`, and by kernel ("dkdv", "dq") what it launched, to be launched again."""
     batch, n_q, n_k = options.sizes(q, k)
     heads, head_dim = q.shape[-2:]
     heads_kv = k.shape[-2]
@@ -283,7 +291,8 @@ def backward(
     c = config("dq")
     block_d = c.block_d(head_dim)
     tma = c.tma and not packed and descriptors_fit(k, v)
-    launch(
+    launched = {}
+    launched["dq"] = launch(
         _dq_kernel, (triton.cdiv(n_q, c.block_m) * batch * heads,), c,
         q, *(describe(t, c.block_n, block_d) if tma else t for t in (k, v)), out, dout, lse, dlse,
         lse2, delta, dq,
@@ -294,7 +303,7 @@ def backward(
     )  # fmt: skip
     c = config("dkdv")
     tma = c.tma and not packed and descriptors_fit(q, dout)
-    launch(
+    launched["dkdv"] = launch(
         _dkdv_kernel, (triton.cdiv(n_k, c.block_n) * batch * heads_kv,), c,
         describe(q, c.block_m, block_d) if tma else q, k, v, describe(dout, c.block_m, block_d) if tma else dout,
         *(describe_vectors(t, c.block_m) if tma else t for t in (lse2, delta)), dk, dv,
@@ -302,4 +311,4 @@ def backward(
         *strides[q], *strides[k], *strides[v], *strides[dout], *strides[dk], *strides[dv], *row_strides,
         D=head_dim, BLOCK_D=block_d, TMA=tma,
     )  # fmt: skip
-    return dq, dk, dv
+    return (dq, dk, dv), launched

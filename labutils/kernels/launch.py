@@ -1,4 +1,4 @@
-"""Launch configurations: block sizes, warps and pipeline stages per kernel, head dimension, dtype and GPU."""
+"""Starts kernels: which configuration a call gets, descriptors for its tensors, and the launch itself."""
 
 from __future__ import annotations
 
@@ -11,86 +11,12 @@ import triton
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-KERNELS = ("v1", "forward", "dkdv", "dq", "decode")
-SMALLEST_BLOCK = 16  # tl.dot takes no smaller tile
+from labutils.kernels import launch_table
+from labutils.kernels.launch_table import SMALLEST_BLOCK, LaunchConfig, Place
+
 # Triton compiles a kernel anew for an integer argument that is 1 or a multiple of 16. For these it must not: decoding
 # calls with a new length for every token.
 SEQUENCE_LENGTHS = ("N_Q", "N_K")
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """How one kernel is launched.
-
-    Attributes:
-        block_m: rows (queries) per tile. block_n: columns (keys) per tile. Powers of two, 16 or more.
-        num_warps: warps of 32 threads per program.
-        num_stages: depth of the software pipeline of the inner loop: tiles in flight at once.
-        tma: read the tiles of the inner loop through tensor descriptors, where the tensors allow it.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int = 4
-    num_stages: int = 2
-    tma: bool = False
-
-    @staticmethod
-    def block_d(head_dim: int) -> int:
-        """Columns of a tile that hold one head: a power of two, since `tl.arange` makes no other."""
-        return max(SMALLEST_BLOCK, triton.next_power_of_2(head_dim))
-
-
-# Tables by (kernel, BLOCK_D up to, causal); an entry without the third holds for both. Entries as in LaunchConfig:
-# block_m, block_n, num_warps, num_stages, tma.
-#
-# float16 and bfloat16 where a block may use 227 KiB of shared memory (9.0, 10.0): of 12 to 30 candidates each the one
-# with the least time on an H200 at N = 1,024 and 4,096 taken together (v1 and 256: not searched).
-_SIXTEEN_BIT_LARGE = {
-    ("v1", 64): LaunchConfig(64, 64, 4, 2),
-    ("v1", 128): LaunchConfig(64, 32, 4, 2),
-    ("forward", 64): LaunchConfig(64, 128, 4, 2, True),
-    ("forward", 128): LaunchConfig(128, 64, 4, 2, True),
-    ("forward", 256): LaunchConfig(128, 64, 8, 2, True),
-    ("dkdv", 64, False): LaunchConfig(64, 64, 4, 3, True),
-    ("dkdv", 64, True): LaunchConfig(64, 64, 4, 2, True),
-    ("dkdv", 128): LaunchConfig(64, 64, 4, 2, True),
-    ("dkdv", 256): LaunchConfig(32, 64, 8, 2, True),
-    ("dq", 64): LaunchConfig(128, 64, 4, 3, True),
-    ("dq", 128): LaunchConfig(128, 64, 8, 3, True),
-    ("dq", 256): LaunchConfig(64, 32, 8, 2, True),
-    ("decode", 64): LaunchConfig(64, 128, 4, 3),
-    ("decode", 128): LaunchConfig(64, 128, 4, 3),
-    ("decode", 256): LaunchConfig(32, 32, 8, 3),
-}
-# The same for the other GPUs from Ampere on: chosen to fit the 99 KiB of 8.6, 8.9 and 12.0, by compiling; not timed.
-_SIXTEEN_BIT_SMALL = {
-    ("v1", 64): LaunchConfig(64, 64, 4, 2),
-    ("v1", 128): LaunchConfig(64, 32, 4, 2),
-    ("forward", 64): LaunchConfig(128, 64, 4, 3),
-    ("forward", 128): LaunchConfig(64, 64, 4, 2),
-    ("dkdv", 64): LaunchConfig(64, 64, 4, 2),
-    ("dkdv", 128): LaunchConfig(32, 64, 4, 2),
-    ("dq", 64): LaunchConfig(64, 64, 4, 2),
-    ("dq", 128): LaunchConfig(64, 32, 4, 2),
-    ("forward", 256): LaunchConfig(64, 32, 8, 1),
-    ("dkdv", 256): LaunchConfig(16, 32, 4, 1),
-    ("dq", 256): LaunchConfig(32, 16, 4, 1),
-    ("decode", 64): LaunchConfig(64, 64, 4, 3),
-    ("decode", 128): LaunchConfig(32, 64, 4, 2),
-    ("decode", 256): LaunchConfig(16, 32, 4, 2),
-}
-# float32 products run on the plain units, with operands in registers: 32 x 32 is what does not spill.
-_SMALLEST = {(kernel, 256): LaunchConfig(16, 16, 4, 1) for kernel in KERNELS}
-_FLOAT32 = {(kernel, 128): LaunchConfig(32, 32, 4, 2) for kernel in KERNELS} | _SMALLEST
-# Turing: Triton emits no tensor-core instruction for it, so tiles must stay as small as for float32, and one stage
-# keeps them within its 64 KiB. In float32 at 256, dK/dV needs more than that even with the smallest tiles: no entry.
-_TURING = {(kernel, 128): LaunchConfig(32, 32, 4, 1) for kernel in KERNELS} | _SMALLEST
-_TURING_FLOAT32 = (
-    {(kernel, 64): LaunchConfig(32, 32, 4, 1) for kernel in KERNELS}
-    | {(kernel, 128): LaunchConfig(16, 16, 4, 1) for kernel in KERNELS}
-    | {place: config for place, config in _SMALLEST.items() if place != ("dkdv", 256)}
-)
 # The interpreter's cost is per tile, hardly per element.
 _INTERPRETER_BLOCK = 128
 
@@ -103,7 +29,7 @@ def _capability(device_index: int) -> tuple[int, int]:
 def pick_config(
     kernel: str, head_dim: int, dtype: torch.dtype, causal: bool, device: torch.device, *, longest: int
 ) -> LaunchConfig:
-    """The launch configuration for a kernel on a device.
+    """The launch configuration for a kernel on a device: the user's own where they have tuned it, or the shipped one.
 
     Args:
         kernel: one of `KERNELS`.
@@ -112,32 +38,27 @@ def pick_config(
         longest: the longer of N_q and N_k; the interpreter takes no tile larger than it needs.
 
     Raises:
-        RuntimeError: the GPU is older than compute capability 7.5, or its shared memory too small.
+        RuntimeError: the GPU is older than compute capability 7.5, or its shared memory too small; or the user's table
+            cannot be used (see `launch_table.tuned_here`).
     """
     if device.type == "cpu":
         block = min(_INTERPRETER_BLOCK, max(SMALLEST_BLOCK, triton.next_power_of_2(longest)))
         return LaunchConfig(block, block)
     capability = _capability(device.index or 0)
+    # Tensors without data stand for a GPU that is not here: what its user has tuned is not known.
+    return _picked(kernel, head_dim, dtype, causal, capability, device.index or 0 if device.type == "cuda" else None)
+
+
+@functools.cache
+def _picked(kernel, head_dim, dtype, causal, capability, device_index) -> LaunchConfig:
+    """The same from what it depends on, looked up once for each: the backward pass asks three times a call."""
     if capability < (7, 5):
         raise RuntimeError(
-            f"GPU {device.index or 0} has compute capability {capability[0]}.{capability[1]}: Triton compiles for 7.5 "
+            f"GPU {device_index or 0} has compute capability {capability[0]}.{capability[1]}: Triton compiles for 7.5 "
             "or higher. Set LABUTILS_DEVICE=cpu to run in the interpreter, or use "
             "torch.nn.functional.scaled_dot_product_attention, which has kernels for older GPUs."
         )
-    if capability < (8, 0):
-        table = _TURING_FLOAT32 if dtype == torch.float32 else _TURING
-    elif dtype == torch.float32:
-        table = _FLOAT32
-    else:
-        table = _SIXTEEN_BIT_LARGE if capability in ((9, 0), (10, 0)) else _SIXTEEN_BIT_SMALL
-    block_d = LaunchConfig.block_d(head_dim)
-    fitting = [place for place in table if place[0] == kernel and place[1] >= block_d and place[2:] in ((), (causal,))]
-    if not fitting:
-        raise RuntimeError(
-            f"a GPU of compute capability {capability[0]}.{capability[1]} has too little shared memory for the kernel "
-            f"{kernel!r} at head dimension {head_dim} in {dtype}: use torch.float16, or split the heads."
-        )
-    return table[min(fitting, key=lambda place: place[1])]
+    return launch_table.in_force(Place.of(kernel, head_dim, causal, dtype), capability, device_index)
 
 
 def descriptors_fit(*tensors: torch.Tensor) -> bool:
@@ -205,9 +126,12 @@ def launch(kernel, grid: tuple[int], config: LaunchConfig, *args, **constants) -
         with torch.cuda.device(device):  # Triton launches on the current device, whatever holds the tensors
             compiled = kernel[grid](*args, **constants, **options)
     except OutOfResources as error:
-        raise RuntimeError(
-            f"{error}. This GPU is too small for {config}: pass a `config` with smaller blocks or fewer stages, or use "
-            "a smaller head dimension."
-        ) from error
+        remedy = "pass a `config` with smaller blocks or fewer stages, or use a smaller head dimension"
+        if config.source:
+            remedy = (
+                f"it comes from {config.source}. Measure again with `python -m labutils tune`, or remove that table "
+                "with `python -m labutils tune --reset`"
+            )
+        raise RuntimeError(f"{error}. This GPU is too small for {config}: {remedy}.") from error
     named = dict(zip(kernel.arg_names, args, strict=False)) | constants
     return Launched(compiled[(*grid, 1, 1)], tuple(named[name] for name in kernel.arg_names))

@@ -1,0 +1,304 @@
+"""`python -m labutils tune`: times launch configurations on this GPU, and keeps those that beat the shipped ones."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from labutils.kernels.launch_table import Place
+
+KERNELS = ("v1", "forward", "dkdv", "dq", "decode")
+HEAD_DIMS = (64, 128, 256)
+DTYPES = {"16-bit": "16 bit", "float32": "float32"}
+INTERRUPTED = 130  # what a shell calls the end by Control-C
+
+
+def _listed(choices: Sequence[Any], kind: Callable[[str], Any] = str) -> Callable[[str], list]:
+    """An argparse type: values separated by commas."""
+
+    def parse(text: str) -> list:
+        try:
+            values = [kind(part.strip()) for part in text.split(",") if part.strip()]
+        except ValueError:
+            values = []
+        if not values or any(value not in choices for value in values):
+            raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(map(str, choices))}")
+        return list(dict.fromkeys(values))
+
+    return parse
+
+
+def _capability(text: str) -> tuple[int, int]:
+    major, dot, minor = text.partition(".")
+    if not (dot and major.isdecimal() and minor.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r}: give a compute capability such as 8.6")
+    return int(major), int(minor)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: it must be a whole number, 1 or more")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 < number < 3600:
+        raise argparse.ArgumentTypeError(f"{text}: it must be a number of seconds above 0")
+    return number
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Adds the command's parser."""
+    parser = commands.add_parser(
+        "tune",
+        help="time launch configurations of the kernels on this GPU and keep the fastest",
+        description=(
+            "Time launch configurations (block sizes, warps, pipeline stages) of each kernel on this GPU. Candidates "
+            "that do not fit or spill registers are sorted out by compiling them; each other one is checked against "
+            "the reference before it is timed. What is faster than the shipped configuration by more than the spread "
+            "of the measurement is written to a table outside of this repository, which labutils uses from then on, "
+            "on this GPU with this version of Triton. With one GPU and eight CPU cores all of it takes half an hour "
+            "or so; on disk is each result as it comes, and after an interrupt --resume measures the rest."
+        ),
+        epilog=(
+            "The table is ~/.local/state/labutils/launch_table.json, or in XDG_STATE_HOME, or the file that "
+            "LABUTILS_LAUNCH_TABLE names; LABUTILS_LAUNCH_TABLE=none uses the shipped configurations alone. "
+            "A part of it: python -m labutils tune --kernels forward --head-dims 64,128"
+        ),
+        allow_abbrev=False,
+    )
+    what = parser.add_argument_group("what is tuned")
+    what.add_argument(
+        "--kernels", type=_listed(KERNELS), metavar="K,K", default=list(KERNELS), help=f"of {', '.join(KERNELS)} (all)"
+    )
+    what.add_argument(
+        "--head-dims",
+        type=_listed(HEAD_DIMS, int),
+        metavar="D,D",
+        default=list(HEAD_DIMS),
+        help="of 64, 128, 256; each is for all up to it (all)",
+    )
+    what.add_argument(
+        "--dtypes",
+        type=_listed(list(DTYPES)),
+        metavar="T,T",
+        default=["16-bit"],
+        help=f"of {', '.join(DTYPES)} (default: 16-bit, which is float16 and bfloat16)",
+    )
+    how = parser.add_argument_group("how long")
+    how.add_argument("--rounds", type=_positive, default=3, help="for those near the best (default: %(default)s)")
+    how.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=0.1,
+        help="of recorded repeats for a candidate at each of two sizes, in a round (default: %(default)s)",
+    )
+    how.add_argument(
+        "--processes", type=_positive, help="how many compile at once (default: one for two CPU cores, at most 8)"
+    )
+    how.add_argument("--resume", action="store_true", help="go on with what an interrupted run has measured")
+    instead = parser.add_argument_group("instead of tuning").add_mutually_exclusive_group()
+    instead.add_argument("--show", action="store_true", help="print which configurations are in force, and from where")
+    instead.add_argument("--reset", action="store_true", help="remove the table; the shipped configurations are left")
+    instead.add_argument(
+        "--compile-only",
+        action="store_true",
+        help="list the candidates with registers, spills, shared memory and occupancy; needs no GPU",
+    )
+    parser.add_argument(
+        "--capability",
+        type=_capability,
+        metavar="X.Y",
+        help="for --compile-only and --show: of this compute capability, such as 8.6, instead of the GPU here",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Tunes. Returns 130 after an interrupt, 1 where there is no GPU or nothing runs, 2 for bad arguments."""
+    if arguments.capability is not None and not (arguments.show or arguments.compile_only):
+        return _complain("--capability is for --compile-only and --show: what is not here cannot be timed.", 2)
+    from labutils import environment, runtime
+    from labutils.kernels import compiled, launch_table
+
+    capability = arguments.capability or runtime.capability
+    if capability is not None and capability not in compiled.GPUS:
+        known = ", ".join(f"{major}.{minor}" for major, minor in compiled.GPUS)
+        return _complain(f"of compute capability {'.'.join(map(str, capability))} nothing is known: {known}.", 2)
+    file = launch_table.path()
+    if arguments.reset:
+        return _reset(file)
+    if file is None and not arguments.compile_only and not arguments.show:
+        return _complain(f"{launch_table.VARIABLE}=none says that no table is used: unset it, or name a file.", 2)
+    if capability is None and not arguments.show:
+        cause, remedy = environment.why_no_gpu()
+        hint = " The compiler needs none: --compile-only --capability 8.6." if arguments.compile_only else ""
+        return _complain(f"there is no GPU to time kernels on: {cause}. {remedy}{hint}", 1)
+    try:
+        if arguments.show:
+            return _show(arguments, file, capability)
+        places = _places(arguments, capability)
+        if arguments.compile_only:
+            return _list(places, capability, _processes(arguments))
+        return _tune(arguments, places, file)
+    except RuntimeError as error:
+        return _complain(error, 1)
+
+
+def _complain(error: object, status: int) -> int:
+    print(f"labutils tune: {error}", file=sys.stderr)
+    return status
+
+
+def _places(arguments: argparse.Namespace, capability: tuple[int, int]) -> list[Place]:
+    """What the arguments ask for; some kernels do not fit some GPUs."""
+    from labutils.kernels import candidates
+
+    dtypes = [DTYPES[name] for name in arguments.dtypes]
+    return candidates.places(arguments.kernels, arguments.head_dims, dtypes, capability)
+
+
+def _processes(arguments: argparse.Namespace) -> int:
+    import os
+
+    return arguments.processes or max(1, min(8, len(os.sched_getaffinity(0)) // 2))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tuning
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _tune(arguments: argparse.Namespace, places: Sequence[Place], file: Path) -> int:
+    from labutils import environment, runtime
+    from labutils.benchmark import storing, sweeping, tuning
+    from labutils.kernels import candidates, launch_table
+
+    gpu = launch_table.Gpu.here()
+    try:
+        tables = launch_table.read(file)
+    except FileNotFoundError:
+        tables = {}
+    made_by = environment.environment().as_dict()
+    tuned = tables.setdefault(gpu, launch_table.Tuned(environment=made_by, finished=True))
+    if not tuned.finished:
+        if not arguments.resume:
+            return _complain(
+                f"{file} holds what an interrupted run has measured on {gpu}: go on with --resume, or remove it with "
+                "--reset.",
+                2,
+            )
+        if changes := storing.environment_changes(tuned.environment, made_by):
+            return _complain(
+                f"{file} was begun in another environment ({'; '.join(changes)}), and times of two cannot be compared: "
+                "go back to that one, or remove the table with --reset.",
+                2,
+            )
+    else:
+        tuned.measured = [stored for stored in tuned.measured if tuning.Row.of(stored).place not in places]
+        tuned.environment = made_by
+    print(f"{gpu}: {len(places)} entries of the launch table, kept in {file}")
+    steps = sum(len(candidates.candidates(place, runtime.capability)) for place in places)
+    processes = _processes(arguments)
+    with sweeping.progress_bar(steps) as bar:
+        try:
+            tuning.tune(
+                places, tuned,
+                lambda place: tuning.OnGpu(place, seconds=arguments.seconds),
+                lambda place: candidates.compile_candidates(place, runtime.capability, processes=processes),
+                rounds=arguments.rounds, save=lambda: launch_table.write(file, tables),
+                describe=bar.set_description_str, advance=bar.update,
+                chosen=lambda choice: bar.write(f"{choice.best.place}: {choice}", file=sys.stdout),
+            )  # fmt: skip
+        except KeyboardInterrupt:
+            launch_table.write(file, tables)
+            bar.close()
+            print(f"Interrupted. What was measured is in {file}; the same command with --resume measures the rest.")
+            return INTERRUPTED
+    own = sum(place in tuned.entries for place in places)
+    print(f"{own} of {len(places)} configurations are faster than the shipped ones by more than the spread, and are "
+          "used from now on.")  # fmt: skip
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Instead of tuning
+# ------------------------------------------------------------------------------------------------------------
+
+
+def _reset(file: Path | None) -> int:
+    if file is None or not file.exists():
+        print("There is no table: the shipped launch configurations are in force.")
+        return 0
+    file.unlink()
+    print(f"Removed {file}: the shipped launch configurations are in force.")
+    return 0
+
+
+def _show(arguments: argparse.Namespace, file: Path | None, capability: tuple[int, int] | None) -> int:
+    from labutils.kernels import candidates, launch_table
+
+    tables = {}
+    if file is not None and file.exists():
+        tables = launch_table.read(file)
+        for gpu, tuned in tables.items():
+            state = "" if tuned.finished else ", interrupted: --resume measures the rest"
+            print(f"{file}: {len(tuned.entries)} entries for {gpu}, {tuned.environment.get('date', 'no date')}{state}")
+    else:
+        print("No table of the user's own: every entry is the shipped one.")
+    if capability is None:
+        print("Without a GPU kernels run in Triton's interpreter, with blocks of up to 128 x 128. --capability 8.6 "
+              "shows the shipped entries of such a GPU.")  # fmt: skip
+        return 0
+    index = 0 if arguments.capability is None else None
+    shipped_for = f"compute capability {capability[0]}.{capability[1]}"
+    print(f"\nIn force for {launch_table.Gpu.here() if index == 0 else shipped_for}:")
+    for place in candidates.places(capability=capability):
+        config = launch_table.in_force(place, capability, index)
+        print(f"  {place!s:<38}{_config(config):<44}{'tuned' if config.source else 'shipped'}")
+    return 0
+
+
+def _config(config: Any) -> str:
+    loads = ", descriptors" if config.tma else ""
+    return f"{config.block_m} x {config.block_n}, {config.num_warps} warps, {config.num_stages} stages{loads}"
+
+
+def _list(places: Sequence[Place], capability: tuple[int, int], processes: int) -> int:
+    """Candidates of each place with what the compiler says, the one marked that it would choose."""
+    from labutils.benchmark import sweeping
+    from labutils.kernels import candidates, launch_table
+
+    every = {place: candidates.candidates(place, capability) for place in places}
+    with sweeping.progress_bar(sum(map(len, every.values()))) as bar:
+        for place, configs in every.items():
+            bar.set_description_str(f"compiling {place}")
+            found = candidates.compile_candidates(place, capability, configs, processes=processes, done=bar.update)
+            bar.write(_block(place, capability, found), file=sys.stdout)
+    print("* the shipped entry. > the one to choose from these figures alone: see labutils.kernels.candidates."
+          f" Nothing was timed; {launch_table.VARIABLE} was not read.")  # fmt: skip
+    return 0
+
+
+def _block(place: Place, capability: tuple[int, int], found: Sequence[Any]) -> str:
+    from labutils.kernels import candidates, compiled, launch_table
+
+    shipped, best = launch_table.shipped(place, capability), candidates.best_by_resources(found)
+    gpu = compiled.GPUS[capability]
+    lines = [
+        f"{place}, compute capability {capability[0]}.{capability[1]} ({gpu.names})",
+        f"    {'blocks, warps, stages':<42}{'registers':>10}{'spilled':>9}{'KiB':>7}{'blocks/SM':>11}{'occupancy':>11}",
+    ]
+    for one in found:
+        cost = one.resources
+        marks = ("*" if one.config == shipped else " ") + (">" if one.config == best else " ")
+        lines.append(
+            f" {marks} {_config(one.config):<42}{cost.registers:>10}{cost.spilled_bytes:>9}"
+            f"{cost.shared_bytes / 1024:>7.0f}{cost.blocks_per_sm:>11}{cost.occupancy:>11.0%}  {one.reason}".rstrip()
+        )
+    return "\n".join(lines) + "\n"
