@@ -129,6 +129,31 @@ def _timed_on_gpu(fn: Callable[[], Any], repeats: int, flush: torch.Tensor, flus
     return [s.elapsed_time(e) for s, e in zip(starts, ends, strict=True)]
 
 
+ISSUED_TOGETHER = 50  # calls, of few kernels each: far fewer than a CUDA stream queues before it blocks
+
+
+def time_issuing(fn: Callable[[], Any], *, calls: int = 2000) -> float:
+    """Microseconds that `fn()` keeps the host busy: the median over many calls, the GPU working behind them.
+
+    The GPU is waited for between batches of calls, outside of what is timed, so that no call waits for room in its
+    queue. On a CPU, where nothing is issued, it is the time of the call.
+
+    Args:
+        fn: called without arguments. calls: how many are timed, after a tenth as many that are not.
+    """
+    times = []
+    for number in range(-(calls // 10), calls):
+        if number % ISSUED_TOGETHER == 0 and runtime.device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        fn()
+        if number >= 0:
+            times.append(1e6 * (time.perf_counter() - began))
+    if runtime.device.type == "cuda":
+        torch.cuda.synchronize()
+    return sorted(times)[len(times) // 2]
+
+
 HEAD_START_FLUSHES = 500  # in all, with the call's own kernels, fewer than a CUDA stream queues before it blocks
 
 

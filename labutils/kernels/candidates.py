@@ -153,16 +153,20 @@ def _request(place: Place, capability: tuple[int, int], config: LaunchConfig) ->
 def best_by_resources(found: Iterable[Compiled]) -> LaunchConfig | None:
     """The candidate that ought to be good, where none can be timed; None where all of them spill or do not fit.
 
-    Of those that fit and spill nothing: first those of which two blocks or more share a multiprocessor with at least
-    eight warps, so that one computes exponents while the other multiplies (what won on the H200); of these the largest
-    tile, which loads the fewest bytes for each product; of equals the one with more warps on a multiprocessor, then the
-    one with more tiles in flight.
+    Of those that fit and spill nothing: first those of which two blocks or more share a multiprocessor, with eight
+    warps or more, so that one computes exponents while another multiplies (what won on the H200); then, those with
+    eight warps at all. Of these the one that keeps the most rows while the others pass by (queries; in dK/dV keys):
+    what passes by is loaded that much less often. Of equals the one with more rows passing by in a tile, then with more
+    warps on a multiprocessor, then with more tiles in flight.
     """
 
     def order(c: Compiled) -> tuple:
-        blocks, warps = c.resources.blocks_per_sm, c.resources.blocks_per_sm * c.config.num_warps
-        m, n = c.config.block_m, c.config.block_n
-        return (blocks >= 2 and warps >= 8, m * n / (m + n), warps, c.config.num_stages, c.config.tma)
+        blocks = c.resources.blocks_per_sm
+        warps = blocks * c.config.num_warps
+        kept, passing = c.config.block_m, c.config.block_n
+        if c.resources.kernel == NAMES["dkdv"]:
+            kept, passing = passing, kept
+        return (blocks >= 2 and warps >= 8, warps >= 8, kept, passing, warps, c.config.num_stages, c.config.tma)
 
     usable = [c for c in found if not c.reason and c.resources.spilled_bytes == 0]
     return max(usable, key=order).config if usable else None

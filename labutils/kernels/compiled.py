@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
-from labutils.kernels import append, flash_decode, flash_v1, flash_v2, flash_v2_backward, launch
+from labutils.kernels import append, flash_decode, flash_v1, flash_v2, flash_v2_backward, launch, plain
 from labutils.kernels.launch_table import LaunchConfig
 
 WARP_SIZE = 32
@@ -83,6 +83,7 @@ class Request:
         features: of `PROGRAMS[program].features`, those to switch on.
         config: for all kernels of the program that take one; the launch table's where not given.
         only: of what the program launches, the one kernel to compile, as in `Resources.kernel`; all where not given.
+        plain: the kernels as they would be without their features (see `plain`), for "forward" and "backward".
 
     Raises:
         ValueError: the program does not exist or has no such feature, or the capability is not in the table.
@@ -96,6 +97,7 @@ class Request:
     features: tuple[str, ...] = ()
     config: LaunchConfig | None = None
     only: str | None = None
+    plain: bool = False
 
     def __post_init__(self):
         if self.program not in PROGRAMS:
@@ -104,6 +106,8 @@ class Request:
             raise ValueError(f"capability={self.capability} is not known: one of {', '.join(map(str, GPUS))}.")
         if unknown := set(self.features) - set(PROGRAMS[self.program].features):
             raise ValueError(f"{self.program!r} has no feature {', '.join(sorted(unknown))}.")
+        if self.plain and (self.features or self.program not in ("forward", "backward")):
+            raise ValueError("plain kernels have no features, and there are those of forward and backward alone.")
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,7 @@ class Resources:
         tensor_columns: columns of tensor memory of a block; only 10.0 has any.
         registers: of a thread. spilled_bytes: what a thread keeps in local memory, since registers did not suffice.
             None unless `measure` was asked for binaries.
+        instructions: of its PTX, None likewise.
     """
 
     kernel: str
@@ -129,6 +134,7 @@ class Resources:
     tensor_columns: int
     registers: int | None = None
     spilled_bytes: int | None = None
+    instructions: int | None = None
 
     @property
     def fits(self) -> bool:
@@ -272,15 +278,16 @@ def _allocate(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> 
     return module.get_int_attr("ttg.shared"), module.get_int_attr("ttg.tensor_memory_size") or 0
 
 
-def _build(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> tuple[int, int, int, int]:
-    """The same, registers of a thread and the bytes it spills, from a complete compilation."""
+def _build(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> tuple[int, int, int, int, int]:
+    """The same, registers of a thread, the bytes it spills, instructions of PTX, from a complete compilation."""
     kernel = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    return kernel.metadata.shared, kernel.metadata.tmem_size or 0, registers, stack
+    instructions = len(re.findall(r"^\s+(?:@%?\S+ )?[a-z][\w.:]+[^;:]*;", kernel.asm["ptx"], re.M))
+    return kernel.metadata.shared, kernel.metadata.tmem_size or 0, registers, stack, instructions
 
 
 _known = {}  # what the child process has compiled
@@ -314,7 +321,8 @@ def _launches(request: Request, binaries: bool) -> list[Resources]:
         )
     )
     launch._capability = lambda device_index: request.capability
-    PROGRAMS[request.program].run(request)
+    with plain.plain_kernels() if request.plain else contextlib.nullcontext():
+        PROGRAMS[request.program].run(request)
     if not found:
         raise RuntimeError("no kernel was compiled: Triton's interpreter may be on, or its hook has changed")
     return found

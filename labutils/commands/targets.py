@@ -1,0 +1,147 @@
+"""`python -m labutils targets`: what the kernels are held to, measured on this GPU, beside what is required."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+INTERRUPTED = 130  # what a shell calls the end by Control-C
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Adds the command's parser."""
+    parser = commands.add_parser(
+        "targets",
+        help="measure what the kernels are held to: speed beside FlashAttention-2, host time, and more",
+        description=(
+            "Measure, in one run, this lab's kernels beside FlashAttention-2 (PyTorch's flash backend, and the "
+            "flash-attn package where it is installed), in fp16 and bf16, with shared key heads, at a length that no "
+            "block divides, beside kernels without features, and the host time of a call; print required and measured "
+            "for each target, and exit with 0 if all are met, 1 if not. Needs a GPU and a few minutes. Rows are on "
+            "disk as they come: after an interrupt, --resume measures what is missing."
+        ),
+        epilog="Of stored rows, without a GPU: python -m labutils targets --of labutils/results/nvidia_h200",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("targets-results"), help="folder for the results (default: %(default)s)"
+    )
+    parser.add_argument("--resume", action="store_true", help="keep the rows in --out and measure what is missing")
+    parser.add_argument("--of", type=Path, metavar="FOLDER", help="measure nothing: judge what this folder holds")
+    parser.add_argument("--rounds", type=_positive, default=3, help="times through all points (default: %(default)s)")
+    parser.add_argument(
+        "--seconds",
+        type=_seconds,
+        default=0.3,
+        help="of recorded repeats for a point, all rounds together (default: %(default)s)",
+    )
+    parser.set_defaults(run=run)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: it must be a whole number, 1 or more")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    number = float(text)
+    if not 0 < number < 3600:
+        raise argparse.ArgumentTypeError(f"{text}: it must be a number of seconds above 0")
+    return number
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures and judges. Returns 0 where all targets are met, 1 where not or without a GPU, 2 for bad arguments, 130
+    after an interrupt."""
+    from labutils import benchmark, environment, runtime
+
+    if arguments.of is not None:
+        if arguments.resume:
+            return _complain("--of measures nothing, so that there is nothing for --resume to go on with.", 2)
+        try:
+            table = benchmark.read_results(arguments.of)
+            return _judge(arguments.of, table, *_others(arguments.of), write=False)
+        except (ValueError, FileNotFoundError) as error:
+            return _complain(error, 2)
+    if runtime.device.type != "cuda":
+        cause, remedy = environment.why_no_gpu()
+        return _complain(f"there is no GPU to time kernels on: {cause}. {remedy}", 1)
+    try:
+        recorder = benchmark.Recorder(arguments.out, environment.environment(), resume=arguments.resume)
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        return _complain(error, 2)
+    return _measure(arguments, recorder)
+
+
+def _complain(error: object, status: int) -> int:
+    print(f"labutils targets: {error}", file=sys.stderr)
+    return status
+
+
+def _measure(arguments: argparse.Namespace, recorder: Any) -> int:
+    import pandas as pd
+
+    from labutils import benchmark
+    from labutils.benchmark import sweeping, targets
+
+    points = targets.points()
+    steps = sweeping.pending(points, recorder.rows, arguments.rounds)
+    host_file, features_file = arguments.out / "host.csv", arguments.out / "features.csv"
+    print(f"{recorder.environment['gpu']}: {len(points)} points, kept in {arguments.out}")
+    with sweeping.progress_bar(steps + 9) as bar:
+        try:
+            # Host time first: a sweep leaves a warm machine, and it is no part of it.
+            if not (arguments.resume and host_file.exists()):
+                bar.set_description_str("host time of a call")
+                pd.DataFrame(targets.host_times(), columns=targets.HOST_COLUMNS).to_csv(host_file, index=False)
+            bar.update(1)
+            for done in sweeping.measure(
+                points, targets.implementations(), recorder.rows, rounds=arguments.rounds,
+                seconds_per_point=arguments.seconds, error_seconds=0.0, describe=bar.set_description_str,
+            ):  # fmt: skip
+                recorder.write()
+                bar.update(done)
+            if not (arguments.resume and features_file.exists()):
+                bar.set_description_str("kernels without features")
+                rows = []
+                for row in targets.without_features(rounds=arguments.rounds, seconds=arguments.seconds / 2):
+                    rows.append(row)
+                    bar.update(1)
+                pd.DataFrame(rows, columns=targets.FEATURE_COLUMNS).to_csv(features_file, index=False)
+        except KeyboardInterrupt:
+            if recorder.rows:
+                recorder.write()
+            bar.close()
+            print(f"\nInterrupted. What was measured is in {arguments.out}; the same command with --resume measures "
+                  "the rest.")  # fmt: skip
+            return INTERRUPTED
+    return _judge(arguments.out, benchmark.read_results(arguments.out), *_others(arguments.out), write=True)
+
+
+def _others(folder: Path) -> tuple[Any, Any]:
+    """The tables of kernels without features and of host times; None where the folder has none."""
+    import pandas as pd
+
+    files = (folder / "features.csv", folder / "host.csv")
+    return tuple(pd.read_csv(file) if file.exists() else None for file in files)
+
+
+def _judge(folder: Path, table: Any, features: Any, host: Any, *, write: bool) -> int:
+    from labutils.benchmark import targets
+
+    made_by = table.attrs["environment"]
+    findings = targets.judge(table, features, host)
+    print(f"{table.attrs['machine']}, torch {made_by['torch']}, triton {made_by['triton']}, {made_by['date']}\n")
+    print(targets.describe(findings))
+    if write:
+        tables = {"features": features, "host": host}
+        found = targets.as_json(findings, tables, made_by)
+        (folder / "targets.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        print(f"\nWritten to {folder}: attention.csv, features.csv, host.csv, environment.json, targets.json")
+    met = targets.passed(findings)
+    print("\nAll targets are met." if met else "\nNot all targets are met.")
+    return 0 if met else 1
