@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -81,10 +82,13 @@ class Environment:
     cpu: str
     git_revision: str | None
     date: str
+    launch_table: str | None = None
+    """Launch configurations of the user's own that the kernels use; None where all are the shipped ones."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as JSON takes them: the compute capability as text, "9.0"."""
-        return asdict(self) | {"capability": _dotted(self.capability)}
+        """The fields as JSON takes them: the compute capability as text, "9.0"; `launch_table` where there is one."""
+        fields = asdict(self) | {"capability": _dotted(self.capability)}
+        return {name: value for name, value in fields.items() if name != "launch_table" or value is not None}
 
 
 @dataclass(frozen=True)
@@ -110,8 +114,15 @@ class Backend:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def environment() -> Environment:
-    """What this machine has, at this moment. The GPU is the one in use: None under LABUTILS_DEVICE=cpu."""
+def environment(*, launch_table: bool = True) -> Environment:
+    """What this machine has, at this moment. The GPU is the one in use: None under LABUTILS_DEVICE=cpu.
+
+    Args:
+        launch_table: say whether the user's own is in force; False for what is about to write it.
+
+    Raises:
+        RuntimeError: there is one, and it cannot be used.
+    """
     used = runtime.device.type == "cuda"
     return Environment(
         gpu=_gpu()[0] if used else None,
@@ -128,7 +139,17 @@ def environment() -> Environment:
         cpu=_processor(),
         git_revision=_git_revision(),
         date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+        launch_table=_launch_table() if used and launch_table else None,
     )
+
+
+def _launch_table() -> str | None:
+    """The user's launch table, named by a hash of its entries: two that differ are two environments."""
+    from labutils.kernels import launch_table
+
+    entries = launch_table.tuned_here(0)
+    digest = hashlib.sha256(repr(sorted(entries.items(), key=repr)).encode()).hexdigest()
+    return f"{len(entries)} tuned entries, {digest[:8]}" if entries else None
 
 
 def _gpu() -> tuple[str, tuple[int, int]] | None:
@@ -412,6 +433,8 @@ def report(*, compile_flex: bool | None = None) -> str:
         ("CPU", machine.cpu, ""),
         ("Triton kernels", "interpreted, on the CPU" if runtime.interpreted else "compiled, on the GPU", ""),
     ]
+    if machine.launch_table is not None:
+        facts.append(("launch table", f"{machine.launch_table}: `python -m labutils tune --show`", ""))
     lines = ["This machine"]
     lines += [_row(value is not None, what, value or absent) for what, value, absent in facts]
     memory = f"{machine.gpu}, {machine.memory_gib} GiB"

@@ -7,16 +7,18 @@ import subprocess
 import sys
 import types
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from labutils import interface, runtime
+from labutils import environment, interface, runtime
 from labutils.__main__ import main, parser
 from labutils.benchmark import tuning
 from labutils.benchmark.measuring import Timing
+from labutils.benchmark.storing import environment_changes
 from labutils.benchmark.tuning import Row, choose, contenders, tune
 from labutils.commands import tune as command
 from labutils.kernels import candidates, compiled, launch, launch_table
@@ -304,6 +306,20 @@ def test_a_tuned_entry_that_no_longer_fits_says_what_to_do(table, monkeypatch):
     with pytest.raises(RuntimeError, match="too small for LaunchConfig.*labutils tune --reset") as raised:
         launch.launch(TooLarge(), (1,), picked(), tensor)
     assert str(table) in str(raised.value)
+
+
+def test_measurements_say_that_a_tuned_entry_was_in_force(table, monkeypatch):
+    shipped = environment.environment()
+    assert shipped.launch_table is None and "launch_table" not in shipped.as_dict()
+    store(table)
+    first = environment._launch_table()
+    store(table, entries={PLACE: CONFIGS[3]})
+    second = environment._launch_table()
+    assert first.startswith("1 tuned entries, ") and first != second
+    tuned = replace(shipped, launch_table=second)
+    assert environment_changes(shipped.as_dict(), tuned.as_dict()) == [f"launch_table: None, now {second}"]
+    monkeypatch.setattr(environment, "environment", lambda: tuned)
+    assert second in environment.report()
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -184,7 +184,7 @@ def _tune(arguments: argparse.Namespace, places: Sequence[Place], file: Path) ->
         tables = launch_table.read(file)
     except FileNotFoundError:
         tables = {}
-    made_by = environment.environment().as_dict()
+    made_by = environment.environment(launch_table=False).as_dict()
     tuned = tables.setdefault(gpu, launch_table.Tuned(environment=made_by, finished=True))
     if not tuned.finished:
         if not arguments.resume:
