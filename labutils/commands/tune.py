@@ -186,19 +186,19 @@ def _tune(arguments: argparse.Namespace, places: Sequence[Place], file: Path) ->
         tables = {}
     made_by = environment.environment(launch_table=False).as_dict()
     tuned = tables.setdefault(gpu, launch_table.Tuned(environment=made_by, finished=True))
-    if not tuned.finished:
-        if not arguments.resume:
-            return _complain(
-                f"{file} holds what an interrupted run has measured on {gpu}: go on with --resume, or remove it with "
-                "--reset.",
-                2,
-            )
+    if arguments.resume:
         if changes := storing.environment_changes(tuned.environment, made_by):
             return _complain(
                 f"{file} was begun in another environment ({'; '.join(changes)}), and times of two cannot be compared: "
                 "go back to that one, or remove the table with --reset.",
                 2,
             )
+    elif not tuned.finished:
+        return _complain(
+            f"{file} holds what an interrupted run has measured on {gpu}: go on with --resume, or remove it with "
+            "--reset.",
+            2,
+        )
     else:
         tuned.measured = [stored for stored in tuned.measured if tuning.Row.of(stored).place not in places]
         tuned.environment = made_by

@@ -153,8 +153,9 @@ def _request(place: Place, capability: tuple[int, int], config: LaunchConfig) ->
 def best_by_resources(found: Iterable[Compiled]) -> LaunchConfig | None:
     """The candidate that ought to be good, where none can be timed; None where all of them spill or do not fit.
 
-    Of those that fit and spill nothing: first those of which two blocks or more share a multiprocessor, with eight
-    warps or more, so that one computes exponents while another multiplies (what won on the H200); then, those with
+    Of those that fit and spill nothing: on 10.0 first those that keep accumulators in tensor memory, since the products
+    of the others run on the units of older GPUs. Then those of which two blocks or more share a multiprocessor, with
+    eight warps or more, so that one computes exponents while another multiplies (what won on the H200); then those with
     eight warps at all. Of these the one that keeps the most rows while the others pass by (queries; in dK/dV keys):
     what passes by is loaded that much less often. Of equals the one with more rows passing by in a tile, then with more
     warps on a multiprocessor, then with more tiles in flight.
@@ -166,7 +167,8 @@ def best_by_resources(found: Iterable[Compiled]) -> LaunchConfig | None:
         kept, passing = c.config.block_m, c.config.block_n
         if c.resources.kernel == NAMES["dkdv"]:
             kept, passing = passing, kept
-        return (blocks >= 2 and warps >= 8, warps >= 8, kept, passing, warps, c.config.num_stages, c.config.tma)
+        modern = c.resources.tensor_columns > 0
+        return (modern, blocks >= 2 and warps >= 8, warps >= 8, kept, passing, warps, c.config.num_stages, c.config.tma)
 
     usable = [c for c in found if not c.reason and c.resources.spilled_bytes == 0]
     return max(usable, key=order).config if usable else None

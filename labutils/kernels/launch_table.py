@@ -90,9 +90,9 @@ class Place(NamedTuple):
 # Tables by (kernel, BLOCK_D up to, causal); an entry without the third holds for both. Entries as in LaunchConfig:
 # block_m, block_n, num_warps, num_stages, tma.
 #
-# float16 and bfloat16 where a block may use 227 KiB of shared memory (9.0, 10.0): of 12 to 30 candidates each the one
-# with the least time on an H200 at N = 1,024 and 4,096 taken together (v1 and 256: not searched).
-_SIXTEEN_BIT_LARGE = {
+# float16 and bfloat16 on 9.0: of 12 to 30 candidates each the one with the least time on an H200 at N = 1,024 and 4,096
+# taken together (v1 and 256: not searched).
+_HOPPER = {
     ("v1", 64): LaunchConfig(64, 64, 4, 2),
     ("v1", 128): LaunchConfig(64, 32, 4, 2),
     ("forward", 64): LaunchConfig(64, 128, 4, 2, True),
@@ -109,22 +109,49 @@ _SIXTEEN_BIT_LARGE = {
     ("decode", 128): LaunchConfig(64, 128, 4, 3),
     ("decode", 256): LaunchConfig(32, 32, 8, 3),
 }
-# The same for the other GPUs from Ampere on: chosen to fit the 99 KiB of 8.6, 8.9 and 12.0, by compiling; not timed.
-_SIXTEEN_BIT_SMALL = {
+# The others were NOT TIMED. Forward, dK/dV and dQ at 64 and 128 are what `candidates.best_by_resources` chose, on each
+# of these architectures, among the candidates that `tune --compile-only` lists, causal, with triton 3.7.1: no register
+# spilled, two blocks on a multiprocessor where possible, then the most rows kept. v1, decoding and 256 were chosen to
+# fit.
+#
+# 8.6, 8.9 and 12.0: 99 KiB of shared memory for a block. Compiled for 8.6; 8.9 and 12.0 have the same limits. What was
+# here before (64 x 64 for dK/dV at 64) spilled 288 bytes a thread on 8.6 and 432 on 12.0, or left room for one block of
+# four warps alone (the forward).
+_SMALL = {
     ("v1", 64): LaunchConfig(64, 64, 4, 2),
     ("v1", 128): LaunchConfig(64, 32, 4, 2),
-    ("forward", 64): LaunchConfig(128, 64, 4, 3),
-    ("forward", 128): LaunchConfig(64, 64, 4, 2),
-    ("dkdv", 64): LaunchConfig(64, 64, 4, 2),
-    ("dkdv", 128): LaunchConfig(32, 64, 4, 2),
-    ("dq", 64): LaunchConfig(64, 64, 4, 2),
-    ("dq", 128): LaunchConfig(64, 32, 4, 2),
+    ("forward", 64): LaunchConfig(128, 64, 4, 2),
+    ("forward", 128): LaunchConfig(64, 32, 4, 2),
     ("forward", 256): LaunchConfig(64, 32, 8, 1),
+    ("dkdv", 64): LaunchConfig(32, 64, 4, 3),
+    ("dkdv", 128): LaunchConfig(32, 32, 4, 2),
     ("dkdv", 256): LaunchConfig(16, 32, 4, 1),
+    ("dq", 64): LaunchConfig(128, 32, 4, 3),
+    ("dq", 128): LaunchConfig(64, 64, 8, 2),
     ("dq", 256): LaunchConfig(32, 16, 4, 1),
     ("decode", 64): LaunchConfig(64, 64, 4, 3),
     ("decode", 128): LaunchConfig(32, 64, 4, 2),
     ("decode", 256): LaunchConfig(16, 32, 4, 2),
+}
+# 8.0: 163 KiB, so that two blocks of larger tiles share a multiprocessor; 256 by the same rule, among six candidates
+# for each kernel.
+_AMPERE = _SMALL | {
+    ("forward", 128): LaunchConfig(64, 64, 4, 2),
+    ("forward", 256): LaunchConfig(64, 64, 8, 2),
+    ("dkdv", 128): LaunchConfig(32, 32, 4, 3),
+    ("dkdv", 256): LaunchConfig(32, 32, 8, 1),
+    ("dq", 128): LaunchConfig(64, 32, 4, 3),
+    ("dq", 256): LaunchConfig(32, 32, 4, 2),
+}
+# 10.0: 227 KiB, and tensor memory for the accumulators of products with 64 rows or more; those with fewer run on the
+# units of older GPUs. The entries of 9.0 spill 56 (forward) and 272 bytes a thread (dK/dV) at 128. dQ at 128 and all of
+# 256 are those of 9.0.
+_BLACKWELL = {place: config for place, config in _HOPPER.items() if place[:2] != ("dkdv", 64)} | {
+    ("forward", 64): LaunchConfig(128, 64, 4, 3, True),
+    ("forward", 128): LaunchConfig(128, 32, 8, 2, True),
+    ("dkdv", 64): LaunchConfig(32, 128, 4, 3, True),
+    ("dkdv", 128): LaunchConfig(64, 64, 8, 3, True),
+    ("dq", 64): LaunchConfig(128, 64, 8, 3, True),
 }
 # float32 products run on the plain units, with operands in registers: 32 x 32 is what does not spill.
 _SMALLEST = {(kernel, 256): LaunchConfig(16, 16, 4, 1) for kernel in KERNELS}
@@ -144,7 +171,7 @@ def _table(capability: tuple[int, int], dtype: str) -> dict[tuple, LaunchConfig]
         return _TURING_FLOAT32 if dtype == "float32" else _TURING
     if dtype == "float32":
         return _FLOAT32
-    return _SIXTEEN_BIT_LARGE if capability in ((9, 0), (10, 0)) else _SIXTEEN_BIT_SMALL
+    return {(8, 0): _AMPERE, (9, 0): _HOPPER, (10, 0): _BLACKWELL}.get(capability, _SMALL)
 
 
 def _find(place: Place, capability: tuple[int, int]) -> LaunchConfig | None:
