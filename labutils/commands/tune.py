@@ -62,8 +62,8 @@ def add(commands: argparse._SubParsersAction) -> None:
             "that do not fit or spill registers are sorted out by compiling them; each other one is checked against "
             "the reference before it is timed. What is faster than the shipped configuration by more than the spread "
             "of the measurement is written to a table outside of this repository, which labutils uses from then on, "
-            "on this GPU with this version of Triton. With one GPU and eight CPU cores all of it takes half an hour "
-            "or so; on disk is each result as it comes, and after an interrupt --resume measures the rest."
+            "on this GPU with this version of Triton. All of it compiles and times some hundreds of "
+            "candidates; each result is on disk as it comes, and after an interrupt --resume measures the rest."
         ),
         epilog=(
             "The table is ~/.local/state/labutils/launch_table.json, or in XDG_STATE_HOME, or the file that "
