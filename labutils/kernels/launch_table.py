@@ -158,7 +158,22 @@ _SMALLEST = {(kernel, 256): LaunchConfig(16, 16, 4, 1) for kernel in KERNELS}
 _FLOAT32 = {(kernel, 128): LaunchConfig(32, 32, 4, 2) for kernel in KERNELS} | _SMALLEST
 # Turing: Triton emits no tensor-core instruction for it, so tiles must stay as small as for float32, and one stage
 # keeps them within its 64 KiB. In float32 at 256, dK/dV needs more than that even with the smallest tiles: no entry.
-_TURING = {(kernel, 128): LaunchConfig(32, 32, 4, 1) for kernel in KERNELS} | _SMALLEST
+# In 16 bits, forward, dQ and dK/dV at 64 and 128 and decoding at 128 are what spills nothing of two to four tiles that
+# were compiled for each: 32 x 32 spilled 500 bytes a thread in the forward at 128, and up to 2,900 in the backward.
+_TURING = (
+    {(kernel, 128): LaunchConfig(32, 32, 4, 1) for kernel in KERNELS}
+    | _SMALLEST
+    | {
+        ("forward", 64): LaunchConfig(32, 32, 4, 1),
+        ("forward", 128): LaunchConfig(32, 16, 4, 1),
+        ("dkdv", 64): LaunchConfig(16, 32, 4, 1),
+        ("dkdv", 128): LaunchConfig(16, 16, 8, 1),
+        ("dq", 64): LaunchConfig(32, 16, 4, 1),
+        ("dq", 128): LaunchConfig(16, 16, 8, 1),
+        ("decode", 64): LaunchConfig(32, 32, 4, 1),
+        ("decode", 128): LaunchConfig(32, 16, 4, 1),
+    }
+)
 _TURING_FLOAT32 = (
     {(kernel, 64): LaunchConfig(32, 32, 4, 1) for kernel in KERNELS}
     | {(kernel, 128): LaunchConfig(16, 16, 4, 1) for kernel in KERNELS}
