@@ -289,7 +289,7 @@ def memory_cap(gib: float) -> Iterator[Cap]:
             "memory_cap imitates a smaller GPU with PyTorch's CUDA allocator, and the lab runs on the CPU "
             "here. Ask for it where runtime.device.type == 'cuda' only"
         )
-    _free_memory()
+    free_memory()
     _load_libraries()
     before = torch.cuda.get_per_process_memory_fraction()
     _, total = torch.cuda.mem_get_info()
@@ -371,7 +371,7 @@ def try_step(
         "status": "oom",
     }
     model = history = None
-    _free_memory()
+    free_memory()
     with memory_cap(cap_gib) if cap_gib is not None else nullcontext():
         try:
             model = model_factory()
@@ -394,7 +394,7 @@ def try_step(
             # at the end of this block, and the memory can be freed after it.
             pass
         del model
-        _free_memory()
+        free_memory()
     if history is None:
         return row
     if history.status == "interrupted":
@@ -520,7 +520,7 @@ def _load_libraries() -> None:
         square @ square
     torch.cuda.synchronize()
     del square
-    _free_memory()
+    free_memory()
 
 
 def _context_bytes() -> int:
@@ -529,7 +529,8 @@ def _context_bytes() -> int:
     return total - free - torch.cuda.memory_reserved()
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
+    """Gives back what nothing refers to any more, to the GPU, too."""
     gc.collect()
     if runtime.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -2,7 +2,8 @@
 
 The parts: `traffic` models and counts bytes, `counters` reads a GPU's own by ncu, `roofline` has the ceilings of a
 machine and what stands under them, `profiling` reads torch.profiler, `resources` compiles for GPUs that are not there,
-`tuning` tries block sizes, `prediction` predicts times, `advice` says what to take. What is used most is named here.
+`scheduling` places programs on multiprocessors, `tuning` tries block sizes, `prediction` predicts times, `advice` says
+what to take. What is used most is named here.
 """
 
 from labutils.analysis.advice import Advice, recommend
@@ -17,6 +18,7 @@ from labutils.analysis.roofline import (
     roofline_points,
     stored_ceilings,
 )
+from labutils.analysis.scheduling import makespan
 from labutils.analysis.traffic import (
     Bytes,
     Traffic,
@@ -42,6 +44,7 @@ __all__ = [
     "in_turn",
     "io_bytes",
     "launch_overhead",
+    "makespan",
     "measure_ceilings",
     "measure_exponentials",
     "profile",

@@ -5,7 +5,8 @@ that ran out of memory or cannot run, with the reason. `reference_results` reads
 on a named GPU. `time_call` and `peak_memory_mib` measure one function.
 
 The parts: `implementations` has what is compared, `measuring` measures one call, `points` one point of a sweep,
-`sweeping` all of them in rounds, `storing` keeps and reads tables, `decoding` times a KV cache.
+`sweeping` all of them in rounds, `variations` one shape and its variants, `storing` keeps and reads tables, `decoding`
+times a KV cache.
 """
 
 from labutils.benchmark.decoding import decode_bandwidth
@@ -39,6 +40,7 @@ from labutils.benchmark.storing import (
     stored_gpus,
 )
 from labutils.benchmark.sweeping import sweep
+from labutils.benchmark.variations import vary
 
 __all__ = [
     "COLUMNS",
@@ -69,5 +71,6 @@ __all__ = [
     "time_issuing",
     "time_replayed",
     "torch_profiler",
+    "vary",
     "watch_interpreter",
 ]

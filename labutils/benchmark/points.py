@@ -58,8 +58,8 @@ class Oracle:
     """Exact output and gradients of one set of inputs, found when first asked for and shared by all
     implementations.
 
-    Works through heads and blocks of rows, so that no N x N matrix in float64 ever exists, and gives up
-    (None) after `seconds`.
+    k and v may have fewer heads than q and dout. Works through heads and blocks of rows, so that no N x N matrix in
+    float64 ever exists, and gives up (None) after `seconds`.
     """
 
     def __init__(self, q, k, v, dout, causal: bool, seconds: float):
@@ -86,21 +86,23 @@ class Oracle:
             torch.zeros(t.shape, dtype=torch.float64, device=t.device) for t in ((q, k, v) if backward else (q,))
         )
         began = None
+        group = heads // k.shape[2]
         for head in range(heads):
-            one = slice(head, head + 1)
+            one, shared = slice(head, head + 1), slice(head // group, head // group + 1)
             for start in range(0, n, rows):
                 stop = min(start + rows, n)
                 # With the mask aligned to the bottom right, rows up to `stop` against keys up to `stop` are
                 # causal too.
                 keys = slice(0, stop if self.causal else n)
                 part = [t.detach().double().requires_grad_(backward) for t in
-                        (q[:, start:stop, one], k[:, keys, one], v[:, keys, one])]  # fmt: skip
+                        (q[:, start:stop, one], k[:, keys, shared], v[:, keys, shared])]  # fmt: skip
                 with torch.set_grad_enabled(backward):
                     out = reference.exact_attention(*part, causal=self.causal)
                 if backward:
                     gradients = torch.autograd.grad(out, part, self.dout[:, start:stop, one].double())
-                    for total, at, gradient in zip(result, (slice(start, stop), keys, keys), gradients, strict=True):
-                        total[:, at, one] += gradient
+                    places = ((slice(start, stop), one), (keys, shared), (keys, shared))
+                    for total, (at, h), gradient in zip(result, places, gradients, strict=True):
+                        total[:, at, h] += gradient
                 else:
                     result[0][:, start:stop, one] = out
                 if q.device.type == "cuda":

@@ -6,8 +6,8 @@ one colour and one marker in all figures (`COLORS`, `MARKERS`); the markers tell
 not.
 
 The parts: `style` has what all figures share, `sweeps` draws measurements over the sequence length, `algorithm`
-how attention is computed, `costs` bytes, roofline and profiles, `machines` what a GPU makes of a kernel, `training`
-losses and memory.
+how attention is computed, `causal` what a causal mask leaves of it, `costs` bytes, roofline and profiles, `machines`
+what a GPU makes of a kernel, `training` losses and memory, `models` the times of a whole model.
 """
 
 from labutils.plotting.algorithm import (
@@ -16,6 +16,7 @@ from labutils.plotting.algorithm import (
     plot_online_softmax,
     plot_tile_order,
 )
+from labutils.plotting.causal import plot_tile_kinds
 from labutils.plotting.costs import plot_profile, plot_roofline, plot_traffic
 from labutils.plotting.machines import (
     plot_block_times,
@@ -26,6 +27,7 @@ from labutils.plotting.machines import (
     plot_prediction,
     plot_timeline,
 )
+from labutils.plotting.models import plot_models
 from labutils.plotting.style import COLORS, LABELS, MARKERS, TENSOR_COLORS
 from labutils.plotting.sweeps import plot_error, plot_memory, plot_sweep, plot_time
 from labutils.plotting.training import plot_memory_bars, plot_training
@@ -45,11 +47,13 @@ __all__ = [
     "plot_memory",
     "plot_memory_bars",
     "plot_memory_hierarchy",
+    "plot_models",
     "plot_online_softmax",
     "plot_prediction",
     "plot_profile",
     "plot_roofline",
     "plot_sweep",
+    "plot_tile_kinds",
     "plot_tile_order",
     "plot_time",
     "plot_timeline",

@@ -1,0 +1,426 @@
+"""Measures a whole GPT-2 under each attention: training steps in their parts, prefill and decoding, as a table.
+
+`sweep` is the one function that measures. What runs out of memory or cannot run is a row with its reason; with a folder
+the rows are on disk as they come, and a later call measures what is missing. `speedup` sets the rows against one
+implementation.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from labutils import models, runtime
+from labutils.benchmark import SCHEMAS, read_results, save_results, watch_interpreter
+from labutils.benchmark.measuring import INTERPRETED
+from labutils.benchmark.points import is_out_of_memory
+from labutils.benchmark.storing import environment_changes
+from labutils.environment import environment
+from labutils.kernels import flash_v1, flash_v2_backward
+from labutils.kernels.flash_v2 import Options
+from labutils.training import free_memory
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
+
+TABLE = "models"
+COLUMNS = (*SCHEMAS[TABLE], "reason")
+KEY = ("model", "work", "impl", "batch", "seqlen")
+
+TRAINING = ("forward", "backward", "step")
+"""Parts of a training step: loss included in the forward pass; `step` is all of it, the optimizer included."""
+INFERENCE = ("prefill", "decode")
+"""The pass over the prompt, up to the logits of its last token; and one more token for each sequence after it."""
+
+IMPL = {"eager": "naive", "flash_attention_2": "flash_attn", "labutils": "triton_v2", "labutils_v1": "triton_v1"}
+"""What the tables call the attentions that transformers names otherwise."""
+
+_WARM_UP, _REPEATS = 1, 3
+_DECODED = 8  # tokens over which the time of one is averaged
+
+
+class _FirstVersion(torch.autograd.Function):
+    """FlashAttention-1 forward. The backward is `flash_v2_backward`: it wants the log-sum-exp, whoever made it."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, softmax_scale, causal):
+        out, lse = flash_v1.forward(q, k, v, softmax_scale, causal)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.options = Options(softmax_scale, (None, 0 if causal else None))
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):
+        return *flash_v2_backward.backward(dout, *ctx.saved_tensors, ctx.options), None, None
+
+
+def _first_version(module, query, key, value, attention_mask, *, scaling=None, dropout=0.0, is_causal=None, **kwargs):
+    if attention_mask is not None or dropout:
+        raise NotImplementedError("labutils_v1 is for measurements: no padding, no dropout. Use 'labutils'")
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    causal = module.is_causal if is_causal is None else is_causal
+    return _FirstVersion.apply(q, k, v, scaling or q.shape[-1] ** -0.5, bool(causal)), None
+
+
+def register_first_version() -> str:
+    """Registers FlashAttention-1's forward kernel with transformers as "labutils_v1", for measurements alone.
+
+    Its backward pass is that of `labutils.flash_attn_func`. Padding and dropout raise NotImplementedError.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register("labutils_v1", _first_version)
+    AttentionMaskInterface.register("labutils_v1", models.padding_mask)
+    return "labutils_v1"
+
+
+def sweep(
+    sizes: Iterable[str],
+    attentions: Iterable[str],
+    seqlens: Iterable[int],
+    *,
+    works: Sequence[str] = (*TRAINING, *INFERENCE),
+    batch: int = 4,
+    inference_batches: Iterable[int] = (1, 4),
+    vocab_size: int = 50257,
+    folder: str | Path | None = None,
+    progress: bool = True,
+) -> pd.DataFrame:
+    """Times and peak memory of GPT-2 with random weights, over sequence lengths, on this machine.
+
+    Training: float32 weights, autocast to `runtime.dtype` on a GPU, fused AdamW, batch B, no checkpointing. Inference:
+    weights in `runtime.dtype`, under no_grad, with transformers' own cache.
+
+    Args:
+        sizes: keys of `models.GPT2_SIZES`.
+        attentions: names that transformers knows, among them "eager", "sdpa", "flash_attention_2", "labutils" and
+            "labutils_v1" (see `register_first_version`).
+        seqlens: N, measured in ascending order; of "decode" the tokens that the cache holds before.
+        works: of `TRAINING` and `INFERENCE`. The parts of a training step are measured together.
+        batch: B of training.
+        inference_batches: B of prefill and decoding: 1 for the latency of one request, more for throughput.
+        vocab_size: entries of the tokenizer.
+        folder: `models.csv` is kept there, complete after each measurement, and what it holds is not measured again.
+        progress: a progress bar on stdout.
+
+    Returns:
+        A row for each model, work, attention, batch and length, with `COLUMNS`: `impl` as in `IMPL`, `ms` (median;
+        "decode": of one token), `tokens_per_s` (all sequences together), `peak_gib` (allocated, with the weights; NaN
+        on a CPU), `status` ok, oom or unsupported, and the `reason`. `.attrs`: "machine" and "interrupted" (True after
+        a KeyboardInterrupt, with the rows so far).
+
+    Once an attention has run out of memory, longer lengths are rows with status oom that were not tried. What runs in
+    Triton's interpreter gets status unsupported and no time.
+
+    Raises:
+        ValueError: an unknown work or size, nothing to measure, or a folder with rows of another environment.
+    """
+    sizes, attentions, lengths = list(dict.fromkeys(sizes)), list(dict.fromkeys(attentions)), sorted(set(seqlens))
+    unknown = [w for w in works if w not in (*TRAINING, *INFERENCE)]
+    if unknown or not works:
+        raise ValueError(f"works={tuple(works)}: name at least one of {', '.join((*TRAINING, *INFERENCE))}.")
+    if not sizes or not attentions or not lengths or lengths[0] < 2:
+        raise ValueError("nothing to measure: give at least one size, one attention and one length of 2 or more.")
+    unknown = [size for size in sizes if size not in models.GPT2_SIZES]
+    if unknown:
+        raise ValueError(f"sizes={unknown} are not known: choose from {', '.join(models.GPT2_SIZES)}.")
+    for attention in {"labutils", "labutils_v1"} & set(attentions):
+        models.register_attention(attention) if attention == "labutils" else register_first_version()
+    jobs = [("training", batch)] if set(works) & set(TRAINING) else []
+    jobs += [("inference", b) for b in dict.fromkeys(inference_batches)] if set(works) & set(INFERENCE) else []
+    rows = _Rows(folder)
+    total = len(sizes) * len(jobs) * len(attentions) * len(lengths)
+    bar = tqdm(total=total, file=sys.stdout, disable=not progress, mininterval=0.5)
+    interrupted = False
+    try:
+        for size in sizes:
+            model: list[GPT2LMHeadModel] = []  # made when something has to be measured
+            for job, b in jobs:
+                named = [w for w in works if w in (TRAINING if job == "training" else INFERENCE)]
+                for attention in attentions:
+                    exhausted: int | None = None
+                    for n in lengths:
+                        bar.set_description_str(f"{size} {job} {attention} B={b} N={n:,}")
+                        points = [(size, work, IMPL.get(attention, attention), b, n) for work in named]
+                        if not all(point in rows.found for point in points):
+                            if exhausted is not None:
+                                reason = f"not tried: it ran out of memory at N = {exhausted:,}"
+                                found = dict.fromkeys(named, {"status": "oom", "reason": reason})
+                            else:
+                                model = model or [_make(size, lengths[-1] + 2 * _DECODED, vocab_size)]
+                                found = _attempt(model[0], job, attention, b, n, named)
+                            rows.add({point: found[work] for point, work in zip(points, named, strict=True)})
+                        if any(rows.found[point]["status"] == "oom" for point in points):
+                            exhausted = n if exhausted is None else exhausted
+                        bar.update()
+            model.clear()
+            free_memory()
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        bar.close()
+    table = rows.table()
+    wanted = {IMPL.get(a, a) for a in attentions}
+    table = table[table["model"].isin(sizes) & table["impl"].isin(wanted) & table["work"].isin(works)]
+    table = table[table["seqlen"].isin(lengths)].reset_index(drop=True)
+    table.attrs.update(machine=runtime.machine, interrupted=interrupted)
+    return table
+
+
+def speedup(table: pd.DataFrame, over: str = "naive") -> pd.DataFrame:
+    """The table with a column `speedup`: time of `over` by time of the row; NaN where either did not run.
+
+    Raises:
+        ValueError: `over` is not among the implementations.
+    """
+    if over not in set(table["impl"]):
+        raise ValueError(f"over={over!r} is not in the table, which has {', '.join(sorted(set(table['impl'])))}.")
+    keys = [name for name in KEY if name != "impl"]
+    base = table.loc[table["impl"] == over, [*keys, "ms"]].rename(columns={"ms": "base_ms"})
+    merged = table.merge(base, on=keys, how="left")
+    result = merged.drop(columns="base_ms").assign(speedup=merged["base_ms"] / merged["ms"])
+    result.attrs.update(table.attrs)
+    return result
+
+
+def side_by_side(table: pd.DataFrame, work: str, value: str = "ms") -> pd.DataFrame:
+    """One row for each model, batch and length, one column for each implementation; "OOM" and "–" where it did not run.
+
+    Args:
+        table: of `sweep` or `speedup`. work: of `TRAINING` or `INFERENCE`.
+        value: the column shown: ms, tokens_per_s, peak_gib or speedup.
+
+    Raises:
+        ValueError: no row of that work.
+    """
+    rows = table[table["work"] == work]
+    if rows.empty:
+        raise ValueError(f"the table has no row of {work!r}; it has {', '.join(sorted(set(table['work'])))}.")
+    digits = {"ms": ".1f", "tokens_per_s": ",.0f", "peak_gib": ".1f"}.get(value, ".2f")
+
+    def text(row: Any) -> str:
+        if row.status != "ok":
+            return "OOM" if row.status == "oom" else "–"
+        number = getattr(row, value)
+        return "–" if pd.isna(number) else format(number, digits)
+
+    shown = rows.assign(text=[text(row) for row in rows.itertuples()])
+    columns = list(dict.fromkeys(rows["impl"]))
+    return shown.pivot(index=["model", "batch", "seqlen"], columns="impl", values="text")[columns]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One measurement
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _make(size: str, positions: int, vocab_size: int) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    with torch.device(runtime.device):
+        return models.gpt2(size, n_positions=positions, vocab_size=vocab_size, attention="eager")
+
+
+def _attempt(model, job: str, attention: str, batch: int, n: int, works: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """A row's values for each work; whatever goes wrong for want of memory or of support is said there."""
+    free_memory()
+    launched: list[str] = []
+    try:
+        with _quiet():
+            model.set_attn_implementation(attention)
+        with watch_interpreter(lambda executor, args, kwargs: _stop(launched, executor)):
+            return _training(model, batch, n) if job == "training" else _inference(model, batch, n)
+    except Exception as error:
+        if launched:  # the exception of `_stop`, perhaps wrapped on its way through autograd or Triton
+            status, reason = "unsupported", INTERPRETED
+        else:
+            status = "oom" if is_out_of_memory(error) else "unsupported"
+            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    # after the exception is gone: its traceback holds every tensor of the failed step
+    model.zero_grad(set_to_none=True)
+    free_memory()
+    return dict.fromkeys(works, {"status": status, "reason": reason})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' warning that flash_attention_2 wants 16 bits: autocast, or the weights, give them."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+class _Interpreted(RuntimeError):
+    """A kernel was about to run in the interpreter, where nothing is timed."""
+
+
+def _stop(launched: list[str], executor: Any) -> None:
+    launched.append(executor.fn.__name__)
+    raise _Interpreted(launched[-1])
+
+
+def _training(model, batch: int, n: int) -> dict[str, dict[str, Any]]:
+    """Forward, backward and whole step: ms, tokens_per_s, peak_gib."""
+    device = runtime.device
+    model.float().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type == "cuda")
+    # float16 overflows without a scaler; here for its time, and the loss is thrown away
+    scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and runtime.dtype == torch.float16)
+    ids = _tokens(model, batch, n)
+    times: dict[str, list[float]] = {work: [] for work in TRAINING}
+    _reset_peak()
+    try:
+        for step in range(_WARM_UP + _REPEATS):
+            marks = [_mark()]
+            with torch.autocast(device.type, dtype=runtime.dtype, enabled=device.type == "cuda"):
+                loss = model(ids, labels=ids, use_cache=False).loss
+            marks.append(_mark())
+            scaler.scale(loss).backward()
+            marks.append(_mark())
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            marks.append(_mark())
+            if step >= _WARM_UP:
+                for work, first, last in (("forward", 0, 1), ("backward", 1, 2), ("step", 0, 3)):
+                    times[work].append(_between(marks[first], marks[last]))
+        peak = _peak_gib()
+    finally:
+        model.zero_grad(set_to_none=True)
+    return {work: _row(statistics.median(ms), batch * n, peak) for work, ms in times.items()}
+
+
+@torch.no_grad()
+def _inference(model, batch: int, n: int) -> dict[str, dict[str, Any]]:
+    """Prefill, and one token of decoding behind it: ms, tokens_per_s, peak_gib."""
+    model.to(runtime.dtype).eval()
+    ids = _tokens(model, batch, n)
+    prefill: list[float] = []
+    _reset_peak()
+    for step in range(_WARM_UP + _REPEATS):
+        output = None  # one cache at a time
+        start = _mark()
+        output = model(ids, use_cache=True, logits_to_keep=1)
+        end = _mark()
+        if step >= _WARM_UP:
+            prefill.append(_between(start, end))
+    peaks = [_peak_gib()]
+    _reset_peak()
+    token = output.logits[:, -1:].argmax(dim=-1)
+    for step in range(2 * _DECODED):  # the first half warms up
+        if step == _DECODED:
+            start = _mark()
+        output = model(token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
+        token = output.logits[:, -1:].argmax(dim=-1)
+    each = _between(start, _mark()) / _DECODED
+    peaks.append(_peak_gib())
+    return {
+        "prefill": _row(statistics.median(prefill), batch * n, peaks[0]),
+        "decode": _row(each, batch, peaks[1]),
+    }
+
+
+def _row(ms: float, tokens: int, peak: float) -> dict[str, Any]:
+    return {"ms": ms, "tokens_per_s": 1e3 * tokens / ms, "peak_gib": peak, "status": "ok", "reason": ""}
+
+
+def _tokens(model, batch: int, n: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (batch, n), generator=generator).to(runtime.device)
+
+
+def _mark() -> torch.cuda.Event | float:
+    if runtime.device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(start: Any, end: Any) -> float:
+    """Milliseconds; on a GPU it waits for the end."""
+    if isinstance(start, float):
+        return 1e3 * (end - start)
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def _reset_peak() -> None:
+    if runtime.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_gib() -> float:
+    return torch.cuda.max_memory_allocated() / 2**30 if runtime.device.type == "cuda" else float("nan")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Rows:
+    """The rows of a sweep, on disk after each measurement where there is a folder."""
+
+    def __init__(self, folder: str | Path | None) -> None:
+        self.folder = None if folder is None else Path(folder)
+        self.found: dict[tuple, Mapping[str, Any]] = {}
+        if self.folder is None:
+            return
+        self.environment = environment().as_dict()
+        path = self.folder / f"{TABLE}.csv"
+        if path.exists():
+            stored = read_results(self.folder, TABLE)
+            changes = environment_changes(stored.attrs["environment"], self.environment)
+            if changes:
+                raise ValueError(
+                    f"{path.name} was measured in another environment ({'; '.join(changes)}), and one table must not "
+                    "mix two: name another folder, or delete that file."
+                )
+            self.found = dict(self._read(stored))
+
+    @staticmethod
+    def _read(stored: pd.DataFrame) -> Iterator[tuple[tuple, dict]]:
+        for record in stored.to_dict("records"):
+            yield tuple(record[name] for name in KEY), {k: v for k, v in record.items() if k not in KEY}
+
+    def add(self, rows: Mapping[tuple, Mapping[str, Any]]) -> None:
+        self.found.update(rows)
+        if self.folder is not None:
+            save_results(self.table(), self.folder, self.environment, table=TABLE)
+
+    def table(self) -> pd.DataFrame:
+        rows = [dict(zip(KEY, point, strict=True)) | dict(row) for point, row in self.found.items()]
+        return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def attention_names(wanted: Iterable[str], make: Callable[[], GPT2LMHeadModel]) -> tuple[list[str], dict[str, str]]:
+    """Which attentions a model can run here, and why it cannot run the others: (names, {name: reason}).
+
+    Args:
+        wanted: names for `set_attn_implementation`; "labutils" must be registered.
+        make: makes a small model on the lab's device.
+    """
+    model, can, reasons = make(), [], {}
+    for name in wanted:
+        try:
+            with _quiet():
+                model.set_attn_implementation(name)
+        except (ImportError, ValueError, OSError) as error:
+            reasons[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        else:
+            can.append(name)
+    return can, reasons
