@@ -311,6 +311,55 @@ def load_gpt2(name: str | Path = "gpt2", *, attention: str = "labutils", **overr
     return _with_loss(model)
 
 
+HUB_NAMES = {"124M": "gpt2", "355M": "gpt2-medium", "774M": "gpt2-large", "1558M": "gpt2-xl"}
+"""What the Hugging Face hub calls the sizes of GPT-2."""
+
+
+def gpt2_trained_or_not(
+    size: str = "124M", *, attention: str = "labutils", seconds: float = 3.0
+) -> tuple[GPT2LMHeadModel, str]:
+    """GPT-2 with its trained weights where this machine has them or can get them, else with random ones.
+
+    The cache of this machine is asked first, then the hub, from which 124M are 0.5 GB. HF_HUB_OFFLINE=1 in the
+    environment forbids the hub.
+
+    Args:
+        size: a key of `HUB_NAMES`.
+        attention: as in `gpt2`.
+        seconds: how long to wait for the hub's first answer.
+
+    Returns:
+        The model, on the CPU, in evaluation mode, and a sentence that says which weights it has and why.
+
+    Raises:
+        ValueError: a size that the hub does not have.
+    """
+    if size not in HUB_NAMES:
+        raise ValueError(f"size must be one of {', '.join(HUB_NAMES)}; got {size!r}")
+    name = HUB_NAMES[size]
+    try:
+        return load_gpt2(name, attention=attention, local_files_only=True), f"{name}: trained weights, from the cache"
+    except FileNotFoundError:
+        reason = _why_no_hub(name, seconds)
+    if reason is None:
+        return load_gpt2(name, attention=attention), f"{name}: trained weights, from the hub"
+    why = f"not in this machine's cache, and the hub was not reached ({reason})"
+    return gpt2(size, attention=attention).eval(), f"{name}: random weights, made from the configuration: {why}"
+
+
+def _why_no_hub(name: str, seconds: float) -> str | None:
+    """None where the hub answers for this model, else why it does not."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"), timeout=seconds)
+    except Exception as error:  # whatever the network, a proxy or the hub says: there are no weights
+        return type(error).__name__
+    return None
+
+
 def _with_loss(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
     # transformers guesses the loss from the class's name, fails with GPT-2's, and takes this one, warning us.
     model.loss_type = "ForCausalLM"

@@ -479,6 +479,95 @@ def d_scores_backward(S, V, dO, dL):
     return S.grad
 
 
+def bug_by_simulation(q, k, v, out, block, *, blind=()):
+    """The kernels in NumPy, a row at a time; `blind` leaves names out."""
+    q, k, v, out = (t.cpu().numpy().astype(np.float64) for t in (q, k, v, out))
+    n, d = q.shape
+    right = n // block * block
+
+    def run(scale=d**-0.5, causal=True, last=n, fix_l=True, fix_o=True):
+        rows = []
+        for i in range(n):
+            m, l, o = -np.inf, 0.0, np.zeros(d)
+            for start in range(0, n, block):
+                j = np.arange(start, min(start + block, last))
+                j = j[j <= i] if causal else j
+                if len(j) == 0:
+                    continue
+                s = scale * (k[j] @ q[i])
+                new = max(m, s.max())
+                p, a = np.exp(s - new), np.exp(m - new)
+                l, o, m = (a if fix_l else 1) * l + p.sum(), (a if fix_o else 1) * o + p @ v[j], new
+            rows.append(o / l)
+        return np.stack(rows)
+
+    made = {
+        "right": run(), "scale": run(scale=1.0), "mask": run(causal=False), "tail": run(last=right),
+        "l": run(fix_l=False), "o": run(fix_o=False),
+    }  # fmt: skip
+    return min((name for name in made if name not in blind), key=lambda name: np.abs(made[name] - out).max())
+
+
+def bug_mistaken(taken, given):
+    """Takes one bug for another."""
+
+    def find(*arguments):
+        found = bug_by_simulation(*arguments)
+        return given if found == taken else found
+
+    return find
+
+
+def bug_by_its_marks(q, k, v, out, block):
+    """Which rows are wrong, and whether by one factor each."""
+    n, d = q.shape
+    s = (q @ k.T * d**-0.5).masked_fill(~torch.ones(n, n, dtype=torch.bool, device=q.device).tril(), -INF)
+    exact = s.softmax(-1) @ v
+    off = (out - exact).abs().amax(1) > 1e-4
+    if not off.any():
+        return "right"
+    if off[0]:
+        return "mask"
+    if not off[: n // block * block].any():
+        return "tail"
+    if off[:block].any():
+        return "scale"
+    spread = (out / exact).std(1) / (out / exact).mean(1).abs()
+    return "l" if spread[off].median() < 1e-2 else "o"
+
+
+def model_attention(query, key, value, scaling, padding, *, bug=""):
+    """By SDPA with a mask made by hand."""
+    n_q, n_k = query.shape[2], key.shape[2]
+    place = torch.arange(n_q, device=query.device)[:, None] + (0 if bug == "top left" else n_k - n_q)
+    mask = torch.arange(n_k, device=query.device)[None, :] <= place
+    if bug == "no mask":
+        mask = torch.ones_like(mask)
+    mask = mask[None, None]
+    if padding is not None and bug != "padding seen":
+        mask = mask & (~padding if bug == "exchanged" else padding)[:, None, None, :]
+    scale = None if bug == "scale" else scaling
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    return out if bug == "layout" else out.transpose(1, 2)
+
+
+def model_attention_by_softmax(query, key, value, scaling, padding):
+    n_q, n_k = query.shape[2], key.shape[2]
+    s = scaling * torch.einsum("bhid,bhjd->bhij", query, key)
+    hidden = torch.ones(n_q, n_k, dtype=torch.bool, device=s.device).triu(n_k - n_q + 1)
+    s = s.masked_fill(hidden, -1e30)
+    if padding is not None:
+        s = s.masked_fill(~padding[:, None, None, :], -1e30)
+    return torch.einsum("bhij,bhjd->bihd", s.softmax(-1), value)
+
+
+def model_attention_across_heads(query, key, value, scaling, padding):
+    n = query.shape[1]
+    s = scaling * torch.einsum("bihd,bjhd->bhij", query, key)
+    s = s.masked_fill(torch.ones(n, n, dtype=torch.bool, device=s.device).triu(1), -INF)
+    return torch.einsum("bhij,bjhd->bhid", s.softmax(-1), value)
+
+
 # -- 03 ---------------------------------------------------------------------------------------------------------------
 
 
@@ -711,6 +800,8 @@ RIGHT = grouped(
         "tile_kind": [kind_by_looking, kind_by_numpy],
         "window_attention": [banded, broken(banded, block=64)],
         "score_gradient": [d_scores, d_scores_by_autograd, d_scores_backward],
+        "find_bug": [bug_by_simulation, bug_by_its_marks],
+        "gpt2_attention": [model_attention, model_attention_by_softmax],
         "kv_head": [lambda h, n, g: h * g // n, lambda h, n, g: int(np.repeat(np.arange(g), n // g)[h])],
         "logits_length": [
             lambda gib, V: math.floor(gib * 1024**3 / (12 * V)),
@@ -869,6 +960,25 @@ WRONG = {
         "and not of dP alone": broken(d_scores, bug="delta of dP"),
         "The sign is wrong": lambda *a: -d_scores(*a),
         "S was scaled": lambda S, V, *rest: d_scores(S, V, *rest) * V.shape[1] ** -0.5,
+    },
+    "find_bug": {
+        "rows are wrong, by up to": lambda *a: "right",
+        "This output is right": broken(bug_by_simulation, blind=("right",)),
+        "times a factor, one for the whole row": bug_mistaken("l", "o"),
+        "off by different factors": bug_mistaken("o", "l"),
+        "must be v[0]": bug_mistaken("mask", "scale"),
+        "the softmax itself is another one": bug_mistaken("scale", "mask"),
+        "whose own block of keys is not full": bug_mistaken("tail", "mask"),
+        "one of 'right'": lambda *a: 3,
+    },
+    "gpt2_attention": {
+        "was not passed on": broken(model_attention, bug="scale"),
+        "causal mask is missing": broken(model_attention, bug="no mask"),
+        "to the top left": broken(model_attention, bug="top left"),
+        "Padding is seen": broken(model_attention, bug="padding seen"),
+        "are exchanged": broken(model_attention, bug="exchanged"),
+        "must have the shape": broken(model_attention, bug="layout"),
+        "across heads": model_attention_across_heads,
     },
     "kv_head": {
         "deals the heads out": lambda h, n, g: h % g,

@@ -17,7 +17,7 @@ from labutils import exercises
 from labutils.exercises.core import EXERCISES, NOT_YET, PASSED, WRONG
 
 NAMES = exercises.names()
-CHEAP = [name for name in NAMES if name not in ("tiled_attention", "window_attention")]
+CHEAP = [name for name in NAMES if name not in ("tiled_attention", "window_attention", "find_bug", "gpt2_attention")]
 
 
 def own_solution(name):

@@ -1,4 +1,4 @@
-"""Checks of notebook 02: the grid, a masked load, kinds of tiles, a kernel with a window, the backward pass, heads."""
+"""Checks of notebook 02: the grid, a masked load, tiles, a window, the backward pass, heads, bugs, GPT-2."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import torch
 
 from labutils import runtime
+from labutils.bugs import tiles_without
 from labutils.exercises.core import Call, Wrong, exercise, number, same_number, same_tensor, tensor
 from labutils.exercises.notebook01 import draw, integer, pick
 from labutils.reference import exact_attention, naive_attention, visible_mask
@@ -476,3 +477,183 @@ def score_gradient(call: Call, generator: torch.Generator) -> None:
             mistakes=wrong,
             factor=3.0,
         )
+
+
+BUGS = ("right", "scale", "mask", "l", "o", "tail")
+
+
+def _bugged(q, k, v, block: int) -> dict[str, torch.Tensor]:
+    """What each kernel of `find_bug` returns, float64 (N, D); q, k, v: (N, D), one head, causal."""
+    n, d = q.shape
+    q, k, v = q.double(), k.double(), v.double()
+    s, causal = q @ k.mT, torch.ones(n, n, dtype=torch.bool).tril()
+    whole = n // block * block  # the keys of the blocks that are full
+    in_whole = causal & (torch.arange(n) < whole)
+    return {
+        "right": tiles_without(q, k, v, block, causal=True)[0],
+        "scale": s.masked_fill(~causal, -math.inf).softmax(dim=-1) @ v,
+        "mask": (s * d**-0.5).softmax(dim=-1) @ v,
+        "l": tiles_without(q, k, v, block, causal=True, rescale_l=False)[0],
+        "o": tiles_without(q, k, v, block, causal=True, rescale_o=False)[0],
+        "tail": (s * d**-0.5).masked_fill(~in_whole, -math.inf).softmax(dim=-1) @ v,
+    }
+
+
+@exercise(
+    "02",
+    "Find the bug",
+    20,
+    [
+        (
+            "You have q, k and v: you can compute what each broken kernel would return, and see which of these out is"
+            " nearest to. What is easier to see: which rows are wrong, and does a row differ by one factor?"
+        ),
+        (
+            "Row 0 sees itself alone, so it must be v[0]: with the mask missing it is not. With the tail left out, only"
+            " the rows from N // block * block on are wrong. Without the scale, rows of the first block are wrong, too;"
+            " with l or o not rescaled they are right."
+        ),
+        (
+            "If l is not rescaled, each row is the right one times a factor of its own; if o is not, its elements are"
+            " off by different factors. Build the online loop with a switch for each rescaling, and take the candidate that"
+            " differs least from out."
+        ),
+    ],
+)
+def find_bug(call: Call, generator: torch.Generator) -> None:
+    """Which line of a v2 kernel is broken, told from its output."""
+    differ = {
+        "scale": "rows of the first block are wrong as well, row 0 excepted: the softmax itself is another one",
+        "mask": "row 0 sees itself alone and must be v[0], and here it is not",
+        "l": "each row is the right one times a factor, one for the whole row",
+        "o": "rows after the first block are wrong, and their elements are off by different factors",
+        "tail": "all rows are right but the last ones, whose own block of keys is not full",
+    }
+    for n, block in ((40, 16), (75, 32)):
+        for _ in range(20):  # a maximum that never grows would hide a missing rescaling
+            q, k, v = (draw(generator, n, 16) for _ in range(3))
+            results = _bugged(2 * q, k, v, block)
+            apart = [(results[a] - results[b]).abs().max() for i, a in enumerate(BUGS) for b in BUGS[:i]]
+            if min(apart) > 0.1:
+                break
+        for name in [BUGS[i] for i in torch.randperm(len(BUGS), generator=generator).tolist()]:
+            got = call(2 * q, k, v, results[name].float(), block)
+            if got == name:
+                continue
+            if got not in BUGS:
+                raise Wrong(
+                    f"It must return one of {', '.join(map(repr, BUGS))}; for N = {n} and blocks of {block} it returned"
+                    f" {got!r}."
+                )
+            off = (results[name] - results["right"]).abs().amax(dim=1)
+            if name == "right":
+                why = "This output is right: it equals exact attention up to rounding in float32."
+            elif got == "right":
+                why = (
+                    f"It is not: {int((off > 1e-4).sum())} of {n} rows are wrong, by up to {off.max():.2g}. Compare it"
+                    " with exact attention first."
+                )
+            else:
+                why = f"Look again: {differ[name]}."
+            raise Wrong(
+                f"That is another bug, for N = {n} and blocks of {block} keys.\n  Expected {name!r}, got {got!r}.\n "
+                f" {why}"
+            )
+
+
+@exercise(
+    "02",
+    "The function that a model calls",
+    20,
+    [
+        (
+            "transformers has the heads before the rows, flash_attn_func behind them: t.transpose(1, 2), for which"
+            " nothing is copied. And pass the scale on: softmax_scale=scaling."
+        ),
+        (
+            "causal=True is aligned to the bottom right, which is what a cache needs. With padding, take each sequence"
+            " by itself: the keys that are tokens, k[b : b + 1, padding[b]], and of the queries those whose own key is"
+            " one. Query i stands at key i + N_k - N_q."
+        ),
+        (
+            "rows = padding[b, N_k - N_q :]; out = torch.zeros_like(q); out[b, rows] = flash_attn_func(q[b : b + 1,"
+            " rows], k[b : b + 1, padding[b]], v[b : b + 1, padding[b]], softmax_scale=scaling, causal=True)[0]."
+        ),
+    ],
+)
+def gpt2_attention(call: Call, generator: torch.Generator) -> None:
+    """Attention behind the signature of transformers: layout, scale, cache and padding."""
+    left, right = (torch.ones(2, 19, dtype=torch.bool) for _ in range(2))
+    left[0, :7] = False
+    right[1, 15:] = False
+    cases = {
+        "no padding": (2, 21, 21, 0.31, None),
+        "one query and a cache of 17 keys": (1, 1, 17, 0.25, None),
+        "5 queries and 19 keys": (2, 5, 19, 0.25, None),
+        "padding on the left": (2, 19, 19, 0.25, left),
+        "padding on the right": (2, 19, 19, 0.25, right),
+        "4 queries and 19 keys, padding on the left": (2, 4, 19, 0.31, left),
+    }
+    for case, (batch, n_q, n_k, scale, padding) in cases.items():
+        # as GPT-2 has them: views in which the heads of one token lie side by side
+        q = draw(generator, batch, n_q, 3, 16).transpose(1, 2)
+        k, v = (draw(generator, batch, n_k, 3, 16).transpose(1, 2) for _ in range(2))
+        out = tensor(call(q, k, v, scale, padding), (batch, n_q, 3, 16), "out")
+        exact = _as_the_model(q.double(), k.double(), v.double(), scale, padding)
+        visible = padding[:, n_k - n_q :] if padding is not None else torch.ones(batch, n_q, dtype=torch.bool)
+
+        def shown(t: torch.Tensor, exact=exact, visible=visible) -> torch.Tensor:
+            """Rows of padding as they should be: nobody reads them."""
+            return torch.where(visible[:, :, None, None], t, exact.to(t.dtype))
+
+        wrong = {
+            "The scale of the model, `scaling`, was not passed on.": _as_the_model(q, k, v, 16**-0.5, padding),
+            "The causal mask is missing.": _as_the_model(q, k, v, scale, padding, causal=False),
+            "The mask is aligned to the top left: with a cache the last query must see every key.": (
+                _top_left(q, k, v, scale, padding)
+            ),
+        }
+        if padding is not None:
+            wrong["Padding is seen: its keys must be taken out."] = _as_the_model(q, k, v, scale, None)
+            wrong["Tokens and padding are exchanged: True is a token."] = _padding_alone(q, k, v, scale, padding)
+            wrong["The rows of tokens are zero: were those of padding written? True is a token."] = _as_the_model(
+                q, k, v, scale, ~padding
+            )
+        if n_q == n_k:
+            across = naive_attention(q, k, v, causal=True, softmax_scale=scale).transpose(1, 2)
+            wrong["Attention went across heads: exchange heads and rows before the call, too."] = across
+        same_tensor(
+            shown(out.float()),
+            exact,
+            shown(_as_the_model(q, k, v, scale, padding)),
+            name="out",
+            requirement=f"The output is not right for {case}.",
+            place=lambda index: f"sequence {index[0]}, row {index[1]}, head {index[2]}, dimension {index[3]}",
+            mistakes={text: shown(t) for text, t in wrong.items()},
+        )
+
+
+def _as_the_model(q, k, v, scale, padding, causal: bool = True) -> torch.Tensor:
+    """(B, H, N, D) each -> (B, N_q, H, D), a sequence at a time; rows of padding are zero."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    for b in range(len(q)):
+        tokens = torch.ones(k.shape[1], dtype=torch.bool) if padding is None else padding[b]
+        rows = tokens[k.shape[1] - q.shape[1] :]
+        part = (q[b : b + 1, rows], k[b : b + 1, tokens], v[b : b + 1, tokens])
+        out[b, rows] = naive_attention(*part, causal=causal, softmax_scale=scale)[0]
+    return out
+
+
+def _padding_alone(q, k, v, scale, padding) -> torch.Tensor:
+    """The same where the padding is what is seen; (B, N_q, H, D), zero for a row that sees nothing."""
+    visible = visible_mask(q.shape[2], k.shape[2], causal=True) & ~padding[:, None, None, :]
+    p = (scale * q @ k.mT).masked_fill(~visible, -math.inf).softmax(dim=-1).nan_to_num(nan=0.0)
+    return (p @ v).transpose(1, 2)
+
+
+def _top_left(q, k, v, scale, padding) -> torch.Tensor:
+    """The same with row i seeing the keys up to i, wherever the cache ends."""
+    n_q = q.shape[2]
+    kept = None if padding is None else padding[:, :n_q]
+    return _as_the_model(q, k[:, :, :n_q], v[:, :, :n_q], scale, kept)

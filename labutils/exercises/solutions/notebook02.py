@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from labutils.interface import flash_attn_func
+
 
 def program_count(batch, heads, seqlen, block_m):
     """Programs that the v2 kernel's launch starts."""
@@ -88,3 +90,42 @@ def score_gradient(S, V, dO, dL):
 def kv_head(head, heads, kv_heads):
     """The head of K and V that query head `head` reads."""
     return head // (heads // kv_heads)
+
+
+def find_bug(q, k, v, out, block):
+    """q, k, v, out (N, D) of a causal kernel with `block` keys a step: "right", "scale", "mask", "l", "o" or "tail"."""
+    N, D = q.shape
+    rows, columns = torch.arange(N, device=q.device)[:, None], torch.arange(N, device=q.device)[None, :]
+    causal, everything = columns <= rows, columns <= N
+    full = causal & (columns < N // block * block)
+
+    def kernel(scale=D**-0.5, mask=causal, rescale_l=True, rescale_o=True):
+        S = (scale * q @ k.T).masked_fill(~mask, -torch.inf)
+        m, l, o = q.new_full((N, 1), -torch.inf), q.new_zeros(N, 1), torch.zeros_like(q)
+        for start in range(0, N, block):
+            part = S[:, start : start + block]
+            m_new = torch.maximum(m, part.amax(dim=1, keepdim=True))
+            p, alpha = torch.exp(part - m_new), torch.exp(m - m_new)
+            l = (alpha if rescale_l else 1) * l + p.sum(dim=1, keepdim=True)
+            o = (alpha if rescale_o else 1) * o + p @ v[start : start + block]
+            m = m_new
+        return o / l
+
+    candidates = {
+        "right": kernel(), "scale": kernel(scale=1.0), "mask": kernel(mask=everything),
+        "l": kernel(rescale_l=False), "o": kernel(rescale_o=False), "tail": kernel(mask=full),
+    }  # fmt: skip
+    return min(candidates, key=lambda name: (candidates[name] - out).abs().max().item())
+
+
+def gpt2_attention(query, key, value, scaling, padding):
+    """query (B, H, N_q, D), key, value (B, H, N_k, D) -> (B, N_q, H, D); padding: None or bool (B, N_k)."""
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))  # (B, H, N, D) -> (B, N, H, D)
+    if padding is None:
+        return flash_attn_func(q, k, v, softmax_scale=scaling, causal=True)
+    out = torch.zeros_like(q)
+    for b, tokens in enumerate(padding):
+        rows = tokens[k.shape[1] - q.shape[1] :]  # query i stands at key i + N_k - N_q
+        part = (q[b : b + 1, rows], k[b : b + 1, tokens], v[b : b + 1, tokens])
+        out[b, rows] = flash_attn_func(*part, softmax_scale=scaling, causal=True)[0]
+    return out
