@@ -148,6 +148,7 @@ def sweep(
                 named = [w for w in works if w in (TRAINING if job == "training" else INFERENCE)]
                 for attention in attentions:
                     exhausted: int | None = None
+                    refused: dict[str, dict[str, Any]] | None = None  # what cannot run at one length cannot at another
                     for n in lengths:
                         bar.set_description_str(f"{size} {job} {attention} B={b} N={n:,}")
                         points = [(size, work, IMPL.get(attention, attention), b, n) for work in named]
@@ -155,9 +156,13 @@ def sweep(
                             if exhausted is not None:
                                 reason = f"not tried: it ran out of memory at N = {exhausted:,}"
                                 found = dict.fromkeys(named, {"status": "oom", "reason": reason})
+                            elif refused is not None:
+                                found = refused
                             else:
                                 model = model or [_make(size, lengths[-1] + 2 * _DECODED, vocab_size)]
                                 found = _attempt(model[0], job, attention, b, n, named)
+                                if found[named[0]]["status"] == "unsupported":
+                                    refused = found
                             rows.add({point: found[work] for point, work in zip(points, named, strict=True)})
                         if any(rows.found[point]["status"] == "oom" for point in points):
                             exhausted = n if exhausted is None else exhausted
@@ -231,7 +236,8 @@ def _make(size: str, positions: int, vocab_size: int) -> GPT2LMHeadModel:
 
 def _attempt(model, job: str, attention: str, batch: int, n: int, works: Sequence[str]) -> dict[str, dict[str, Any]]:
     """A row's values for each work; whatever goes wrong for want of memory or of support is said there."""
-    free_memory()
+    if runtime.device.type == "cuda":
+        free_memory()
     launched: list[str] = []
     try:
         with _quiet():

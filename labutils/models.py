@@ -316,7 +316,7 @@ HUB_NAMES = {"124M": "gpt2", "355M": "gpt2-medium", "774M": "gpt2-large", "1558M
 
 
 def gpt2_trained_or_not(
-    size: str = "124M", *, attention: str = "labutils", seconds: float = 3.0
+    size: str = "124M", *, otherwise: str | None = None, attention: str = "labutils", seconds: float = 3.0
 ) -> tuple[GPT2LMHeadModel, str]:
     """GPT-2 with its trained weights where this machine has them or can get them, else with random ones.
 
@@ -325,6 +325,7 @@ def gpt2_trained_or_not(
 
     Args:
         size: a key of `HUB_NAMES`.
+        otherwise: the size of the model with random weights, a key of `GPT2_SIZES`; `size` where not given.
         attention: as in `gpt2`.
         seconds: how long to wait for the hub's first answer.
 
@@ -344,7 +345,8 @@ def gpt2_trained_or_not(
     if reason is None:
         return load_gpt2(name, attention=attention), f"{name}: trained weights, from the hub"
     why = f"not in this machine's cache, and the hub was not reached ({reason})"
-    return gpt2(size, attention=attention).eval(), f"{name}: random weights, made from the configuration: {why}"
+    made = otherwise or size
+    return gpt2(made, attention=attention).eval(), f"{name} is {why}: random weights, from the configuration of {made}"
 
 
 def _why_no_hub(name: str, seconds: float) -> str | None:

@@ -515,8 +515,8 @@ def _bugged(q, k, v, block: int) -> dict[str, torch.Tensor]:
         ),
         (
             "If l is not rescaled, each row is the right one times a factor of its own; if o is not, its elements are"
-            " off by different factors. Build the online loop with a switch for each rescaling, and take the candidate that"
-            " differs least from out."
+            " off by different factors. Build the online loop with a switch for each rescaling, and take the candidate"
+            " that differs least from out."
         ),
     ],
 )
