@@ -380,3 +380,12 @@ def test_gpu_profile_counts_no_kernel_twice():
 def test_gpu_ceilings():
     ceilings = analysis.measure_ceilings()
     assert ceilings.tflops > 1 and ceilings.gb_per_s > 50
+
+
+def test_makespan_of_a_launch():
+    assert analysis.makespan([3, 1, 2], 1) == 6
+    assert analysis.makespan([1, 2, 3, 4, 5, 6, 7, 8], 3) == 15  # the longest program starts last, at 7
+    assert analysis.makespan([8, 7, 6, 5, 4, 3, 2, 1], 3) == 13
+    assert analysis.makespan([], 4) == 0
+    with pytest.raises(ValueError, match="place to run"):
+        analysis.makespan([1], 0)

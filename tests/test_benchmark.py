@@ -843,3 +843,25 @@ def test_decoding_reads_at_a_rate_that_memory_can_have(page):
 def test_decoding_is_not_timed_in_the_interpreter():
     with pytest.raises(benchmark.Unsupported, match="means nothing"):
         benchmark.decode_bandwidth(batch=1, seqlen=64)
+
+
+# -- variants of a shape ----------------------------------------------------------------------------------------------
+
+BASE = dict(batch=1, heads=4, kv_heads=4, seqlen=40, head_dim=16, dtype=torch.float32, causal=True)
+
+
+def test_vary_measures_each_variant_and_judges_shared_heads():
+    variants = {"base": {}, "grouped": {"kv_heads": 2}}
+    table = benchmark.vary(["naive", "triton_v2"], BASE, variants, seconds_per_point=0.01, progress=False)
+    assert list(table["variant"]) == ["base"] * 4 + ["grouped"] * 4
+    assert set(table[table["variant"] == "grouped"]["kv_heads"]) == {2}
+    assert (table["max_error"] < 1e-5).all()  # forward and backward, against an oracle with shared heads
+    naive = table[table["impl"] == "naive"]
+    assert (naive["status"] == "ok").all() and (naive["ms"] > 0).all() and (naive["tflops"] > 0).all()
+
+
+def test_vary_refuses_shapes_that_are_none():
+    with pytest.raises(ValueError, match="no multiple"):
+        benchmark.vary(["naive"], BASE, {"odd": {"kv_heads": 3}}, progress=False)
+    with pytest.raises(ValueError, match="'wide' needs"):
+        benchmark.vary(["naive"], BASE, {"wide": {"width": 3}}, progress=False)

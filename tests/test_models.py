@@ -399,6 +399,32 @@ def test_load_gpt2_says_what_is_missing(monkeypatch, tmp_path):
         models.load_gpt2("gpt2")
 
 
+def test_trained_weights_where_they_can_be_had(monkeypatch):
+    asked = []
+
+    def load(name, **options):
+        asked.append((name, options.get("local_files_only", False)))
+        if options.get("local_files_only") or not reachable:
+            raise FileNotFoundError(name)
+        return make("eager")
+
+    monkeypatch.setattr(models, "load_gpt2", load)
+    monkeypatch.setattr(models, "_why_no_hub", lambda name, seconds: None if reachable else "no connection")
+    reachable = True
+    assert models.gpt2_trained_or_not("355M")[1] == "gpt2-medium: trained weights, from the hub"
+    assert asked == [("gpt2-medium", True), ("gpt2-medium", False)]
+    reachable = False
+    model, says = models.gpt2_trained_or_not("124M", otherwise="nano")
+    assert "random weights" in says and "no connection" in says and "nano" in says
+    assert model.config.lab_size == "nano" and not model.training
+    with pytest.raises(ValueError, match="124M, 355M"):
+        models.gpt2_trained_or_not("nano")
+
+
+def test_an_offline_hub_is_not_asked():
+    assert models._why_no_hub("gpt2", 1.0) == "HF_HUB_OFFLINE is set"  # as in all tests
+
+
 # --- loss ---------------------------------------------------------------------------------------------------
 
 

@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from labutils import runtime
-from labutils.reference import causal_mask, check_attention, judge
+from labutils.reference import causal_mask, check_attention, check_gradients, judge
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "02-FlashAttention_Demo.ipynb"
-KERNELS = ("kernel-first", "kernel-v1", "kernel-v2")
-WRAPPERS = ("wrapper-first", "wrapper-v1", "wrapper-v2")
+KERNELS = ("kernel-first", "kernel-v1", "kernel-v2", "kernel-dkdv", "kernel-dq")
+WRAPPERS = ("wrapper-first", "wrapper-v1", "wrapper-v2", "wrapper-backward", "wrapper-autograd")
 DTYPES = [torch.float32, torch.float16]
 if runtime.capability is None or runtime.capability >= (8, 0):
     DTYPES.append(torch.bfloat16)
@@ -54,6 +54,17 @@ def check(notebook, q, k, v, **kwargs):
     out, lse = notebook.notebook_v2(q, k, v, return_lse=True, **kwargs)
     assert out.dtype == q.dtype
     check_attention(out, q, k, v, lse=lse, **kwargs).raise_if_failed()
+
+
+def check_backward(notebook, q, k, v, **kwargs):
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    out = notebook.notebook_flash(*leaves, **kwargs)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    gradients = torch.autograd.grad(out, leaves, dout)
+    for gradient, verdict in zip(gradients, check_gradients(gradients, dout, q, k, v, **kwargs), strict=True):
+        assert gradient.dtype == q.dtype
+        verdict.raise_if_failed()
+    return gradients
 
 
 @pytest.mark.parametrize("tag", ["imports", *KERNELS, *WRAPPERS])
@@ -105,6 +116,36 @@ def test_odd_shapes(notebook, batch, n, heads, causal, dtype, scale, seed):
     check(notebook, *make(batch, n, heads, 16, dtype, seed), causal=causal, softmax_scale=scale)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 15, 131])
+def test_backward_at_odd_lengths(notebook, n, dtype, causal):
+    check_backward(notebook, *make(2, n, 2, 32, dtype), causal=causal)
+
+
+@pytest.mark.parametrize("head_dim", [16, 128])
+def test_backward_head_dimensions_scale_and_strided_gradients(notebook, head_dim):
+    q, k, v = make(1, 70, 2, head_dim, torch.float16)
+    check_backward(notebook, q, k, v, causal=True, softmax_scale=0.2)
+    o, lse = notebook.notebook_v2(q, k, v, return_lse=True)
+    dout = torch.randn(1, 2, 70, head_dim).to(q).transpose(1, 2)
+    direct = notebook.notebook_backward(dout.contiguous(), q, k, v, o, lse)
+    by_autograd = torch.autograd.grad(
+        notebook.notebook_flash(*(t.requires_grad_() for t in (q, k, v))), (q, k, v), dout
+    )
+    assert all(torch.equal(a, b) for a, b in zip(direct, by_autograd, strict=True))
+
+
+def test_backward_of_large_scores_is_finite(notebook):
+    check_backward(notebook, *make(1, 70, 1, 32, torch.float16, spread=8.0), causal=True)
+
+
+def test_the_backward_refuses_grouped_heads(notebook):
+    q, k, v = make(1, 20, 2, 16, torch.float32)
+    with pytest.raises(NotImplementedError, match="one shape"):
+        notebook.notebook_flash(q, k[:, :, :1], v[:, :, :1])
+
+
 def test_large_scores_do_not_overflow(notebook):
     check(notebook, *make(1, 70, 1, 32, torch.float16, spread=8.0), causal=True)
 
@@ -139,6 +180,15 @@ def test_long_sequences(notebook, n, dtype, causal):
     assert all(torch.equal(runs[0], run) for run in runs[1:])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_backward_of_long_sequences_is_the_same_every_time(notebook, head_dim, dtype, causal):
+    first, second = (check_backward(notebook, *make(2, 1000, 4, head_dim, dtype), causal=causal) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
 # The interpreter accepts what a compile rejects, so the cells are compiled as well, for GPUs that need not be there:
 # (architecture, dtype, D, BLOCK_M, BLOCK_N, causal).
 COMPILE = """
@@ -154,7 +204,7 @@ assert not hasattr(kernels.softmax_kernel, "interpreted"), "this is the interpre
 
 def compile(kernel, arch, constants, dtype):
     pointers = {"o_ptr": "*fp32" if "m_ptr" in kernel.arg_names else dtype}
-    pointers |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), dtype)
+    pointers |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "do_ptr", "dq_ptr", "dk_ptr", "dv_ptr"), dtype)
     signature, attrs = {}, {}
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -170,7 +220,7 @@ def compile(kernel, arch, constants, dtype):
     return [kernel.__name__, arch, compiled.metadata.shared, "mma" in compiled.asm["ptx"]]
 
 results = [compile(kernels.softmax_kernel, arch, {"BLOCK": 128}, "*fp32") for arch in (80, 90)]
-for kernel in (kernels.flash_v1_kernel, kernels.flash_v2_kernel):
+for kernel in (kernels.flash_v1_kernel, kernels.flash_v2_kernel, kernels.dkdv_kernel, kernels.dq_kernel):
     for arch, dtype, block, causal in json.loads(sys.argv[2]):
         constants = {"D": 64, "BLOCK_M": block, "BLOCK_N": block, "CAUSAL": causal}
         results.append(compile(kernel, arch, constants, dtype))
@@ -195,9 +245,9 @@ def test_kernels_compile_for_real_gpus(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     results = json.loads(done.stdout.splitlines()[-1])
-    assert len(results) == 2 + 2 * len(TARGETS)
+    assert len(results) == 2 + 4 * len(TARGETS)
     for name, arch, shared, _ in results:
         assert shared <= SHARED_MEMORY[arch], f"{name} needs {shared} bytes of shared memory on sm_{arch}"
-    of_v1_and_v2 = [mma for *_, mma in results[2:]]
-    on_tensor_cores = [dtype != "*fp32" for _, dtype, *_ in TARGETS] * 2
-    assert of_v1_and_v2 == on_tensor_cores
+    of_attention = [mma for *_, mma in results[2:]]
+    on_tensor_cores = [dtype != "*fp32" for _, dtype, *_ in TARGETS] * 4
+    assert of_attention == on_tensor_cores

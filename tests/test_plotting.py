@@ -332,3 +332,38 @@ def test_pyplot_holds_no_figure():
     """Else a notebook would show each figure twice."""
     plotting.plot_time(table())
     assert plt.get_fignums() == []
+
+
+def of_models():
+    rows = [
+        {"model": model, "work": "step", "impl": impl, "batch": 4, "seqlen": n, "ms": n / (i + 1), "tokens_per_s": 1e3,
+         "peak_gib": 2.0, "status": "ok", "reason": ""}
+        for model in ("124M", "355M") for i, impl in enumerate(IMPLS) for n in (512, 1024)
+    ]  # fmt: skip
+    rows[1] |= {"ms": math.nan, "tokens_per_s": math.nan, "status": "oom"}
+    frame = pd.DataFrame(rows)
+    frame.attrs["machine"] = "Some GPU"
+    return frame
+
+
+@pytest.mark.parametrize("quantity", ["ms", "tokens_per_s", "peak_gib"])
+def test_models_have_a_panel_each_and_a_mark_where_memory_ended(quantity):
+    figure = plotting.plot_models(of_models(), "step", quantity)
+    check(figure)
+    assert len(figure.axes) == 2 and "naive: out of memory" in legend(figure)
+    assert "Some GPU" in texts(figure) and "355M" in texts(figure)
+
+
+def test_models_refuse_what_is_not_there():
+    with pytest.raises(ValueError, match="no row of 'decode'"):
+        plotting.plot_models(of_models(), "decode")
+    with pytest.raises(ValueError, match="tokens_per_s"):
+        plotting.plot_models(of_models(), quantity="miles")
+
+
+def test_tile_kinds_are_counted_from_the_mask():
+    figure = plotting.plot_tile_kinds(reference.causal_mask(40, 64), 16, 16)
+    check(figure)
+    assert "9 of 12 tiles are visited" in texts(figure) and "mean: 3.0 tiles" in texts(figure)
+    with pytest.raises(ValueError, match="N_q, N_k"):
+        plotting.plot_tile_kinds(torch.ones(1, 4, 4), 2, 2)

@@ -1,0 +1,152 @@
+"""labutils.model_benchmark: rows of a whole GPT-2 under each attention, failures included, kept on disk."""
+
+import math
+
+import pytest
+import torch
+
+from labutils import model_benchmark, models, runtime
+from labutils.benchmark import SCHEMAS, read_results
+from labutils.reference import judge
+
+OPTIONS = dict(vocab_size=61, batch=2, inference_batches=(1,), progress=False)
+
+
+def row(table, **wanted):
+    for name, value in wanted.items():
+        table = table[table[name] == value]
+    assert len(table) == 1
+    return table.iloc[0]
+
+
+def test_rows_have_times_and_reasons():
+    table = model_benchmark.sweep(["nano"], ["eager", "no_such_attention", "labutils"], [8, 16], **OPTIONS)
+    assert list(table.columns)[: len(SCHEMAS["models"])] == list(SCHEMAS["models"])
+    assert len(table) == 3 * 2 * 5 and table.attrs["machine"] == runtime.machine and not table.attrs["interrupted"]
+    for work in (*model_benchmark.TRAINING, *model_benchmark.INFERENCE):
+        b = 2 if work in model_benchmark.TRAINING else 1
+        eager = row(table, impl="naive", work=work, seqlen=16)
+        assert eager["status"] == "ok" and eager["batch"] == b and eager["ms"] > 0
+        tokens = b if work == "decode" else 16 * b
+        assert eager["tokens_per_s"] == pytest.approx(1e3 * tokens / eager["ms"])
+        missing = row(table, impl="no_such_attention", work=work, seqlen=16)
+        assert missing["status"] == "unsupported" and "no_such_attention" in missing["reason"]
+        ours = row(table, impl="triton_v2", work=work, seqlen=8)
+        if runtime.interpreted:  # never timed
+            assert ours["status"] == "unsupported" and math.isnan(ours["ms"]) and "interpreter" in ours["reason"]
+        else:
+            assert ours["status"] == "ok" and ours["peak_gib"] > 0
+    step = row(table, impl="naive", work="step", seqlen=16)["ms"]
+    parts = sum(row(table, impl="naive", work=work, seqlen=16)["ms"] for work in ("forward", "backward"))
+    assert step > 0.5 * parts  # medians of the same steps
+
+
+def test_out_of_memory_is_a_row_and_longer_lengths_are_not_tried(monkeypatch):
+    tried = []
+
+    def training(model, batch, n):
+        tried.append(n)
+        if n > 8:
+            raise torch.OutOfMemoryError("no room")
+        return {work: model_benchmark._row(2.0, batch * n, math.nan) for work in model_benchmark.TRAINING}
+
+    monkeypatch.setattr(model_benchmark, "_training", training)
+    works = model_benchmark.TRAINING
+    table = model_benchmark.sweep(["nano"], ["sdpa"], [8, 12, 16], works=works, **OPTIONS)
+    assert tried == [8, 12]
+    assert list(table[table["work"] == "step"]["status"]) == ["ok", "oom", "oom"]
+    assert "no room" in row(table, work="step", seqlen=12)["reason"]
+    assert "not tried" in row(table, work="step", seqlen=16)["reason"]
+    shown = model_benchmark.side_by_side(table, "step")
+    assert shown["sdpa"].tolist() == ["2.0", "OOM", "OOM"]
+
+
+def test_rows_are_on_disk_and_an_interrupted_sweep_goes_on(monkeypatch, tmp_path):
+    tried = []
+
+    def training(model, batch, n):
+        tried.append(n)
+        if len(tried) == 2:
+            raise KeyboardInterrupt
+        return {work: model_benchmark._row(1.0 * n, batch * n, math.nan) for work in model_benchmark.TRAINING}
+
+    monkeypatch.setattr(model_benchmark, "_training", training)
+    monkeypatch.setattr(model_benchmark, "environment", lambda: Made("one"))
+    options = OPTIONS | dict(works=model_benchmark.TRAINING, folder=tmp_path)
+    first = model_benchmark.sweep(["nano"], ["eager", "sdpa"], [8, 16], **options)
+    assert first.attrs["interrupted"] and list(first["seqlen"].unique()) == [8]
+    assert len(read_results(tmp_path, "models")) == 3
+    second = model_benchmark.sweep(["nano"], ["eager", "sdpa"], [8, 16], **options)
+    assert not second.attrs["interrupted"] and len(second) == 2 * 2 * 3
+    assert tried == [8, 16, 16, 8, 16]  # what was there is not measured again
+    monkeypatch.setattr(model_benchmark, "environment", lambda: Made("another"))
+    with pytest.raises(ValueError, match="another environment"):
+        model_benchmark.sweep(["nano"], ["eager"], [8], **options)
+
+
+class Made:
+    """An environment by its driver."""
+
+    def __init__(self, driver):
+        self.driver = driver
+
+    def as_dict(self):
+        return {"gpu": "Some GPU", "driver": self.driver, "date": "2026-11-21"}
+
+
+def test_speedup_and_what_is_not_in_a_table(monkeypatch):
+    def training(model, batch, n):
+        ms = 6.0 if model.config._attn_implementation == "eager" else 2.0
+        return {work: model_benchmark._row(ms, batch * n, math.nan) for work in model_benchmark.TRAINING}
+
+    monkeypatch.setattr(model_benchmark, "_training", training)
+    table = model_benchmark.sweep(["nano"], ["eager", "sdpa"], [8], works=("step",), **OPTIONS)
+    fast = model_benchmark.speedup(table)
+    assert row(fast, impl="sdpa")["speedup"] == 3.0 and row(fast, impl="naive")["speedup"] == 1.0
+    assert model_benchmark.side_by_side(fast, "step", "speedup")["sdpa"].tolist() == ["3.00"]
+    with pytest.raises(ValueError, match="naive, sdpa"):
+        model_benchmark.speedup(table, over="flash_attn")
+    with pytest.raises(ValueError, match="no row of 'prefill'"):
+        model_benchmark.side_by_side(table, "prefill")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"works": ("walk",)}, "forward, backward"),
+        ({"sizes": ["125M"]}, "124M"),
+        ({"seqlens": []}, "one length of 2"),
+        ({"attentions": []}, "one attention"),
+    ],
+)
+def test_wrong_arguments(changes, words):
+    arguments = dict(sizes=["nano"], attentions=["eager"], seqlens=[8]) | changes
+    with pytest.raises(ValueError, match=words):
+        model_benchmark.sweep(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_first_version_in_a_model(dtype):
+    """The attention that is measured as v1 computes what eager computes, forward and backward."""
+    model_benchmark.register_first_version()
+    model = models.gpt2("nano", n_positions=32, vocab_size=61, attention="eager").to(runtime.device)
+    ids = torch.randint(61, (2, 21), generator=torch.Generator().manual_seed(0)).to(runtime.device)
+    results = []
+    for attention, kind in (("labutils_v1", dtype), ("eager", dtype), ("eager", torch.float64)):
+        model.to(kind).set_attn_implementation(attention)
+        model.zero_grad()
+        out = model(ids, labels=ids, use_cache=False)
+        out.loss.backward()
+        results.append((out.logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}))
+    (out, d_out), (low, d_low), (ref, d_ref) = results
+    judge(out, ref, low, name="logits").raise_if_failed()
+    for name in d_ref:
+        judge(d_out[name], d_ref[name], d_low[name], factor=3.0, name=name).raise_if_failed()
+
+
+def test_attentions_that_cannot_run_are_named_with_their_reason():
+    models.register_attention()
+    can, reasons = model_benchmark.attention_names(
+        ["sdpa", "no_such_attention", "labutils"], lambda: models.gpt2("nano", vocab_size=61)
+    )
+    assert can == ["sdpa", "labutils"] and "no_such_attention" in reasons["no_such_attention"]
