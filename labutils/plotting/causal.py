@@ -55,7 +55,7 @@ def plot_tile_kinds(mask: torch.Tensor, block_m: int, block_n: int) -> Figure:
     right.barh(range(rows), visits, color=BLUE, edgecolor="white")
     right.axvline(sum(visits) / rows, color="black", linestyle=":", label=f"mean: {sum(visits) / rows:.1f} tiles")
     right.set(ylim=(rows - 0.5, -0.5), xlabel="tiles that it visits", ylabel="program")
-    right.set_title("The last programs work longest")
+    right.set_title(f"A program visits {min(visits)} to {max(visits)} tiles")
     handles = [Patch(label=kind, **look) for kind, look in _LOOK.items()]
     fig.legend(handles=[*handles, *right.get_legend_handles_labels()[0]], loc="outside lower center", ncols=4)
     return fig
