@@ -1,11 +1,14 @@
-"""Long real texts that every Python carries, a tokenizer trained on them, and packing to long sequences.
+"""Long real texts that every installation carries, a tokenizer trained on them, and packing to long sequences.
 
-Nothing is downloaded. `python_reference` reads the language reference that `help("for")` shows, and
-`python_sources` the standard library's own files; both are the same on every run with the same Python.
+Nothing is downloaded. `python_reference` reads the language reference that `help("for")` shows, `python_sources`
+the standard library's own files, and `python_sessions` the dialogues with the interpreter in the documentation of
+numpy and pandas. All are the same on every run with the same versions.
 """
 
 from __future__ import annotations
 
+import doctest
+import importlib.util
 import os
 import sysconfig
 import tokenize
@@ -132,6 +135,51 @@ def python_sources(*, min_characters: int = 1, max_total: int | None = None) -> 
     return list(documents)
 
 
+def python_sessions(packages: Sequence[str] = ("numpy", "pandas"), *, min_characters: int = 1) -> list[str]:
+    """Dialogues between a person and the interpreter, from the documentation of installed packages.
+
+    Docstrings show sessions: what is typed after ">>>", and what Python replies. The sessions of one source file,
+    in the order in which they stand, are one document; later turns use the names of earlier ones. numpy and pandas
+    have 900,000 characters of them. Their prose and code are left out, so that nothing here is in
+    `python_sources` as well.
+
+    Args:
+        packages: names of installed packages.
+        min_characters: only documents at least this long.
+
+    Raises:
+        FileNotFoundError: a package is not installed, or none of them shows a session that long.
+    """
+    parser = doctest.DocTestParser()
+    documents: dict[str, None] = {}
+    for package in packages:
+        found = importlib.util.find_spec(package)
+        if found is None or found.origin is None:
+            raise FileNotFoundError(f"the package {package!r} is not installed: name others, or install it")
+        root = Path(found.origin).parent
+        for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
+            if _SKIPPED_FOLDERS & set(path.relative_to(root).parts):
+                continue
+            with tokenize.open(path) as file:
+                text = file.read()
+            try:
+                examples = parser.get_examples(text) if ">>> " in text else []
+            except ValueError:  # a prompt that is not one, in a string about prompts
+                continue
+            turns = (
+                f">>> {example.source.rstrip().replace(chr(10), chr(10) + '... ')}\n{example.want}"
+                for example in examples
+            )
+            session = "".join(turns)
+            if len(session) >= max(min_characters, 1):
+                documents[session] = None
+    if not documents:
+        raise FileNotFoundError(
+            f"no session of {min_characters} characters in {', '.join(packages)}: lower min_characters, or name others"
+        )
+    return list(documents)
+
+
 def split(documents: Sequence[str], held_out: float = 0.1, *, seed: int = 0) -> tuple[list[str], list[str]]:
     """Split into train and held-out by document: no document is on both sides.
 
@@ -210,7 +258,8 @@ def pack(documents: Sequence[str], tokenizer: Tokenizer, seqlen: int) -> tuple[t
     """Join the documents, each followed by an end-of-text token, and cut the stream into equal sequences.
 
     Nothing is padded, and nothing dropped but the tail that does not fill a sequence. A sequence may hold the
-    end of one document and the start of the next; attention sees across that border.
+    end of one document and the start of the next; attention sees across that border unless `document_borders`
+    keeps it from doing so.
 
     Args:
         documents: texts, kept in this order.
@@ -247,6 +296,34 @@ def pack(documents: Sequence[str], tokenizer: Tokenizer, seqlen: int) -> tuple[t
         dropped_tokens=len(stream) - count * seqlen,
     )
     return torch.tensor(stream[: count * seqlen], dtype=torch.int64).view(count, seqlen), stats
+
+
+def document_borders(tokens: torch.Tensor, end_of_text: int) -> torch.Tensor:
+    """Where the documents in packed sequences begin and end, as `flash_attn_varlen_func` takes it.
+
+    Args:
+        tokens: int64 (B, N), rows of `pack`. A row begins a document of its own: attention never crosses rows.
+        end_of_text: the token that ends a document, and belongs to it.
+
+    Returns:
+        cu_seqlens: int32 (documents + 1,) over the B * N tokens in one line, from 0 to B * N.
+
+    Raises:
+        ValueError: not (B, N), or no token.
+    """
+    if tokens.ndim != 2 or tokens.numel() == 0:
+        raise ValueError(f"tokens must be (B, N), at least one of them; got {tuple(tokens.shape)}")
+    last = tokens == end_of_text
+    last[:, -1] = True
+    ends = last.flatten().nonzero()[:, 0] + 1
+    return torch.nn.functional.pad(ends, (1, 0)).int()
+
+
+def document_positions(tokens: torch.Tensor, end_of_text: int) -> torch.Tensor:
+    """Positions that begin at 0 in each document: int64 (B, N). Arguments and errors as `document_borders`."""
+    borders = document_borders(tokens, end_of_text).long()
+    begins = borders[:-1].repeat_interleave(borders.diff())
+    return (torch.arange(tokens.numel(), device=tokens.device) - begins).view(tokens.shape)
 
 
 class Batches(Iterator[torch.Tensor]):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from labutils.data import document_borders, document_positions
 from labutils.interface import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 
 if TYPE_CHECKING:
@@ -148,7 +149,8 @@ def attention_forward(
         dropout: probability of leaving a weight out; transformers passes 0 to a model that is not training.
         is_causal: overrides `module.is_causal`. Causal masks are aligned bottom right: the last query is the
             last key's, which is what a KV cache needs.
-        kwargs: further arguments of other models; those that change the result are refused.
+        kwargs: further arguments of other models; those that change the result are refused. `cu_seq_lens_q`,
+            `cu_seq_lens_k`, `max_length_q` and `max_length_k` keep packed documents apart.
 
     Returns:
         ((B, N_q, H, D), None): padded queries give 0. There are no attention weights to return.
@@ -190,6 +192,8 @@ def attention_forward(
                 q, k, v, cache_seqlens=k.shape[1], cache_leftpad=leftpad, softmax_scale=scaling, causal=causal
             ), None
     if attention_mask is None:
+        if kwargs.get("cu_seq_lens_q") is not None:  # what transformers calls the borders of packed documents
+            return _attention_within_documents(q, k, v, dropout, scaling, causal, kwargs), None
         return flash_attn_func(q, k, v, dropout, scaling, causal), None
     return _padded_attention(q, k, v, attention_mask, dropout, scaling, causal), None
 
@@ -199,6 +203,16 @@ def _left_padding(mask: torch.Tensor) -> torch.Tensor | None:
     hidden = (~mask).sum(1)
     at_the_left = torch.arange(mask.shape[1], device=mask.device) < hidden[:, None]
     return hidden.int() if torch.equal(at_the_left, ~mask) else None
+
+
+def _attention_within_documents(q, k, v, dropout, scaling, causal, borders):
+    """Attention that stays within a document; q, k, v: (B, N, H, D), the borders count over the B * N tokens."""
+    packed = (t.flatten(0, 1) for t in (q, k, v))  # (B, N, H, D) -> (B·N, H, D)
+    out = flash_attn_varlen_func(
+        *packed, borders["cu_seq_lens_q"], borders["cu_seq_lens_k"], borders["max_length_q"], borders["max_length_k"],
+        dropout, scaling, causal,
+    )  # fmt: skip
+    return out.view(q.shape)
 
 
 def _padded_attention(q, k, v, mask, dropout, scaling, causal):
@@ -369,7 +383,11 @@ def _with_loss(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
 
 
 def language_model_loss(
-    model: GPT2LMHeadModel, tokens: torch.Tensor, *, chunked_loss: int | None = None
+    model: GPT2LMHeadModel,
+    tokens: torch.Tensor,
+    *,
+    chunked_loss: int | None = None,
+    end_of_text: int | None = None,
 ) -> torch.Tensor:
     """Mean cross-entropy, in nats, of each token given those before it.
 
@@ -382,31 +400,59 @@ def language_model_loss(
         model: a GPT-2 language model.
         tokens: int64 (B, N), input and target at once; position i predicts token i + 1.
         chunked_loss: positions per chunk, counted over the batch, or None for the model's own loss.
+        end_of_text: the token that ends a document in packed sequences. Where it is given, documents are kept apart:
+            attention stays within them, positions begin at 0 in each, and no document's first token is predicted
+            from the one before. Our attention gets the borders ("varlen"); others a mask of N x N bits.
 
     Returns:
-        float32 scalar, the mean over B * (N - 1) predictions.
+        float32 scalar, the mean over B * (N - 1) predictions, less those across borders.
 
     Raises:
-        ValueError: N < 2, N above the model's `n_positions`, or `chunked_loss` < 1.
+        ValueError: N < 2, N above the model's `n_positions` (rotary positions have no such limit), or
+            `chunked_loss` < 1.
     """
-    if tokens.ndim != 2 or not 2 <= tokens.shape[1] <= model.config.n_positions:
+    rotary = getattr(model.config, "lab_rope_base", None) is not None
+    longest = tokens.shape[-1] if rotary else model.config.n_positions
+    if tokens.ndim != 2 or not 2 <= tokens.shape[1] <= longest:
         raise ValueError(
-            f"tokens must be (B, N) with N from 2 to the model's n_positions={model.config.n_positions}, got "
+            f"tokens must be (B, N) with N from 2 to the model's n_positions={longest}, got "
             f"{tuple(tokens.shape)}: make the model with a larger n_positions, or pass shorter sequences"
         )
-    if chunked_loss is None:
-        return model(tokens, labels=tokens, use_cache=False).loss
-    if chunked_loss < 1:
+    if chunked_loss is not None and chunked_loss < 1:
         raise ValueError(f"chunked_loss is a number of positions, at least 1; got {chunked_loss}")
-    hidden = model.transformer(tokens, use_cache=False).last_hidden_state
+    apart = {} if end_of_text is None else _kept_apart(model, tokens, end_of_text)
+    target = tokens[:, 1:]
+    if end_of_text is not None:
+        target = target.masked_fill(tokens[:, :-1] == end_of_text, _IGNORED)
+    if chunked_loss is None:
+        labels = torch.cat([tokens[:, :1], target], dim=1)  # the model shifts them itself, and drops the first
+        return model(tokens, labels=labels, use_cache=False, **apart).loss
+    hidden = model.transformer(tokens, use_cache=False, **apart).last_hidden_state
     hidden = hidden[:, :-1].flatten(0, 1)  # (B, N, C) -> (B·(N-1), C)
-    target = tokens[:, 1:].flatten()
+    target = target.flatten()
     total = hidden.new_zeros((), dtype=torch.float32)
-    for start in range(0, len(target), chunked_loss):
-        part = slice(start, start + chunked_loss)
-        chunk = (model.lm_head, hidden[part], target[part])
-        total = total + checkpoint(_chunk_loss, *chunk, use_reentrant=False)
-    return total / len(target)
+    # split, not slices: the backward of each slice would write a gradient as large as `hidden`
+    for part, wanted in zip(hidden.split(chunked_loss), target.split(chunked_loss), strict=True):
+        total = total + checkpoint(_chunk_loss, model.lm_head, part, wanted, use_reentrant=False)
+    return total / (len(target) if end_of_text is None else (target != _IGNORED).sum())
+
+
+_IGNORED = -100  # what PyTorch's cross-entropy leaves out
+
+
+def _kept_apart(model: GPT2LMHeadModel, tokens: torch.Tensor, end_of_text: int) -> dict[str, Any]:
+    """What the model is given beside packed tokens (B, N), so that their documents do not see each other."""
+    positions = document_positions(tokens, end_of_text)
+    if model.config._attn_implementation != "labutils":
+        return {"position_ids": positions}  # transformers makes a mask of positions that begin again
+    borders = document_borders(tokens, end_of_text)
+    longest = int(borders.diff().max())
+    return {
+        "position_ids": positions,
+        # Nothing is padded; where this is given, transformers makes no mask of the positions.
+        "attention_mask": torch.ones_like(tokens, dtype=torch.bool),
+        "cu_seq_lens_q": borders, "cu_seq_lens_k": borders, "max_length_q": longest, "max_length_k": longest,
+    }  # fmt: skip
 
 
 def _chunk_loss(lm_head: torch.nn.Module, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from labutils import runtime
 from labutils.models import language_model_loss
+from labutils.offload import OffloadedAdamW, offloaded_checkpoint
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -80,8 +81,10 @@ def train(
     weight_decay: float = 0.1,
     clip: float = 1.0,
     autocast_dtype: torch.dtype | Literal["auto"] | None = "auto",
-    checkpointing: bool = False,
+    checkpointing: bool | Literal["offloaded"] = False,
     chunked_loss: int | None = None,
+    end_of_text: int | None = None,
+    optimizer: Literal["adamw", "offloaded"] = "adamw",
     log_every: int = 1,
     progress: bool = True,
     checkpoint: Checkpoint | None = None,
@@ -103,8 +106,11 @@ def train(
         clip: largest gradient norm.
         autocast_dtype: "auto" is the GPU's `runtime.dtype` and no autocast on a CPU; None is no autocast.
             float16 comes with loss scaling.
-        checkpointing: recompute every block in the backward instead of keeping its activations.
+        checkpointing: recompute every block in the backward instead of keeping its activations; "offloaded" keeps
+            even the blocks' inputs in the CPU's memory.
         chunked_loss: positions per chunk of the loss (`labutils.models.language_model_loss`), or None.
+        end_of_text: keep packed documents apart (`labutils.models.language_model_loss`).
+        optimizer: "adamw" with its state beside the model; "offloaded" with its state, and its work, on the CPU.
         log_every: steps per row of the history; the last step always has one.
         progress: show a progress bar.
         checkpoint: where the state of the run is kept, and where it goes on from; None keeps nothing. `steps`
@@ -116,7 +122,7 @@ def train(
         The history.
 
     Raises:
-        ValueError: `steps` or `log_every` below 1.
+        ValueError: `steps` or `log_every` below 1, or an unknown option.
         TypeError: a checkpoint, and batches that do not know their place.
         FloatingPointError: the loss is NaN or infinite at a logged step.
         torch.OutOfMemoryError: the step does not fit; see `try_step`.
@@ -128,10 +134,7 @@ def train(
     device = model.device
     on_gpu = device.type == "cuda"
     dtype = _autocast_dtype(autocast_dtype, device)
-    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=on_gpu)
+    optimizer = make_optimizer(model, optimizer, lr=lr, weight_decay=weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     source = iter(batches)
     rows: list[dict[str, float]] = [] if checkpoint is None else checkpoint.rows
@@ -139,7 +142,7 @@ def train(
     was_training = model.training
     model.train()
     if checkpointing:
-        _set_checkpointing(model, True)
+        _set_checkpointing(model, checkpointing)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -159,7 +162,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(1.0, (done + 1) / max(warmup, 1))
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                loss = language_model_loss(model, batch, chunked_loss=chunked_loss)
+                loss = language_model_loss(model, batch, chunked_loss=chunked_loss, end_of_text=end_of_text)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -202,6 +205,24 @@ def train(
     return History(frame, status, done, time.perf_counter() - start)
 
 
+def make_optimizer(
+    model: GPT2LMHeadModel, kind: Literal["adamw", "offloaded"] = "adamw", *, lr: float, weight_decay: float = 0.1
+) -> torch.optim.Optimizer:
+    """AdamW as `train` uses it: weight decay on matrices alone, one fused kernel on a GPU.
+
+    Raises:
+        ValueError: an unknown kind.
+    """
+    matrices = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=model.device.type == "cuda")
+    if kind == "offloaded":
+        return OffloadedAdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)  # fused: the CPU has such a kernel, too
+    raise ValueError(f"optimizer must be 'adamw' or 'offloaded', got {kind!r}")
+
+
 @torch.no_grad()
 def evaluate(
     model: GPT2LMHeadModel,
@@ -209,6 +230,7 @@ def evaluate(
     *,
     autocast_dtype: torch.dtype | Literal["auto"] | None = "auto",
     chunked_loss: int | None = None,
+    end_of_text: int | None = None,
 ) -> float:
     """Mean loss over all predictions of the batches, in nats per token; the model is left as it was.
 
@@ -217,6 +239,7 @@ def evaluate(
         batches: int64 (B, N) each, a finite number: `sequences.split(batch_size)`, for instance.
         autocast_dtype: as for `train`.
         chunked_loss: as for `train`.
+        end_of_text: as for `train`.
 
     Raises:
         ValueError: there is no batch.
@@ -229,8 +252,10 @@ def evaluate(
         for batch in batches:
             batch = batch.to(model.device)
             with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
-                loss = language_model_loss(model, batch, chunked_loss=chunked_loss)
+                loss = language_model_loss(model, batch, chunked_loss=chunked_loss, end_of_text=end_of_text)
             count = batch.shape[0] * (batch.shape[1] - 1)
+            if end_of_text is not None:  # no prediction across a border
+                count -= int((batch[:, :-1] == end_of_text).sum())
             total += loss.item() * count
             predictions += count
     finally:
@@ -325,7 +350,7 @@ def try_step(
     batches: Iterable[torch.Tensor] | None = None,
     steps: int = 3,
     impl: str | None = None,
-    checkpointing: bool = False,
+    checkpointing: bool | Literal["offloaded"] = False,
     chunked_loss: int | None = None,
     **train_options: Any,
 ) -> dict[str, Any]:
@@ -359,7 +384,7 @@ def try_step(
     row: dict[str, Any] = {
         "model": None,
         "impl": impl,
-        "checkpointing": checkpointing,
+        "checkpointing": bool(checkpointing),
         "chunked_loss": chunked_loss is not None,
         "seqlen": seqlen,
         "batch": batch,
@@ -481,11 +506,16 @@ def _attention_of(calls: dict[str, int]) -> dict[str, int]:
     return used
 
 
-def _set_checkpointing(model: GPT2LMHeadModel, on: bool) -> None:
+def _set_checkpointing(model: GPT2LMHeadModel, on: bool | Literal["offloaded"]) -> None:
+    if on not in (True, False, "offloaded"):
+        raise ValueError(f"checkpointing must be True, False or 'offloaded', got {on!r}")
     # transformers 5.23 calls "activation" what 5.17 calls "gradient" checkpointing; the old name warns there.
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if on:
         getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+        if on == "offloaded":
+            for block in model.transformer.h:
+                block._gradient_checkpointing_func = offloaded_checkpoint
     else:
         getattr(model, f"{name}_checkpointing_disable")()
 
