@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from labutils import data
+from labutils import data, models, positions, runtime, training
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +160,52 @@ def test_batches_refuse_bad_input_at_once():
         data.batches(torch.empty(0, 8, dtype=torch.int64))
     with pytest.raises(ValueError, match="batch_size"):
         data.batches(torch.zeros(2, 8, dtype=torch.int64), 0)
+
+
+# --- dialogues, and documents kept apart ----------------------------------------------------------------------
+
+
+def test_sessions_are_dialogues_of_their_own():
+    sessions = data.python_sessions(("numpy",), min_characters=2000)
+    assert len(sessions) > 10 and all(text.startswith(">>> ") and len(text) >= 2000 for text in sessions)
+    turns = sum(text.count("\n>>> ") for text in sessions)
+    assert turns > 1000
+    assert len(set(sessions)) == len(sessions)
+    with pytest.raises(FileNotFoundError, match="not installed"):
+        data.python_sessions(("no_such_package",))
+    with pytest.raises(FileNotFoundError, match="no session"):
+        data.python_sessions(("numpy",), min_characters=10**9)
+
+
+def test_borders_begin_documents_and_rows():
+    tokens = torch.tensor([[5, 0, 7, 8], [0, 3, 4, 0]])
+    assert data.document_borders(tokens, 0).tolist() == [0, 2, 4, 5, 8]
+    assert data.document_borders(tokens, 0).dtype == torch.int32
+    assert data.document_positions(tokens, 0).tolist() == [[0, 1, 0, 1], [0, 0, 1, 2]]
+    with pytest.raises(ValueError, match="B, N"):
+        data.document_borders(tokens[0], 0)
+
+
+@pytest.mark.parametrize(("attention", "rope"), [("labutils", True), ("sdpa", False), ("sdpa", True), ("eager", False)])
+def test_documents_kept_apart_lose_what_each_loses_alone(attention, rope):
+    torch.manual_seed(0)
+    tokens = torch.randint(1, 50, (2, 40))
+    tokens[0, 10] = tokens[1, 7] = 0
+    model = models.gpt2("nano", n_positions=64, vocab_size=50, attention=attention, initializer_range=0.3)
+    model = (positions.use_rope(model) if rope else model).to(runtime.device)
+    tokens = tokens.to(runtime.device)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in tokens[:, None]:
+            ends = data.document_borders(row, 0).tolist()
+            for begin, end in zip(ends[:-1], ends[1:], strict=True):
+                total += models.language_model_loss(model, row[:, begin:end]).item() * (end - begin - 1)
+                count += end - begin - 1
+        apart = models.language_model_loss(model, tokens, end_of_text=0).item()
+        chunked = models.language_model_loss(model, tokens, end_of_text=0, chunked_loss=7).item()
+        mixed = models.language_model_loss(model, tokens).item()
+    assert apart == pytest.approx(total / count, rel=1e-3) == chunked
+    assert abs(mixed - apart) > 1e-2
+    assert training.evaluate(model, tokens.split(1), end_of_text=0, autocast_dtype=None) == pytest.approx(
+        apart, rel=1e-3
+    )

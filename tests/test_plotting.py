@@ -367,3 +367,31 @@ def test_tile_kinds_are_counted_from_the_mask():
     assert "11 of 12 tiles are visited" in texts(figure) and "mean: 3.7 tiles" in texts(figure)
     with pytest.raises(ValueError, match="N_q, N_k"):
         plotting.plot_tile_kinds(torch.ones(1, 4, 4), 2, 2)
+
+
+# --- long contexts --------------------------------------------------------------------------------------------
+
+
+def test_a_ladder_shows_lengths_speeds_and_failures():
+    common = {"model": "124M", "cap_gib": 14.9, "predicted_gib": 9.0}
+    rows = pd.DataFrame([
+        common | {"rung": "eager", "seqlen": 1024, "status": "oom", "tokens_per_s": math.nan, "peak_gib": math.nan},
+        common | {"rung": "+ flash", "seqlen": 65536, "status": "ok", "tokens_per_s": 5e4, "peak_gib": 9.2},
+    ])  # fmt: skip
+    figure = plotting.plot_ladder(rows)
+    check(figure, axes=figure.axes[:1])
+    assert "65,536, 50,000 tokens/s" in texts(figure) and "does not fit at 1,024" in texts(figure)
+    with pytest.raises(ValueError, match="no rows"):
+        plotting.plot_ladder(rows.iloc[:0])
+
+
+def test_loss_by_position_and_accuracy_have_error_bars():
+    by_position = pd.DataFrame({"from": [1, 512], "to": [512, 1024], "mean": [4.0, 3.0], "error": [0.1, 0.2]})
+    figure = plotting.plot_loss_by_position({"short": by_position, "long": by_position})
+    check(figure)
+    assert "short" in legend(figure)
+    rows = {"task": ["fact", "fact", "code"], "distance": [64, 512, 64], "accuracy": [1.0, 0.5, 1.0]}
+    answers = pd.DataFrame(rows | {"error": 0.05, "guess": 1 / 32})
+    figure = plotting.plot_accuracy({"short": answers, "long": answers})
+    check(figure)
+    assert "guessing" in legend(figure) and len(figure.axes) == 2

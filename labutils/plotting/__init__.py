@@ -7,7 +7,8 @@ not.
 
 The parts: `style` has what all figures share, `sweeps` draws measurements over the sequence length, `algorithm`
 how attention is computed, `causal` what a causal mask leaves of it, `costs` bytes, roofline and profiles, `machines`
-what a GPU makes of a kernel, `training` losses and memory, `models` the times of a whole model.
+what a GPU makes of a kernel, `training` losses and memory, `models` the times of a whole model, `contexts` what long
+contexts cost and buy.
 """
 
 from labutils.plotting.algorithm import (
@@ -17,6 +18,7 @@ from labutils.plotting.algorithm import (
     plot_tile_order,
 )
 from labutils.plotting.causal import plot_tile_kinds
+from labutils.plotting.contexts import plot_accuracy, plot_ladder, plot_loss_by_position
 from labutils.plotting.costs import plot_profile, plot_roofline, plot_traffic
 from labutils.plotting.machines import (
     plot_block_times,
@@ -37,12 +39,15 @@ __all__ = [
     "LABELS",
     "MARKERS",
     "TENSOR_COLORS",
+    "plot_accuracy",
     "plot_block_times",
     "plot_counters",
     "plot_decisions",
     "plot_error",
     "plot_fill",
     "plot_fit",
+    "plot_ladder",
+    "plot_loss_by_position",
     "plot_mask",
     "plot_memory",
     "plot_memory_bars",

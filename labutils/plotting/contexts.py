@@ -1,0 +1,105 @@
+"""Figures of long contexts: the ladder, the loss by position, right answers by distance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from labutils import runtime
+from labutils.plotting.style import (
+    BLUE,
+    GREY,
+    ORANGE,
+    VERMILLION,
+    WIDE,
+    WIDTH,
+    length_axis,
+    look_of,
+    short_size,
+    styled,
+)
+
+
+@styled
+def plot_ladder(rows: pd.DataFrame) -> Figure:
+    """The longest sequence of each rung, and the peak predicted against the one measured.
+
+    Args:
+        rows: of `ladder.ladder`, of one model or several.
+
+    Raises:
+        ValueError: no rows.
+    """
+    if rows.empty:
+        raise ValueError("no rows to draw: pass what ladder.ladder returned.")
+    fig, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 1.8 + 0.42 * len(rows)), sharey=True)
+    labels = [f"{row.model}, {row.rung}" for row in rows.itertuples()]
+    for y, row in enumerate(rows.itertuples()):
+        fits = row.status == "ok"
+        left.barh(y, row.seqlen if fits else 1, color=BLUE if fits else VERMILLION, height=0.6)
+        speed = f", {row.tokens_per_s:,.0f} tokens/s" if fits else ""
+        text = f"{row.seqlen:,}{speed}" if fits else f"does not fit at {row.seqlen:,}"
+        left.annotate(text, (row.seqlen if fits else 1, y), xytext=(4, 0), textcoords="offset points", va="center")
+    right.barh([y - 0.17 for y in range(len(rows))], rows["predicted_gib"], 0.32, color=ORANGE, label="predicted")
+    right.barh([y + 0.17 for y in range(len(rows))], rows["peak_gib"].fillna(0), 0.32, color=BLUE, label="measured")
+    cap = rows["cap_gib"].max()
+    if cap == cap:  # not NaN
+        right.axvline(cap, color=GREY, linestyle="--", label=f"card: {cap:.3g} GiB")
+    left.set_yticks(range(len(rows)), labels, fontsize=9)
+    left.invert_yaxis()
+    left.set(xlabel="longest sequence that trains (tokens)", xlim=(0, 1.7 * rows["seqlen"].max()))
+    left.set_title(f"How long? {rows.attrs.get('machine') or runtime.machine}")
+    right.set(xlabel="peak allocated at that length (GiB)")
+    right.set_title("Does the prediction hold?")
+    fig.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return fig
+
+
+@styled
+def plot_loss_by_position(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Loss between positions, with error bars.
+
+    Args:
+        tables: of `positions.by_position`, by the name of the model.
+    """
+    fig, ax = plt.subplots(figsize=(WIDTH, 4.2))
+    edges: set[int] = set()
+    for i, (name, table) in enumerate(tables.items()):
+        middle = (table["from"] * table["to"]) ** 0.5
+        ax.errorbar(middle, table["mean"], yerr=table["error"], capsize=3, **look_of(name, i))
+        edges |= {*table["from"], *table["to"]}
+    length_axis(ax, sorted(edges))
+    ax.set(xlabel="position in the document (tokens)", ylabel="loss (nats per token)")
+    ax.set_title(f"Who reads further predicts better? Bars: one standard error. {runtime.machine}")
+    ax.legend()
+    return fig
+
+
+@styled
+def plot_accuracy(tables: Mapping[str, pd.DataFrame]) -> Figure:
+    """Right answers by the distance of the statement, a panel for each task.
+
+    Args:
+        tables: of `tasks.accuracy`, of one task or several, by the name of the model.
+    """
+    names = list(dict.fromkeys(name for table in tables.values() for name in table["task"]))
+    fig, axes = plt.subplots(1, len(names), figsize=(max(WIDTH, 2.9 * len(names)), 3.8), sharey=True, squeeze=False)
+    for ax, task in zip(axes[0], names, strict=True):
+        for i, (name, table) in enumerate(tables.items()):
+            rows = table[table["task"] == task]
+            ax.errorbar(rows["distance"], rows["accuracy"], yerr=rows["error"], capsize=3, **look_of(name, i))
+        lengths = sorted({int(d) for table in tables.values() for d in table["distance"]})
+        length_axis(ax, lengths)
+        ax.set_xticks(lengths, [short_size(n) for n in lengths], rotation=45)
+        ax.axhline(table["guess"].iloc[0], color=GREY, linestyle="--", label="guessing")
+        ax.set(xlabel="tokens between statement and answer", ylim=(-0.03, 1.05))
+        ax.set_title(task)
+    axes[0][0].set_ylabel("right answers")
+    axes[0][0].yaxis.set_major_formatter(PercentFormatter(1.0))
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    fig.suptitle(f"How far back may the answer stand? {runtime.machine}", x=0.01, ha="left", fontsize=11)
+    return fig

@@ -1,0 +1,57 @@
+"""labutils.parity finds a wrong attention and passes a right one; labutils.ring merges to attention itself."""
+
+import pytest
+import torch
+
+from labutils import models, parity, reference, ring, runtime
+
+
+def losses(steps=3):
+    def make_model(attention):
+        torch.manual_seed(0)
+        wrong = {"scale_attn_weights": False} if attention.startswith("wrong") else {}
+        attention = attention.removeprefix("wrong-")
+        model = models.gpt2(
+            "nano", n_positions=32, vocab_size=60, attention=attention, initializer_range=0.3, **wrong
+        ).to(runtime.device)
+        return model
+
+    def make_batches():
+        generator = torch.Generator().manual_seed(1)
+        return [torch.randint(60, (2, 32), generator=generator) for _ in range(steps)]
+
+    return parity.loss_parity(make_model, make_batches, ("sdpa", "wrong, sdpa"), steps=steps, lr=1e-3)
+
+
+def test_a_wrong_attention_is_farther_off_than_the_spread():
+    frame = losses()
+    assert list(frame.columns) == ["eager", *parity.OTHER_ORDERS, "sdpa", "wrong, sdpa"]
+    table = parity.judge_parity(frame).set_index("run")
+    assert 0 < table.rms[list(parity.OTHER_ORDERS)].max() < 1e-3  # another order is another rounding, and no more
+    assert table.rms["sdpa"] < 1e-3 < table.rms["wrong, sdpa"]
+    assert not table.within["wrong, sdpa"] and table.within[parity.OTHER_ORDERS[0]]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_the_ring_is_attention(ranks):
+    q, k, v = (torch.randn(2, 16, 3, 8, dtype=torch.float64) for _ in range(3))
+    out, work = ring.ring_attention(q, k, v, ranks)
+    torch.testing.assert_close(out, reference.naive_attention(q, k, v, causal=True))
+    assert work == list(range(1, ranks + 1))
+    with pytest.raises(ValueError, match="dealt out"):
+        ring.ring_attention(q, k, v, 5)
+
+
+def test_merging_with_nothing_changes_nothing():
+    out, lse = torch.randn(1, 4, 2, 8), torch.randn(1, 2, 4)
+    nothing = torch.zeros_like(out), torch.full_like(lse, -torch.inf)
+    for merged, kept in zip(ring.merge(out, lse, *nothing), (out, lse), strict=True):
+        torch.testing.assert_close(merged, kept)
+    assert not ring.merge(*nothing, *nothing)[0].isnan().any()
+
+
+def test_messages_hide_behind_enough_tokens():
+    link = {"width": 768, "tflops": 400.0, "gigabytes_per_s": 50.0}
+    least = ring.ring_seconds(10**6, 8, **link)["tokens_to_hide"]
+    assert least == pytest.approx(8000)  # 2 bytes · 400e12 / (2 · 50e9)
+    assert ring.ring_seconds(8 * 8001, 8, **link)["hidden"] and not ring.ring_seconds(8 * 7999, 8, **link)["hidden"]

@@ -1,0 +1,106 @@
+"""labutils.rehearsal and labutils.ladder: predicted peaks against those an H200 measured; the search and its rows."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from labutils import benchmark, ladder, models, rehearsal, runtime, training
+
+RUNGS = {rung.name: rung for rung in ladder.RUNGS}
+
+
+@pytest.mark.parametrize(
+    ("impl", "checkpointing", "chunked_loss", "seqlen"),
+    [("naive", False, False, 2048), ("triton_v2", True, True, 8192)],
+)
+def test_a_rehearsed_peak_is_the_measured_one(impl, checkpointing, chunked_loss, seqlen):
+    rows = benchmark.reference_results(table="training")
+    rows = rows[(rows.model == "124M") & (rows.impl == impl) & (rows.seqlen == seqlen) & (rows.status == "ok")]
+    rows = rows[(rows.checkpointing == checkpointing) & (rows.chunked_loss == chunked_loss)]
+    peak = rehearsal.rehearse(
+        "124M", seqlen, attention="eager" if impl == "naive" else "labutils", checkpointing=checkpointing,
+        chunked_loss=2048 if chunked_loss else None,
+    )  # fmt: skip
+    assert len(rows) and peak == pytest.approx(rows.peak_gib.mean(), rel=0.05)
+
+
+def test_each_remedy_lowers_the_rehearsed_peak():
+    """A model of one layer, and a sequence long enough for its activations to be what counts."""
+    rungs = [RUNGS[name] for name in ("+ 16 bits", "+ chunked loss", "+ optimizer offloaded")]
+    rungs = [replace(rung, model=rung.model | {"n_layer": 1}) for rung in rungs]
+    peaks = [ladder.predict("tiny", rung, 4096, vocab_size=2000) for rung in rungs]
+    assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 3
+    with pytest.raises(ValueError, match="rehearsal knows"):
+        rehearsal.rehearse("tiny", 64, attention="sdpa")
+
+
+@pytest.mark.parametrize("square", [0.0, 3e-8])
+def test_the_predicted_longest_is_where_the_peak_reaches_the_limit(square, monkeypatch):
+    def peak(size, rung, n, *, vocab_size):
+        return 1.5 + 2e-4 * n + square * n * n
+
+    monkeypatch.setattr(ladder, "predict", peak)
+    for n in (3, 12, 100):
+        limit = peak("", None, n * ladder.STEP, vocab_size=0) + 1e-6
+        assert ladder.predicted_longest("tiny", ladder.RUNGS[0], limit) == n * ladder.STEP
+    assert ladder.predicted_longest("tiny", ladder.RUNGS[0], 1.0) == 0
+
+
+@pytest.mark.parametrize("true", [500, 1024, 7000, 70_000, 131_072, 10**6])
+@pytest.mark.parametrize("guess", [1024, 65_536, 131_072])
+def test_the_search_ends_at_the_longest(true, guess):
+    tried = list(ladder.search(lambda n: n <= true, guess, most=2**17))
+    fits, too_long = [n for n, ok in tried if ok], [n for n, ok in tried if not ok]
+    assert len({n for n, _ in tried}) == len(tried) < 16
+    assert all(n % ladder.STEP == 0 and n <= 2**17 for n, _ in tried)
+    if true < ladder.STEP:
+        assert not fits
+    elif true >= 2**17:
+        assert max(fits) == 2**17
+    else:
+        assert min(too_long) - max(fits) <= max(ladder.STEP, max(fits) / 16)
+    with pytest.raises(ValueError, match="most"):
+        next(ladder.search(lambda n: True, 1024, most=10))
+
+
+def found(size, rung, cap_gib, *, on_try, **options):
+    """What `longest` would find, in no time: each rung twice the one before."""
+    position = ladder.RUNGS.index(rung)
+    row = dict.fromkeys(benchmark.SCHEMAS["training"], 0) | {"model": size, "cap_gib": cap_gib, "status": "ok"}
+    on_try(1024, True)
+    return row | {"impl": "naive", "seqlen": 1024 * 2**position, "rung": rung.name, "peak_gib": 1.0}
+
+
+def test_an_interrupted_ladder_goes_on(tmp_path):
+    calls = []
+
+    def interrupted(size, rung, cap_gib, **options):
+        if len(calls) == 2:
+            calls.append("stop")
+            raise KeyboardInterrupt
+        calls.append(rung.name)
+        return found(size, rung, cap_gib, **options)
+
+    settings = {"rungs": ladder.RUNGS[:4], "folder": tmp_path, "progress": False}
+    first = ladder.ladder(("124M",), 16.0, find=interrupted, **settings)
+    assert len(first) == 2 and first.attrs["interrupted"]
+    whole = ladder.ladder(("124M",), 16.0, find=interrupted, **settings)
+    assert len(whole) == 4 and not whole.attrs["interrupted"]
+    assert calls == [*[rung.name for rung in ladder.RUNGS[:2]], "stop", *[rung.name for rung in ladder.RUNGS[2:4]]]
+    benchmark.check_schema(whole, "training")
+    assert json.loads((tmp_path / "ladder.json").read_text())["rows"][0]["rung"] == "eager, float32"
+    with pytest.raises(ValueError, match="another folder"):
+        ladder.ladder(("124M",), 12.0, find=interrupted, **settings)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(runtime.device.type != "cuda", reason="needs a CUDA GPU; this machine has none")
+def test_longest_under_a_small_cap_and_the_rehearsal_agrees():
+    row = ladder.longest("tiny", RUNGS["+ chunked loss"], 2.5, most=2**16)
+    assert row["status"] == "ok" and row["seqlen"] >= ladder.STEP
+    assert row["predicted_gib"] == pytest.approx(row["peak_gib"], rel=0.1)
+    # and the process is fit for work
+    after = training.try_step(lambda: models.gpt2("nano", n_positions=64, vocab_size=100, attention="sdpa"), 64)
+    assert after["status"] == "ok" and torch.cuda.memory_allocated() < 2**28
