@@ -420,7 +420,7 @@ def language_model_loss(
         )
     if chunked_loss is not None and chunked_loss < 1:
         raise ValueError(f"chunked_loss is a number of positions, at least 1; got {chunked_loss}")
-    apart = {} if end_of_text is None else _kept_apart(model, tokens, end_of_text)
+    apart = {} if end_of_text is None else kept_apart(model, tokens, end_of_text)
     target = tokens[:, 1:]
     if end_of_text is not None:
         target = target.masked_fill(tokens[:, :-1] == end_of_text, _IGNORED)
@@ -440,7 +440,7 @@ def language_model_loss(
 _IGNORED = -100  # what PyTorch's cross-entropy leaves out
 
 
-def _kept_apart(model: GPT2LMHeadModel, tokens: torch.Tensor, end_of_text: int) -> dict[str, Any]:
+def kept_apart(model: GPT2LMHeadModel, tokens: torch.Tensor, end_of_text: int) -> dict[str, Any]:
     """What the model is given beside packed tokens (B, N), so that their documents do not see each other."""
     positions = document_positions(tokens, end_of_text)
     if model.config._attn_implementation != "labutils":

@@ -22,6 +22,8 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
         "training": "model impl checkpointing chunked_loss seqlen batch peak_gib reserved_gib cap_gib "
         "tokens_per_s loss status",
         "models": "model work impl batch seqlen ms tokens_per_s peak_gib status",
+        "ladder": "model impl checkpointing chunked_loss seqlen batch peak_gib reserved_gib cap_gib "
+        "tokens_per_s loss status",
         "traffic": "impl seqlen head_dim block_m block_n model_bytes counted_bytes measured_bytes pass dtype causal "
         "batch heads kernels compulsory_bytes dram_read_bytes dram_write_bytes l2_read_bytes l2_write_bytes "
         "l1_filled_bytes load_sectors_per_request store_sectors_per_request",
