@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 from labutils import benchmark, runtime
 from labutils.__main__ import main, parser
+from labutils.benchmark import points
 from labutils.commands import bench
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -210,6 +213,35 @@ def test_another_environment_is_told_by_against(tmp_path, capsys):
     second.attrs["environment"]["driver"] = "2"
     bench._compare(first, second, tmp_path)
     assert "not measured in the same environment: driver: 1, now 2." in capsys.readouterr().out
+
+
+@ON_CPU
+def test_a_gpu_that_is_lost_stops_it_and_the_rows_so_far_are_kept(tmp_path, bench_here, monkeypatch):
+    """An illegal access breaks a GPU that is simulated: the points take it for one, the tensors are the CPU's."""
+    broken = []
+
+    def wait():
+        if broken:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    def breaking(q, k, v, **_):
+        if q.shape[1] == 64:
+            broken.append(1)
+        wait()
+        return v
+
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    monkeypatch.setitem(benchmark.IMPLEMENTATIONS, "tiled_v2", breaking)
+    asked = ["--impls", "tiled_v2,naive", "--seqlens", "32,64", *SMALL, "--rounds", 1, "--write", "none"]
+    asked += ["--out", tmp_path]
+    with monkeypatch.context() as gpu:
+        gpu.setattr(points, "runtime", types.SimpleNamespace(device=torch.device("cuda")))
+        status, printed, err = bench_here(*asked)
+    assert status == 1 and "the sweep stopped at tiled_v2 fwd N=64: " in err and "illegal memory access" in err
+    df = benchmark.read_results(tmp_path)
+    assert list(df["status"]) == ["ok", "ok", "unsupported"]
+    status, printed, err = bench_here(*asked, "--resume")  # in another process, with a GPU that is well
+    assert status == 0 and list(benchmark.read_results(tmp_path)["status"]) == ["ok", "ok", "unsupported", "ok"], err
 
 
 def test_a_full_disk_ends_it_without_a_traceback(tmp_path):

@@ -2,7 +2,10 @@
 
 import json
 import math
+import subprocess
+import sys
 import time
+import types
 import warnings
 
 import pytest
@@ -112,6 +115,54 @@ def test_unsupported_is_a_row_with_its_reason_and_its_warnings():
     (row,) = benchmark.sweep({"refusing": refusing}, [16], heads=1, head_dim=16, **QUICK).itertuples()
     assert row.status == "unsupported" and math.isnan(row.ms)
     assert "No available kernel." in row.reason and "head dimension of 64" in row.reason
+
+
+@pytest.fixture
+def breaking(monkeypatch):
+    """An implementation that breaks the GPU at N = 32, on a GPU that fails each wait from then on.
+
+    The GPU is simulated: the points take it for one, while the tensors are the CPU's.
+    """
+    broken = []
+
+    def wait():
+        if broken:
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    def breaking(q, k, v, *, causal, softmax_scale):
+        if q.shape[1] == 32:
+            broken.append(q.shape)
+            wait()
+        return naive(q, k, v)
+
+    monkeypatch.setattr(points, "runtime", types.SimpleNamespace(device=torch.device("cuda")))
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    return breaking
+
+
+def after_it(q, k, v, *, causal, softmax_scale):
+    """Fails as everything does on a broken GPU."""
+    torch.cuda.synchronize()
+    return naive(q, k, v)
+
+
+@pytest.mark.skipif(runtime.device.type == "cuda", reason="breaks a GPU; here one that is simulated on a CPU")
+def test_a_gpu_that_is_lost_ends_the_sweep_and_nothing_else_is_blamed(breaking):
+    with pytest.warns(RuntimeWarning, match="stopped at breaking fwd N=32: AcceleratorError: CUDA error: an illegal"):
+        df = benchmark.sweep({"breaking": breaking, "after": after_it}, [16, 32, 64], heads=1, head_dim=16, **QUICK)
+    assert list(zip(df["impl"], df["seqlen"], df["status"], strict=True)) == [
+        ("breaking", 16, "ok"), ("after", 16, "ok"), ("breaking", 32, "unsupported")
+    ]  # fmt: skip
+    assert "illegal memory access" in df["reason"].iloc[2] and df.attrs["interrupted"] is True
+
+
+@pytest.mark.skipif(runtime.device.type == "cuda", reason="breaks a GPU; here one that is simulated on a CPU")
+def test_a_failure_that_the_gpu_survives_is_a_row_and_the_sweep_goes_on(breaking):
+    def refused(q, k, v, *, causal, softmax_scale):
+        raise torch.AcceleratorError("CUDA error: invalid configuration argument")
+
+    df = benchmark.sweep({"refused": refused, "naive": naive}, [16], heads=1, head_dim=16, **QUICK)
+    assert list(df["status"]) == ["unsupported", "ok"] and not df.attrs["interrupted"]
 
 
 def test_forward_only_says_so_in_the_backward():
@@ -808,6 +859,30 @@ def test_gpu_time_grows_with_the_work():
         return benchmark.time_call(lambda: a @ a, seconds=0.2).median_ms
 
     assert matmul(4096) > 5 * matmul(1024)
+
+
+BREAKS_THE_GPU = """
+import torch
+from labutils import benchmark, reference
+
+def breaking(q, k, v, *, causal, softmax_scale):
+    if q.shape[1] == 32:
+        q = q[:, torch.full((32,), 10**6, device=q.device)]  # the kernel asserts that an index is in range
+    return reference.naive_attention(q, k, v, causal=causal, softmax_scale=softmax_scale)
+
+df = benchmark.sweep({"breaking": breaking, "naive": benchmark.IMPLEMENTATIONS["naive"]}, [16, 32, 64], heads=1,
+                     head_dim=16, seconds_per_point=0.0, progress=False)
+print(list(zip(df["impl"], df["seqlen"], df["status"])))
+"""
+
+
+@pytest.mark.gpu
+def test_gpu_an_assertion_on_the_device_ends_the_sweep():
+    """In a process of its own, which is all that it breaks."""
+    done = subprocess.run([sys.executable, "-c", BREAKS_THE_GPU], capture_output=True, text=True, timeout=300)
+    rows = [("breaking", 16, "ok"), ("naive", 16, "ok"), ("breaking", 32, "unsupported")]
+    assert str(rows) in done.stdout, done.stderr
+    assert "the sweep stopped at breaking fwd N=32" in done.stderr
 
 
 @pytest.mark.gpu

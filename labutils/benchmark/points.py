@@ -198,6 +198,34 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
+class DeviceLost(RuntimeError):
+    """The GPU computes nothing more in this process; the message says what it reported.
+
+    `row` is what became of the point that was being measured; None where there was none.
+    """
+
+    def __init__(self, message: str, row: dict | None = None):
+        super().__init__(message)
+        self.row = row
+
+
+def device_error() -> str | None:
+    """What the GPU reports to whoever waits for it; None where it is well, and on a CPU.
+
+    An illegal access, or an assertion that failed on the device, leaves the process's CUDA context in a state in which
+    every later call returns the same error: https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html
+    says so of each such error.
+    A launch that was refused does not: waiting succeeds after it.
+    """
+    if runtime.device.type != "cuda":
+        return None
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:  # torch.AcceleratorError is one
+        return _one_line(error)
+    return None
+
+
 def _one_line(error: BaseException, warned: Iterable[warnings.WarningMessage] = ()) -> str:
     parts = [str(error), *(str(w.message) for w in warned)]
     text = " ".join(" ".join(parts).split())
@@ -227,6 +255,9 @@ def attempt(
 
     Returns:
         `status` and `reason`, and what was measured of ms, spread_ms, peak_mib, max_error and overhead_bound.
+
+    Raises:
+        DeviceLost: the failure is one after which the GPU computes nothing more in this process.
     """
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")  # SDPA says in warnings why a backend refused
@@ -240,6 +271,9 @@ def attempt(
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     else:
         gc.collect()  # only here, with the exception gone, do its frames let go of the tensors
+        lost = device_error()
+        if lost is not None:
+            raise DeviceLost(lost, {"status": "unsupported", "reason": row["reason"]})
     if runtime.device.type == "cuda":
         torch.cuda.empty_cache()
     return row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 
@@ -13,7 +14,7 @@ import torch
 from labutils import runtime
 from labutils.benchmark.implementations import Attention, chosen
 from labutils.benchmark.measuring import attention_flops, dtype_name
-from labutils.benchmark.points import Oracle, Point, attempt, is_out_of_memory
+from labutils.benchmark.points import DeviceLost, Oracle, Point, attempt, device_error, is_out_of_memory
 from labutils.benchmark.storing import as_table
 
 
@@ -107,6 +108,9 @@ def measure(
 
     Yields:
         How many of `pending(points, rows, rounds)` are done with the row that was written last.
+
+    Raises:
+        DeviceLost: the GPU computes nothing more in this process. The point that was being measured has its row.
     """
     oracle_seconds: dict[tuple, float] = {}  # what is left of the oracle's patience, for each dtype, D and mask
     for number in range(rounds):
@@ -124,6 +128,9 @@ def measure(
             try:
                 tensors = _inputs((b, n, h, d), getattr(torch, dtype))
             except RuntimeError as error:
+                lost = device_error()
+                if lost is not None:
+                    raise DeviceLost(f"before {todo[0].impl} {todo[0].which} N={n:,}: {lost}") from error
                 if not is_out_of_memory(error):
                     raise
                 tensors = None
@@ -138,10 +145,14 @@ def measure(
                 elif before is None and less is not None:
                     found = {"status": "oom", "reason": f"not tried: it ran out of memory at N = {less.seqlen:,}"}
                 else:
-                    found = attempt(
-                        implementations[point.impl], point.which, tensors, causal, oracle if before is None else None,
-                        seconds=seconds_per_point / rounds, warm_up=warm_up,
-                    )  # fmt: skip
+                    try:
+                        found = attempt(
+                            implementations[point.impl], point.which, tensors, causal,
+                            oracle if before is None else None, seconds=seconds_per_point / rounds, warm_up=warm_up,
+                        )  # fmt: skip
+                    except DeviceLost as lost:  # whatever came next would fail, and be blamed for it
+                        rows[point] = _merged(point, before, lost.row)
+                        raise DeviceLost(f"at {point.impl} {point.which} N={n:,}: {lost}", lost.row) from lost
                 rows[point] = _merged(point, before, found)
                 if found["status"] == "oom":
                     _note_exhausted(exhausted, point)
@@ -251,7 +262,8 @@ def sweep(
         of launching (see `measuring.overhead_bound`); `rounds_ms`, the medians of the rounds, separated by semicolons.
         What was not measured is NaN.
         A "bwd" row times the backward pass alone; its `peak_mib` is that of forward and backward together.
-        `.attrs`: "machine" and "interrupted" (True after a KeyboardInterrupt, with the rows so far).
+        `.attrs`: "machine" and "interrupted" (True with the rows so far, after a KeyboardInterrupt, or, with a
+        warning, after an error that leaves the GPU without use to this process).
 
     Once an implementation has run out of memory, longer lengths are rows with status oom that were not tried.
     What runs in Triton's interpreter gets status unsupported and no time, and its error where that is cheap.
@@ -276,6 +288,14 @@ def sweep(
                 bar.update(done)
         except KeyboardInterrupt:
             interrupted = True
+        except DeviceLost as lost:
+            interrupted = True
+            warnings.warn(
+                f"the sweep stopped {lost}. After such an error a process computes nothing more on the GPU: restart it "
+                "(in Jupyter, the kernel), and leave that point out or mend it",
+                RuntimeWarning,
+                stacklevel=2,
+            )
     table = as_table(rows)
     table.attrs.update(machine=runtime.machine, interrupted=interrupted)
     return table

@@ -181,8 +181,9 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measures, writes and prints. Returns 130 after an interrupt, 1 where --against finds a difference, 2 for bad
-    arguments and for a folder that cannot be used, 1 where files cannot be written any more."""
+    """Measures, writes and prints. Returns 130 after an interrupt; 1 where --against finds a difference, where files
+    cannot be written any more, and after an error that the GPU does not recover from; 2 for bad arguments and for a
+    folder that cannot be used."""
     try:
         return _bench(arguments)
     except OSError as error:
@@ -195,6 +196,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     try:
         from labutils import benchmark, environment, runtime  # a device that is not there raises here
         from labutils.benchmark import sweeping
+        from labutils.benchmark.points import DeviceLost
 
         if arguments.reference is not None:  # a wrong name is told before anything is measured
             benchmark.reference_results(arguments.reference, dtype=None)
@@ -209,7 +211,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     print(f"{runtime.machine}: {len(points)} points, {kept} of them in {recorder.path} already.")
     if (recorder.environment["git_revision"] or "").endswith("+changes"):
         print("The code differs from its commit: nobody will be able to check out what measured this.")
-    interrupted = False
+    interrupted, lost = False, None
     with sweeping.progress_bar(steps) as bar:
         try:
             for done in sweeping.measure(
@@ -221,11 +223,13 @@ def _bench(arguments: argparse.Namespace) -> int:
                 bar.update(done)
         except KeyboardInterrupt:
             interrupted = True
+        except DeviceLost as error:
+            lost = error
     if recorder.rows:
         recorder.write()  # an interrupt may have come while the last row was being written
     if not recorder.path.exists():
         print("\nNothing was measured.")
-        return INTERRUPTED if interrupted else 0
+        return INTERRUPTED if interrupted else _complain_of(lost) if lost is not None else 0
     table = benchmark.read_results(arguments.out)
     print()
     print(describe(table))
@@ -235,7 +239,19 @@ def _bench(arguments: argparse.Namespace) -> int:
         print(f"Interrupted: of {len(points)} points in {arguments.rounds} rounds, {missing} measurements are missing "
               f"from {recorder.path}. The same command with --resume measures the rest.")  # fmt: skip
         return INTERRUPTED
+    if lost is not None:
+        return _complain_of(lost)
     return 0 if earlier is None else _compare(earlier, table, arguments.against)
+
+
+def _complain_of(lost: Exception) -> int:
+    print(
+        f"labutils bench: the sweep stopped {lost}. After such an error a process computes nothing more on the GPU. "
+        "Rows so far are kept, and the row of that point, if it has one, says what happened. The same command with "
+        "--resume measures the others; delete that row, and it measures that point again.",
+        file=sys.stderr,
+    )
+    return 1
 
 
 def _plan(arguments: argparse.Namespace) -> list[Point]:
