@@ -18,7 +18,7 @@ import platform
 import re
 import subprocess
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,16 @@ def _launch_table() -> str | None:
     entries = launch_table.tuned_here(0)
     digest = hashlib.sha256(repr(sorted(entries.items(), key=repr)).encode()).hexdigest()
     return f"{len(entries)} tuned entries, {digest[:8]}" if entries else None
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two environments as dictionaries, apart from the date and from `settings`, which are no part
+    of the machine: ["driver: 570.1, now 580.65", ...]."""
+    return [
+        f"{name}: {before.get(name)}, now {now.get(name)}"
+        for name in sorted({*before, *now} - {"date", "settings"})
+        if before.get(name) != now.get(name)
+    ]
 
 
 def _gpu() -> tuple[str, tuple[int, int]] | None:

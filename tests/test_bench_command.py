@@ -116,13 +116,15 @@ MANY = [
     *SMALL,
     "--rounds",
     "1",
+    "--seconds",
+    "0.1",
 ]
 
 
 @pytest.mark.parametrize("signal_", [signal.SIGINT, signal.SIGKILL], ids=["SIGINT", "SIGKILL"])
 def test_an_interrupted_sweep_is_readable_and_goes_on(tmp_path, signal_):
     out = tmp_path / "out"
-    process = start(*MANY, "--seconds", "0.1", "--write", "json", "--out", out)
+    process = start(*MANY, "--write", "json", "--out", out)
     when_rows(process, out / "attention.csv", 3)
     process.send_signal(signal_)
     status, printed, err = finish(process)
@@ -173,6 +175,30 @@ def test_another_environment_stops_it(tmp_path, bench_here):
     assert (tmp_path / "attention.csv").read_bytes() == before
 
 
+def test_other_settings_stop_it(tmp_path, bench_here):
+    asked = ["--impls", "naive", "--write", "none", "--out", tmp_path, *SMALL, "--rounds", 1, "--seqlens"]
+    assert bench_here(*asked, 32)[0] == 0
+    path = tmp_path / "environment.json"
+    stored = json.loads(path.read_text())
+    assert stored["attention"]["settings"] == {"seconds": 0.02, "rounds": 1, "warm_up": 0.0, "error_seconds": 2.0}
+    before = (tmp_path / "attention.csv").read_bytes(), path.read_bytes()
+    for option, was, value in [
+        ("--seconds", "0.02", "0.01"), ("--rounds", "1", "2"), ("--warm-up", "0.0", "0.01"),
+        ("--error-seconds", "2.0", "0.0"),
+    ]:  # fmt: skip
+        status, _, err = bench_here(*asked, "32,64", option, value, "--resume")
+        assert status == 2 and f"other settings ({option} {was}, now {value})" in err
+    assert ((tmp_path / "attention.csv").read_bytes(), path.read_bytes()) == before
+    status, printed, err = bench_here(*asked, 64, "--resume")
+    assert status == 0 and "is not known" not in printed, err
+
+    del stored["attention"]["settings"]  # from before they were kept: the new rows are no reason to claim any
+    path.write_text(json.dumps(stored))
+    status, printed, err = bench_here(*asked, 96, "--seconds", 0, "--resume")
+    assert status == 0 and "the rows in there were measured is not known" in printed, err
+    assert "settings" not in json.loads(path.read_text())["attention"]
+
+
 def test_reference_draws_the_stored_card(tmp_path, bench_here):
     asked = ["--impls", "naive,sdpa_math", "--seqlens", "256", "--heads", "1", "--batch", "1", "--seconds", "0.02"]
     asked += ["--rounds", 1, "--write", "svg", "--reference", "--out", tmp_path]
@@ -191,14 +217,19 @@ def test_reference_draws_the_stored_card(tmp_path, bench_here):
 def test_against_an_earlier_sweep(tmp_path, bench_here, capsys):
     asked = ["--impls", "naive", "--seqlens", "64", *SMALL, "--write", "none"]
     assert bench_here(*asked, "--out", tmp_path / "a")[0] == 0
+    asked += ["--rounds", 2]
     status, printed, err = bench_here(*asked, "--out", tmp_path / "b", "--against", tmp_path / "a")
+    assert "not measured with the same settings: --rounds 3, now 2." in printed
     assert "1 points in common" in printed and status in (0, 1), err  # by what this machine's times are today
 
     df = benchmark.read_results(tmp_path / "a").assign(ms=2.0, spread_ms=0.01)
-    assert bench._compare(df, df.assign(ms=2.05), tmp_path) == 0  # 2.4 %, and the spread does not cover it
+    assert bench._compare(df, df.assign(ms=2.05), tmp_path) == 1  # 2.4 %, and the spread does not cover it
     printed = capsys.readouterr().out
     assert "differ by up to 2.44%" in printed and "covers 0 of 1" in printed and "naive fwd" in printed
-    assert bench._compare(df, df.assign(ms=2.07), tmp_path) == 1
+    assert "0 differ by more than 3 percent, and 1 by more than the reported spread" in printed
+    assert bench._compare(df, df.assign(ms=2.05, spread_ms=0.06), tmp_path) == 0  # of either sweep, the larger one
+    assert bench._compare(df, df.assign(ms=2.07, spread_ms=0.1), tmp_path) == 1  # covered, and more than 3 %
+    assert "1 differ by more than 3 percent, and 0 by" in capsys.readouterr().out
     assert bench._compare(df.assign(ms=0.05), df.assign(ms=0.09), tmp_path) == 0  # too short to be held to it
     assert "None is long enough" in capsys.readouterr().out
 
@@ -267,6 +298,7 @@ def test_a_full_disk_ends_it_without_a_traceback(tmp_path):
         (["--seconds", "abc"], "abc: it must be a number of seconds"),
         (["--rounds", "1.5"], "must be 1 or more, a whole number"),
         (["--write", "pdf"], "pdf is not known"),
+        (["--write", "none,json"], "none,json: 'none' stands alone"),
     ],
 )
 def test_bad_arguments_are_told_before_anything_is_measured(arguments, message, tmp_path, capsys):

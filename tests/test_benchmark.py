@@ -551,7 +551,11 @@ def test_results_are_stored():
 def test_every_stored_file_obeys_its_schema(path):
     df = benchmark.reference_results(path.parent.name, path.stem, dtype=None)
     assert len(df)
-    assert set(df.attrs["environment"]) == set(MADE_BY.split())
+    made_by = df.attrs["environment"]
+    assert set(made_by) - {"settings"} == set(MADE_BY.split())
+    if "settings" in made_by:
+        assert path.stem == "attention" and set(made_by["settings"]) == set(storing.SETTINGS)
+        assert all(value >= 0 for value in made_by["settings"].values()) and made_by["settings"]["rounds"] >= 1
     assert df.attrs["machine"] and df.attrs["environment"]["git_revision"]
     assert "+changes" not in df.attrs["environment"]["git_revision"]  # nobody could check that code out
     schema = benchmark.SCHEMAS[path.stem]
@@ -668,6 +672,16 @@ def test_a_recorder_goes_on_where_it_stopped(tmp_path):
     assert list(tmp_path.glob(".*")) == []  # no half-written file is left
 
 
+def test_settings_are_all_of_them_or_none(tmp_path):
+    with pytest.raises(ValueError, match="give seconds, rounds, warm_up, error_seconds"):
+        benchmark.Recorder(tmp_path / "new", ENVIRONMENT, settings={"seconds": 1.0})
+    settings = dict.fromkeys(storing.SETTINGS, 1.0)
+    measured(benchmark.Recorder(tmp_path, ENVIRONMENT, settings=settings), some_points(["naive"]), rounds=1)
+    assert benchmark.read_results(tmp_path).attrs["environment"] == ENVIRONMENT | {"settings": settings}
+    assert not benchmark.Recorder(tmp_path, ENVIRONMENT, resume=True).settings_known  # rows to come have others
+    assert "settings" not in benchmark.read_results(tmp_path).attrs["environment"]
+
+
 def test_a_recorder_neither_overwrites_nor_mixes(tmp_path):
     measured(benchmark.Recorder(tmp_path, ENVIRONMENT), some_points(), rounds=1)
     before = (tmp_path / "attention.csv").read_bytes()
@@ -687,8 +701,12 @@ def test_a_recorder_neither_overwrites_nor_mixes(tmp_path):
         (lambda text: text[: text.rindex(",float32") - 1] + "\n", r"line 3 is damaged \(head_dim"),
         (lambda text: text.replace(",16,", ",abc,", 1), r"line 2 is damaged \(head_dim: abc"),
         (lambda text: text.replace(",ok,", ",fine,", 1), r"line 2 is damaged \(status: fine"),
+        (
+            lambda text: text + text.splitlines()[1] + "\n",
+            r"attention.csv .*: line 4 has the point of line 2 ",
+        ),
     ],
-    ids=["empty", "garbage", "cut off", "no number", "no status"],
+    ids=["empty", "garbage", "cut off", "no number", "no status", "twice"],
 )
 def test_a_damaged_table_is_not_gone_on_with(tmp_path, change, message):
     measured(benchmark.Recorder(tmp_path, ENVIRONMENT), some_points(["naive"]), rounds=1)

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from labutils.benchmark.points import Point
+from labutils.environment import differences
 
 SCHEMAS: dict[str, tuple[str, ...]] = {
     name: tuple(columns.split())
@@ -47,6 +48,10 @@ COLUMNS: tuple[str, ...] = (
     "rounds_ms",
 )
 """The columns of `sweep`'s table; `sweep` says what they hold."""
+
+SETTINGS = ("seconds", "rounds", "warm_up", "error_seconds")
+"""How a table was measured: what `bench` calls --seconds, --rounds, --warm-up and --error-seconds. `environment.json`
+has them, under "settings", for the tables that `bench` wrote."""
 
 NUMBERS = ("ms", "tflops", "peak_mib", "spread_ms", "max_error")
 STATUSES = ("ok", "oom", "unsupported")
@@ -139,7 +144,7 @@ def read_results(directory: str | Path, table: str = "attention") -> pd.DataFram
 
     Raises:
         FileNotFoundError: the folder has no such table, or no environment for it.
-        ValueError: the file does not have the columns of its schema, or is damaged.
+        ValueError: the file does not have the columns of its schema, is damaged, or has a point twice.
     """
     directory = Path(directory)
     path = directory / f"{table}.csv"
@@ -208,7 +213,8 @@ def stored_gpus() -> list[str]:
 
 
 def _check_rows(df: pd.DataFrame) -> None:
-    """Raises ValueError, with the line, at a row of an attention table that no measurement wrote."""
+    """Raises ValueError, with the line, at a row of an attention table that no sweep wrote, or that repeats one."""
+    seen: dict[tuple, int] = {}
     numbers = {"ms", "tflops", "peak_mib", "spread_ms", "max_error"} & set(df.columns)
     for line, row in enumerate(df.to_dict("records"), start=2):
         wrong = [name for name in ("head_dim", "batch", "heads", "seqlen") if not _whole(row[name])]
@@ -223,6 +229,12 @@ def _check_rows(df: pd.DataFrame) -> None:
             raise ValueError(
                 f"line {line} is damaged ({', '.join(f'{name}: {row[name]}' for name in wrong)}). Delete it, and "
                 "--resume measures its point again."
+            )
+        first = seen.setdefault(tuple(str(row[name]) for name in Point.KEY), line)
+        if first != line:
+            raise ValueError(
+                f"line {line} has the point of line {first} once more ({row['impl']} {row['pass']} {row['dtype']} "
+                f"D={row['head_dim']} N={row['seqlen']}), and which of them counts is not known. Delete one of the two."
             )
 
 
@@ -242,19 +254,34 @@ class Recorder:
         directory: made where it does not exist.
         environment: as for `save_results`.
         resume: go on with the rows that the folder holds.
+        settings: how the rows are measured, `SETTINGS`; `environment.json` keeps them with the table's environment.
+
+    Attributes:
+        settings_known: whether the settings of all rows are. They are not where the folder holds rows from before they
+            were kept, or where none were given; then the file says nothing of them.
 
     Raises:
         FileExistsError: the folder holds rows, and `resume` was not asked for.
-        ValueError: `resume`, and the rows were measured in another environment; or the folder holds other
-            tables of another GPU.
+        ValueError: `resume`, and the rows were measured in another environment or with other settings; or the folder
+            holds other tables of another GPU; or the settings are not those of `SETTINGS`.
     """
 
-    def __init__(self, directory: str | Path, environment: Any, *, resume: bool = False):
+    def __init__(
+        self,
+        directory: str | Path,
+        environment: Any,
+        *,
+        resume: bool = False,
+        settings: Mapping[str, float] | None = None,
+    ):
+        if settings is not None and set(settings) != set(SETTINGS):
+            raise ValueError(f"settings={sorted(settings)}: give {', '.join(SETTINGS)}.")
         self.directory = Path(directory)
         self.path = self.directory / "attention.csv"
         made_by = dict(environment.as_dict() if hasattr(environment, "as_dict") else environment)
         self.environment = made_by
         self.rows: dict[Point, dict] = {}
+        self.settings_known = settings is not None
         if self.path.exists():
             if not resume:
                 raise FileExistsError(
@@ -262,7 +289,7 @@ class Recorder:
                     "or delete that file."
                 )
             stored = read_results(self.directory)
-            changes = environment_changes(stored.attrs["environment"], made_by)
+            changes = differences(stored.attrs["environment"], made_by)
             if changes:
                 raise ValueError(
                     f"{self.path} was measured in another environment ({'; '.join(changes)}), and one table must "
@@ -270,6 +297,16 @@ class Recorder:
                     "file."
                 )
             self.rows = rows_of(stored)
+            before = stored.attrs["environment"].get("settings")
+            if before is None and self.rows:
+                self.settings_known = False
+            elif settings is not None and before is not None and (others := other_settings(before, settings)):
+                raise ValueError(
+                    f"{self.path} was measured with other settings ({'; '.join(others)}), and one table must not mix "
+                    "two. Give those again, name another folder with --out, or delete that file."
+                )
+        if self.settings_known:
+            made_by["settings"] = dict(settings or {})
         _save_environment(self.directory, made_by, "attention")
 
     def write(self) -> None:
@@ -289,11 +326,11 @@ def _text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def environment_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two environments, apart from the date: ["driver: 570.1, now 580.65", ...]."""
+def other_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between the settings of two tables, as options of `bench`: ["--seconds 0.3, now 0.1", ...]."""
     return [
-        f"{name}: {before.get(name)}, now {now.get(name)}"
-        for name in sorted({*before, *now} - {"date"})
+        f"--{name.replace('_', '-')} {before.get(name)}, now {now.get(name)}"
+        for name in SETTINGS
         if before.get(name) != now.get(name)
     ]
 

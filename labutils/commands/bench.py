@@ -44,6 +44,14 @@ def _listed(kind: Callable[[str], Any], choices: Sequence[Any] | None = None) ->
     return parse
 
 
+def _formats(text: str) -> list[str]:
+    """The argparse type of --write."""
+    values = _listed(str, (*FORMATS, "none"))(text)
+    if "none" in values and set(values) != {"none"}:
+        raise argparse.ArgumentTypeError(f"{text}: 'none' stands alone, since it asks for nothing beside the tables.")
+    return values
+
+
 def _positive(text: str) -> int:
     number = int(text) if text.isdecimal() else 0
     if number < 1:
@@ -155,10 +163,15 @@ def add(commands: argparse._SubParsersAction) -> None:
     where.add_argument(
         "--out", type=Path, default=Path("bench-results"), help="folder for tables and figures (default: %(default)s)"
     )
-    where.add_argument("--resume", action="store_true", help="keep the rows in --out and measure what is missing")
+    where.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the rows in --out and measure what is missing, on the same machine and with the same --seconds, "
+        "--rounds, --warm-up and --error-seconds",
+    )
     where.add_argument(
         "--write",
-        type=_listed(str, (*FORMATS, "none")),
+        type=_formats,
         metavar="F,F",
         default=list(FORMATS),
         help=f"of {', '.join(FORMATS)}, or none, beside attention.csv and environment.json (default: all)",
@@ -174,8 +187,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         "--against",
         type=Path,
         metavar="FOLDER",
-        help=f"compare with an earlier sweep, and exit with 1 where a median above {SHORTEST_MS} ms differs by more "
-        f"than {100 * LIMIT:.0f} percent",
+        help=f"compare with an earlier sweep, and exit with 1, the points listed, where medians above {SHORTEST_MS} ms "
+        f"differ by more than {100 * LIMIT:.0f} percent, or by more than the reported spread covers: the larger "
+        "spread_ms of the two",
     )
     parser.set_defaults(run=run)
 
@@ -202,7 +216,9 @@ def _bench(arguments: argparse.Namespace) -> int:
             benchmark.reference_results(arguments.reference, dtype=None)
         earlier = None if arguments.against is None else benchmark.read_results(arguments.against)
         points = _plan(arguments)
-        recorder = benchmark.Recorder(arguments.out, environment.environment(), resume=arguments.resume)
+        recorder = benchmark.Recorder(
+            arguments.out, environment.environment(), resume=arguments.resume, settings=_settings(arguments)
+        )
     except (ValueError, RuntimeError, OSError) as error:
         print(f"labutils bench: {error}", file=sys.stderr)
         return 2
@@ -211,6 +227,11 @@ def _bench(arguments: argparse.Namespace) -> int:
     print(f"{runtime.machine}: {len(points)} points, {kept} of them in {recorder.path} already.")
     if (recorder.environment["git_revision"] or "").endswith("+changes"):
         print("The code differs from its commit: nobody will be able to check out what measured this.")
+    if not recorder.settings_known:
+        print(
+            "With which --seconds, --rounds, --warm-up and --error-seconds the rows in there were measured is not "
+            "known: those of this run may differ from them."
+        )
     interrupted, lost = False, None
     with sweeping.progress_bar(steps) as bar:
         try:
@@ -242,6 +263,19 @@ def _bench(arguments: argparse.Namespace) -> int:
     if lost is not None:
         return _complain_of(lost)
     return 0 if earlier is None else _compare(earlier, table, arguments.against)
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, float]:
+    """How each point is measured, as environment.json keeps it: what was not given is what the machine decides."""
+    from labutils import runtime
+    from labutils.benchmark import measuring
+
+    return {
+        "seconds": arguments.seconds,
+        "rounds": arguments.rounds,
+        "warm_up": getattr(arguments, "warm_up", measuring.WARM_UP_SECONDS[runtime.device.type]),
+        "error_seconds": arguments.error_seconds,
+    }
 
 
 def _complain_of(lost: Exception) -> int:
@@ -321,8 +355,8 @@ def _line(row: Any) -> str:
 
 
 def _compare(earlier: pd.DataFrame, now: pd.DataFrame, folder: Path) -> int:
-    """Prints how far two sweeps lie apart; 1 where a median differs by more than `LIMIT`."""
-    from labutils import benchmark
+    """Prints how far two sweeps lie apart; 1 where a median differs by more than `LIMIT`, or than the spread covers."""
+    from labutils import benchmark, environment
     from labutils.benchmark import storing
 
     try:
@@ -332,9 +366,16 @@ def _compare(earlier: pd.DataFrame, now: pd.DataFrame, folder: Path) -> int:
         return 2
     long = both[(both["first_ms"] > SHORTEST_MS) & (both["second_ms"] > SHORTEST_MS)]
     print(f"\nAgainst {folder}: {len(both)} points in common, {len(long)} of them above {SHORTEST_MS} ms.")
-    changes = storing.environment_changes(earlier.attrs["environment"], now.attrs["environment"])
+    made, remade = earlier.attrs["environment"], now.attrs["environment"]
+    changes = environment.differences(made, remade)
     if changes:
         print(f"They were not measured in the same environment: {'; '.join(changes)}.")
+    if (
+        "settings" in made
+        and "settings" in remade
+        and (others := storing.other_settings(made["settings"], remade["settings"]))
+    ):
+        print(f"They were not measured with the same settings: {'; '.join(others)}.")
     if long.empty:
         print("None is long enough to be held to a limit.")
         return 0
@@ -349,7 +390,14 @@ def _compare(earlier: pd.DataFrame, now: pd.DataFrame, folder: Path) -> int:
             f"  {row.impl} {which} {row.dtype} D={row.head_dim} {mask} N={row.seqlen:,}: {row.first_ms:.4g} and "
             f"{row.second_ms:.4g} ms, {row.difference:.2%} apart, spread {row.spread:.2%}{mark}"
         )
-    return 1 if (long["difference"] > LIMIT).any() else 0
+    if far.empty:
+        return 0
+    over, uncovered = int((long["difference"] > LIMIT).sum()), int((~long["covered"]).sum())
+    print(
+        f"Of {len(long)} points, {over} differ by more than {100 * LIMIT:.0f} percent, and {uncovered} by more than the "
+        "reported spread."
+    )
+    return 1
 
 
 # ------------------------------------------------------------------------------------------------------------
