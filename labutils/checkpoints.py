@@ -11,7 +11,25 @@ from typing import Any
 
 import torch
 
-FORMAT = 1
+from labutils.environment import differences
+
+FORMAT = 2
+
+
+def check_path(path: str | Path, *, resume: bool) -> None:
+    """Whether a run can begin with this file, or go on from it.
+
+    Raises:
+        FileExistsError: the file is there, and `resume` was not asked for.
+        FileNotFoundError: `resume`, and there is no file.
+    """
+    there = Path(path).exists()
+    if there and not resume:
+        raise FileExistsError(
+            f"{path} is there already: go on from it with --resume, name another folder, or delete it."
+        )
+    if resume and not there:
+        raise FileNotFoundError(f"there is no {path} to go on from: start without --resume.")
 
 
 class Checkpoint:
@@ -24,7 +42,13 @@ class Checkpoint:
         path: the file; its folder is made. It is replaced as a whole, so that a kill leaves the one before.
         every: steps between two checkpoints. One more is written at the end, and when `train` is asked to stop.
         settings: what must be the same where training goes on: model, data, learning rate, ...
+        environment: the machine and the software, `environment.environment().as_dict()`, kept in the file. Training may
+            go on in another one; `moved` then says what differs.
         resume: go on from the file; without it, a file that is there is not overwritten.
+
+    Attributes:
+        moved: what differs between the environment that wrote the file and the one that goes on from it, for instance
+            "torch: 2.11.0, now 2.13.0"; empty where nothing does, for a new run, and where neither has one.
 
     Raises:
         FileExistsError: the file is there, and `resume` was not asked for.
@@ -33,20 +57,23 @@ class Checkpoint:
     """
 
     def __init__(
-        self, path: str | Path, *, every: int = 100, settings: Mapping[str, Any] | None = None, resume: bool = False
+        self,
+        path: str | Path,
+        *,
+        every: int = 100,
+        settings: Mapping[str, Any] | None = None,
+        environment: Mapping[str, Any] | None = None,
+        resume: bool = False,
     ):
         if every < 1:
             raise ValueError(f"every={every}: a checkpoint is written every so many steps, at least 1.")
         self.path, self.every, self.settings = Path(path), every, dict(settings or {})
         self.stored: dict[str, Any] | None = None
+        self.environment = None if environment is None else dict(environment)
+        self.moved: list[str] = []
+        check_path(self.path, resume=resume)
         if not resume:
-            if self.path.exists():
-                raise FileExistsError(
-                    f"{self.path} is there already: go on from it with --resume, name another folder, or delete it."
-                )
             return
-        if not self.path.exists():
-            raise FileNotFoundError(f"there is no {self.path} to go on from: start without --resume.")
         # Tensors and plain values alone: a file from somebody else cannot run code here.
         try:
             self.stored = torch.load(self.path, map_location="cpu", weights_only=True)
@@ -68,6 +95,12 @@ class Checkpoint:
                 f"{self.path} was made with other settings ({'; '.join(changes)}), and the losses would not go on as "
                 "they were: use the same settings, or train in another folder."
             )
+        self.moved = differences(self.stored["environment"] or {}, self.environment or {})
+
+    @property
+    def steps(self) -> int:
+        """Steps done in the checkpoint that is gone on from; 0 for a new run, and after `load`."""
+        return 0 if self.stored is None else self.stored["steps"]
 
     @property
     def rows(self) -> list[dict[str, float]]:
@@ -93,7 +126,9 @@ class Checkpoint:
         random.setstate((version, tuple(numbers), gauss))
         torch.set_rng_state(stored["random"]["torch"])
         if stored["random"]["cuda"]:
-            torch.cuda.set_rng_state_all(stored["random"]["cuda"])
+            torch.cuda.set_rng_state_all(
+                stored["random"]["cuda"][: torch.cuda.device_count()]
+            )  # there may be fewer now
         return stored["steps"]
 
     def save(
@@ -109,6 +144,7 @@ class Checkpoint:
         state = {
             "format": FORMAT,
             "settings": self.settings,
+            "environment": self.environment,
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "scaler": scaler.state_dict(),

@@ -133,7 +133,7 @@ def train(
         raise ValueError(f"steps and log_every must be at least 1, got {steps} and {log_every}")
     device = model.device
     on_gpu = device.type == "cuda"
-    dtype = _autocast_dtype(autocast_dtype, device)
+    dtype = resolved_autocast(autocast_dtype, device)
     optimizer = make_optimizer(model, optimizer, lr=lr, weight_decay=weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     source = iter(batches)
@@ -223,6 +223,13 @@ def make_optimizer(
     raise ValueError(f"optimizer must be 'adamw' or 'offloaded', got {kind!r}")
 
 
+def resolved_autocast(wanted: torch.dtype | Literal["auto"] | None, device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast on this device, None for no autocast: what "auto" means there, or what was asked for."""
+    if wanted != "auto":
+        return wanted
+    return runtime.dtype if device.type == "cuda" and runtime.dtype != torch.float32 else None
+
+
 @torch.no_grad()
 def evaluate(
     model: GPT2LMHeadModel,
@@ -244,7 +251,7 @@ def evaluate(
     Raises:
         ValueError: there is no batch.
     """
-    dtype = _autocast_dtype(autocast_dtype, model.device)
+    dtype = resolved_autocast(autocast_dtype, model.device)
     was_training = model.training
     model.eval()
     total = predictions = 0
@@ -456,7 +463,7 @@ def attention_used(
 
     device = model.device
     on_gpu = device.type == "cuda"
-    dtype = _autocast_dtype(autocast_dtype, device)
+    dtype = resolved_autocast(autocast_dtype, device)
     tokens = tokens.to(device)
     activity = torch.profiler.ProfilerActivity
     was_training = model.training
@@ -518,12 +525,6 @@ def _set_checkpointing(model: GPT2LMHeadModel, on: bool | Literal["offloaded"]) 
                 block._gradient_checkpointing_func = offloaded_checkpoint
     else:
         getattr(model, f"{name}_checkpointing_disable")()
-
-
-def _autocast_dtype(wanted: torch.dtype | str | None, device: torch.device) -> torch.dtype | None:
-    if wanted != "auto":
-        return wanted
-    return runtime.dtype if device.type == "cuda" and runtime.dtype != torch.float32 else None
 
 
 def _peaks_gib(device: torch.device) -> tuple[float, float]:

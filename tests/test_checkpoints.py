@@ -163,6 +163,14 @@ def test_what_cannot_be_gone_on_from(tmp_path):
         Checkpoint(path, settings={"lr": 1e-2}, resume=True)
 
 
+def test_a_checkpoint_knows_where_it_was_written(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    train(Checkpoint(path, environment={"torch": "1", "date": "a"}), steps=1)
+    assert Checkpoint(path, environment={"torch": "1", "date": "b"}, resume=True).moved == []
+    resumed = Checkpoint(path, environment={"torch": "2", "gpu": "Some GPU"}, resume=True)
+    assert resumed.moved == ["gpu: None, now Some GPU", "torch: 1, now 2"] and resumed.steps == 1
+
+
 def test_batches_go_on_from_their_place():
     one = data.batches(SEQUENCES, 3, seed=5)
     for _ in range(5):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,67 @@ def test_what_a_run_leaves(tmp_path, here):
     assert status == 2 and "--resume" in err and (folder / "checkpoint.pt").read_bytes() == before
     status, _, err = here(*SMALL, "--optimization.lr=1", "--run.folder", folder, "--resume")
     assert status == 2 and "optimization.lr: 0.0006, now 1.0" in err
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    """The folder of a run of two steps, for copies of it to go on."""
+    folder = tmp_path_factory.mktemp("train") / "run"
+    assert main(["train", *SMALL, "--optimization.steps=2", "--run.folder", str(folder)]) == 0
+    return folder
+
+
+def test_a_run_goes_on_elsewhere_and_says_so(tmp_path, here, two_steps):
+    folder = shutil.copytree(two_steps, tmp_path / "run")
+    path = folder / "checkpoint.pt"
+    stored = torch.load(path, weights_only=True)
+    stored["environment"] |= {"gpu": "Some GPU", "torch": "1.0", "date": "2026-01-01"}
+    torch.save(stored, path)
+    status, printed, err = here(*SMALL, "--optimization.steps=3", "--run.folder", folder, "--resume")
+    assert status == 0, err
+    assert "another environment (gpu: Some GPU, now " in printed and f"torch: 1.0, now {torch.__version__})" in printed
+    status, printed, err = here(*SMALL, "--optimization.steps=4", "--run.folder", folder, "--resume")
+    assert status == 0 and "another environment" not in printed, err
+
+
+@ON_CPU
+def test_a_run_does_not_go_on_where_auto_means_something_else(here, monkeypatch, two_steps):
+    asked = [*SMALL, "--optimization.steps=3", "--run.folder", two_steps, "--resume"]
+    before = (two_steps / "checkpoint.pt").read_bytes()
+    with monkeypatch.context() as other:
+        other.setattr(runtime, "capability", (9, 0))
+        status, _, err = here(*asked)
+    assert status == 2 and "optimization.implementation: 'sdpa', now 'labutils'" in err
+    with monkeypatch.context() as other:
+        other.setattr(training, "resolved_autocast", lambda *_: torch.bfloat16)
+        status, _, err = here(*asked)
+    assert status == 2 and "optimization.precision: 'float32', now 'bfloat16'" in err
+    assert (two_steps / "checkpoint.pt").read_bytes() == before
+
+
+@ON_CPU
+def test_what_auto_means_may_be_asked_for_by_name(tmp_path, here, two_steps):
+    folder = shutil.copytree(two_steps, tmp_path / "run")
+    asked = ["--optimization.implementation=sdpa", "--optimization.precision=float32", "--run.folder", folder]
+    status, printed, err = here(*SMALL, *asked, "--optimization.steps=2", "--resume")
+    assert status == 0 and "All 2 steps were done before: nothing is left to train." in printed, err
+
+
+def test_fewer_steps_than_were_done_are_refused(here, two_steps):
+    before = {path.name: path.read_bytes() for path in two_steps.iterdir()}
+    status, _, err = here(*SMALL, "--optimization.steps=1", "--run.folder", two_steps, "--resume")
+    assert status == 2 and "optimization.steps=1, but" in err and "written after 2 steps" in err
+    assert {path.name: path.read_bytes() for path in two_steps.iterdir()} == before
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below", "/proc"])
+def test_a_folder_that_cannot_be_written_to_is_told_before_the_texts(folder, tmp_path, here, monkeypatch):
+    if folder == "/proc" and not Path("/proc/self").exists():
+        pytest.skip("no /proc, in which nobody can make a file")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(train, "_texts", lambda options: pytest.fail("the texts were read first"))
+    status, _, err = here(*SMALL, "--run.folder", tmp_path / folder)
+    assert status == 2 and f"run.folder={tmp_path / folder} cannot be written to (" in err
 
 
 def test_standard_attention_is_told_from_flash(here):

@@ -394,8 +394,8 @@ def _compare(earlier: pd.DataFrame, now: pd.DataFrame, folder: Path) -> int:
         return 0
     over, uncovered = int((long["difference"] > LIMIT).sum()), int((~long["covered"]).sum())
     print(
-        f"Of {len(long)} points, {over} differ by more than {100 * LIMIT:.0f} percent, and {uncovered} by more than the "
-        "reported spread."
+        f"Of {len(long)} points, {over} differ by more than {100 * LIMIT:.0f} percent, and {uncovered} by more than "
+        "the reported spread."
     )
     return 1
 

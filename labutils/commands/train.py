@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -82,7 +82,12 @@ def arguments_parser() -> ArgumentParser:
         help="a tiny model and 20 short steps; fails unless the held-out loss goes down, and keeps nothing. Attention, "
         "memory savers and precision are as given",
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in run.folder")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the checkpoint in run.folder, with the same settings. Another machine is named; "
+        "where auto means another implementation or precision on it, the run does not go on",
+    )
     for group, described, options in _OPTIONS:
         part = parser.add_argument_group(group, described)
         for name, kind, default, text in options:
@@ -223,14 +228,21 @@ def _train(options: Namespace, parser: ArgumentParser, asked_to_stop: Callable[[
     import torch
 
     from labutils import data, environment, models, runtime, training
+    from labutils.checkpoints import check_path
 
     how = options.optimization
     print(runtime.summary())
+    folder = None if options.run.folder is None else Path(options.run.folder)
+    if folder is not None:  # before the texts, which take a while
+        check_path(folder / "checkpoint.pt", resume=options.resume)
+        _writable(folder)
     if not options.smoke_test and runtime.device.type != "cuda":
         print("Without a GPU, a step of a long sequence takes minutes: --smoke-test ends in one.")
     sequences, held_out, vocab_size = _texts(options)
-    folder = None if options.run.folder is None else Path(options.run.folder)
-    checkpoint = _checkpoint(options, folder, sequences)
+    attention = _attention(options)
+    asked = "auto" if how.precision == "auto" else getattr(torch, how.precision)
+    autocast = training.resolved_autocast(None if asked == torch.float32 else asked, runtime.device)
+    checkpoint = _checkpoint(options, folder, sequences, attention, autocast)
 
     with ExitStack() as settings:
         if options.run.deterministic:
@@ -239,16 +251,11 @@ def _train(options: Namespace, parser: ArgumentParser, asked_to_stop: Callable[[
             print(f"Memory: {settings.enter_context(training.memory_cap(how.memory_cap_gib))}")
         settings.enter_context(_allowed_backends(options))
         runtime.seed(options.run.seed)
-        attention = _attention(options)
         model = models.gpt2(
             options.model.size, n_positions=options.model.seqlen, vocab_size=vocab_size, attention=attention,
             attn_pdrop=options.model.dropout,
         ).to(runtime.device)  # fmt: skip
-        precision = how.precision if how.precision == "auto" else getattr(torch, how.precision)
-        shared = {
-            "autocast_dtype": None if precision == torch.float32 else precision,
-            "chunked_loss": how.chunked_loss,
-        }
+        shared = {"autocast_dtype": autocast, "chunked_loss": how.chunked_loss}
         used = _find_out(model, sequences[: options.data.batch_size], options, attention, shared)
         before = training.evaluate(model, held_out, **shared) if held_out else None
         if before is not None:
@@ -312,23 +319,58 @@ def _texts(options: Namespace) -> tuple[torch.Tensor, Sequence[torch.Tensor], in
     return sequences, held_out, tokenizer.get_vocab_size()
 
 
-def _checkpoint(options: Namespace, folder: Path | None, sequences: torch.Tensor) -> Any:
-    """The run's checkpoint; its settings are what the losses depend on."""
+def _writable(folder: Path) -> None:
+    """Makes the folder of the run; raises ValueError where it cannot be made, or not written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"run.folder={folder} cannot be written to ({error}): name another.") from error
+
+
+def _checkpoint(
+    options: Namespace, folder: Path | None, sequences: torch.Tensor, attention: str, autocast: torch.dtype | None
+) -> Any:
+    """The run's checkpoint; its settings are what the losses depend on, with what `auto` means on this machine.
+
+    Raises:
+        ValueError: the checkpoint to go on from has other settings, or more steps than are asked for.
+    """
     if folder is None:
         return None
+    from labutils import environment
     from labutils.checkpoints import Checkpoint
 
     how = options.optimization
-    shaping = ("flash_attention", "implementation", "lr", "warmup", "weight_decay", "clip", "precision",
-               "checkpointing", "chunked_loss")  # fmt: skip
+    shaping = ("flash_attention", "lr", "warmup", "weight_decay", "clip", "checkpointing", "chunked_loss")
     settings = {
         **{f"model.{name}": options.model[name] for name in ("size", "seqlen", "dropout")},
         **{f"data.{name}": options.data[name] for name in ("batch_size", "seed")},
         **{f"optimization.{name}": how[name] for name in shaping},
+        "optimization.implementation": attention,
+        "optimization.precision": "float32" if autocast is None else str(autocast).removeprefix("torch."),
         "run.seed": options.run.seed,
         "texts (SHA-256)": hashlib.sha256(sequences.numpy().tobytes()).hexdigest(),
     }
-    return Checkpoint(folder / "checkpoint.pt", every=options.run.save_every, settings=settings, resume=options.resume)
+    checkpoint = Checkpoint(
+        folder / "checkpoint.pt", every=options.run.save_every, settings=settings,
+        environment=environment.environment().as_dict(), resume=options.resume,
+    )  # fmt: skip
+    if checkpoint.steps > how.steps:
+        raise ValueError(
+            f"optimization.steps={how.steps}, but {checkpoint.path} was written after {checkpoint.steps} steps, those "
+            "before --resume included: ask for more, or train in another folder."
+        )
+    if checkpoint.moved:
+        print(
+            f"The checkpoint was written in another environment ({'; '.join(checkpoint.moved)}). Implementation and "
+            "precision are the same, but other hardware or code may round differently: the losses go on, perhaps not "
+            "to the last digit."
+        )
+    if checkpoint.steps == how.steps:
+        print(f"All {how.steps} steps were done before: nothing is left to train.")
+    return checkpoint
 
 
 def _attention(options: Namespace) -> str:
