@@ -28,7 +28,7 @@ def test_the_choice_is_what_the_lab_does():
     for of in ((7, 5), (8, 6), (9, 0), None):
         assert capability.choose(of).dtype == runtime.default_dtype(of)
     here = capability.choose(runtime.capability)
-    assert here.dtype == (training._autocast_dtype("auto", runtime.device) or torch.float32)
+    assert here.dtype == (training.resolved_autocast("auto", runtime.device) or torch.float32)
 
 
 def test_what_triton_does_not_compile_for_is_refused():
