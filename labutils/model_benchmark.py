@@ -23,8 +23,7 @@ from labutils import models, runtime
 from labutils.benchmark import SCHEMAS, read_results, save_results, watch_interpreter
 from labutils.benchmark.measuring import INTERPRETED
 from labutils.benchmark.points import is_out_of_memory
-from labutils.benchmark.storing import environment_changes
-from labutils.environment import environment
+from labutils.environment import differences, environment
 from labutils.kernels import flash_v1, flash_v2_backward
 from labutils.kernels.flash_v2 import Options
 from labutils.training import free_memory
@@ -390,7 +389,7 @@ class _Rows:
         path = self.folder / f"{TABLE}.csv"
         if path.exists():
             stored = read_results(self.folder, TABLE)
-            changes = environment_changes(stored.attrs["environment"], self.environment)
+            changes = differences(stored.attrs["environment"], self.environment)
             if changes:
                 raise ValueError(
                     f"{path.name} was measured in another environment ({'; '.join(changes)}), and one table must not "

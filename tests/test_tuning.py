@@ -14,9 +14,9 @@ from labutils import environment, interface, runtime
 from labutils.__main__ import main, parser
 from labutils.benchmark import tuning
 from labutils.benchmark.measuring import Timing
-from labutils.benchmark.storing import environment_changes
 from labutils.benchmark.tuning import Row, choose, contenders, tune
 from labutils.commands import tune as command
+from labutils.environment import differences
 from labutils.kernels import candidates, compiled, launch, launch_table
 from labutils.kernels.candidates import Compiled, best_by_resources
 from labutils.kernels.compiled import Resources
@@ -312,7 +312,7 @@ def test_measurements_say_that_a_tuned_entry_was_in_force(table, monkeypatch):
     second = environment._launch_table()
     assert first.startswith("1 tuned entries, ") and first != second
     tuned = replace(shipped, launch_table=second)
-    assert environment_changes(shipped.as_dict(), tuned.as_dict()) == [f"launch_table: None, now {second}"]
+    assert differences(shipped.as_dict(), tuned.as_dict()) == [f"launch_table: None, now {second}"]
     monkeypatch.setattr(environment, "environment", lambda: tuned)
     assert second in environment.report()
 

@@ -176,7 +176,7 @@ def _processes(arguments: argparse.Namespace) -> int:
 
 def _tune(arguments: argparse.Namespace, places: Sequence[Place], file: Path) -> int:
     from labutils import environment, runtime
-    from labutils.benchmark import storing, sweeping, tuning
+    from labutils.benchmark import sweeping, tuning
     from labutils.kernels import candidates, launch_table
 
     gpu = launch_table.Gpu.here()
@@ -187,7 +187,7 @@ def _tune(arguments: argparse.Namespace, places: Sequence[Place], file: Path) ->
     made_by = environment.environment(launch_table=False).as_dict()
     tuned = tables.setdefault(gpu, launch_table.Tuned(environment=made_by, finished=True))
     if arguments.resume:
-        if changes := storing.environment_changes(tuned.environment, made_by):
+        if changes := environment.differences(tuned.environment, made_by):
             return _complain(
                 f"{file} was begun in another environment ({'; '.join(changes)}), and times of two cannot be compared: "
                 "go back to that one, or remove the table with --reset.",
