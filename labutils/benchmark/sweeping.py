@@ -130,7 +130,7 @@ def measure(
             except RuntimeError as error:
                 lost = device_error()
                 if lost is not None:
-                    raise DeviceLost(f"before {todo[0].impl} {todo[0].which} N={n:,}: {lost}") from error
+                    raise _stopped(f"before {todo[0].impl} {todo[0].which} N={n:,}", lost) from error
                 if not is_out_of_memory(error):
                     raise
                 tensors = None
@@ -152,7 +152,8 @@ def measure(
                         )  # fmt: skip
                     except DeviceLost as lost:  # whatever came next would fail, and be blamed for it
                         rows[point] = _merged(point, before, lost.row)
-                        raise DeviceLost(f"at {point.impl} {point.which} N={n:,}: {lost}", lost.row) from lost
+                        yield rounds - number  # for whoever writes rows down: this one is written, too
+                        raise _stopped(f"at {point.impl} {point.which} N={n:,}", lost) from lost
                 rows[point] = _merged(point, before, found)
                 if found["status"] == "oom":
                     _note_exhausted(exhausted, point)
@@ -160,6 +161,13 @@ def measure(
             if oracle.gave_up:  # longer lengths cost more
                 oracle_seconds[kind] = 0.0
             del tensors, oracle  # before the next, longer ones are made
+
+
+def _stopped(where: str, lost: DeviceLost | str) -> DeviceLost:
+    what = str(lost).rstrip(".")
+    return DeviceLost(
+        f"the sweep stopped {where}: {what}. After such an error a process computes nothing more on the GPU"
+    )
 
 
 def pending(points: Iterable[Point], rows: Mapping[Point, Mapping], rounds: int) -> int:
@@ -291,8 +299,7 @@ def sweep(
         except DeviceLost as lost:
             interrupted = True
             warnings.warn(
-                f"the sweep stopped {lost}. After such an error a process computes nothing more on the GPU: restart it "
-                "(in Jupyter, the kernel), and leave that point out or mend it",
+                f"{lost}: restart it (in Jupyter, the kernel), and leave that point out or mend it",
                 RuntimeWarning,
                 stacklevel=2,
             )

@@ -280,9 +280,8 @@ def _settings(arguments: argparse.Namespace) -> dict[str, float]:
 
 def _complain_of(lost: Exception) -> int:
     print(
-        f"labutils bench: the sweep stopped {lost}. After such an error a process computes nothing more on the GPU. "
-        "Rows so far are kept, and the row of that point, if it has one, says what happened. The same command with "
-        "--resume measures the others; delete that row, and it measures that point again.",
+        f"labutils bench: {lost}. Rows so far are kept, and the row of that point, if it has one, says what happened. "
+        "The same command with --resume measures the others; delete that row, and it measures that point again.",
         file=sys.stderr,
     )
     return 1

@@ -87,6 +87,7 @@ def _measure(arguments: argparse.Namespace, recorder: Any) -> int:
 
     from labutils import benchmark
     from labutils.benchmark import sweeping, targets
+    from labutils.benchmark.points import DeviceLost
 
     points = targets.points()
     steps = sweeping.pending(points, recorder.rows, arguments.rounds)
@@ -119,6 +120,9 @@ def _measure(arguments: argparse.Namespace, recorder: Any) -> int:
             print(f"\nInterrupted. What was measured is in {arguments.out}; the same command with --resume measures "
                   "the rest.")  # fmt: skip
             return INTERRUPTED
+        except DeviceLost as lost:
+            bar.close()
+            return _complain(f"{lost}. Rows so far are in {arguments.out}; --resume measures the others.", 1)
     return _judge(arguments.out, benchmark.read_results(arguments.out), *_others(arguments.out), write=True)
 
 
