@@ -35,7 +35,7 @@ def readme_lines():
 def test_readme_has_two_commands_of_one_line_each():
     start, test = readme_lines()
     assert start.endswith("-m labutils lab")
-    assert test.endswith("-m pytest")
+    assert test.endswith("-m pytest -n 2 --dist loadfile")
     for line in (start, test):
         steps = [shlex.split(step) for step in line.split(" && ")]
         assert steps[0] == ["python3", "-m", "venv", ".venv"]

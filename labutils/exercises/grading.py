@@ -515,9 +515,8 @@ class _Package:
         for path, source in self.sources.items():
             if path.is_symlink() or not path.is_file() or path.read_bytes() != source:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                if (
-                    path.is_symlink() or path.exists()
-                ):  # moved, and not written over: a link's target is no file of ours
+                if path.is_symlink() or path.exists():
+                    # moved, and not written over: a link's target is no file of ours
                     self.kept = self.kept or tempfile.mkdtemp(prefix="labutils-changed-")
                     shutil.move(path, Path(self.kept) / f"{len(os.listdir(self.kept))}-{path.name}")
                 path.write_bytes(source)
