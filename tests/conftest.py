@@ -8,6 +8,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+# Two test processes share the cores; threads that wait for one another on a core that is taken spin in vain.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+
 # Before anything can import triton: on a machine without a GPU this switches its interpreter on.
 from labutils import runtime
 from labutils.commands.lab import environment_for_kernels

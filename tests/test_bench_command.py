@@ -28,8 +28,14 @@ SMALL = ["--heads", "2", "--batch", "1", "--head-dims", "16", "--seconds", "0.02
 ON_CPU = pytest.mark.skipif(not runtime.interpreted, reason="about a machine without a GPU; this one has one")
 
 
+def heed_interrupts():
+    """A shell starts what runs in the background with interrupts ignored, and that would be inherited."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(*arguments, **options):
     command = [sys.executable, "-m", "labutils", "bench", *map(str, arguments)]
+    options = {"preexec_fn": heed_interrupts} | options
     return subprocess.Popen(
         command, cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
