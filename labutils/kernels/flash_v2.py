@@ -8,6 +8,7 @@ Source: arXiv 2307.08691, Algorithm 1.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -211,7 +212,7 @@ def forward(
 
 def start(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, config: LaunchConfig | None = None
-) -> tuple[torch.Tensor, torch.Tensor, Launched | None]:
+) -> tuple[torch.Tensor, torch.Tensor, Callable[[], Launched] | None]:
     """`forward`, and what it launched, to be launched again."""
     batch, n_q, n_k = options.sizes(q, k)
     heads, head_dim = q.shape[-2:]

@@ -8,6 +8,8 @@ Source: arXiv 2307.08691, Algorithm 2; the split in two kernels is ours, it reco
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -266,7 +268,7 @@ def backward(
 
 def start(
     dout, q, k, v, out, lse, options: Options, configs: dict[str, LaunchConfig] | None = None, dlse=None
-) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, Launched | None]]:
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, Callable[[], Launched] | None]]:
     """`backward`, and by kernel ("dkdv", "dq") what it launched, to be launched again."""
     batch, n_q, n_k = options.sizes(q, k)
     heads, head_dim = q.shape[-2:]

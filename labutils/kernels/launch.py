@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 
 import torch
 import triton
+from triton import knobs
+from triton.backends.nvidia.driver import make_tensordesc_arg
+from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -91,24 +96,92 @@ def describe_vectors(t: torch.Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(t, [t.shape[0] * t.shape[1], t.shape[2]], [t.shape[2], 1], [1, rows])
 
 
-@dataclass(frozen=True)
 class Launched:
-    """A launch that can be done again without specialising its arguments anew.
+    """A launch that can be done again with other tensors like those of the first one.
 
-    Attributes:
-        start: called with `arguments`, or others of the same specialisation, launches on the current stream.
-        arguments: all of the kernel's, in its order, constants included.
+    Triton looks at each argument for every launch, makes what the copy engine needs of each descriptor, and asks the
+    driver about each pointer. The second time all of that is known but the addresses. Triton's launcher takes an
+    address as it is, and what a descriptor becomes (a tensor map, which says where a tensor lies and not what is in it)
+    is kept for the addresses that come again.
+
+    Args:
+        kernel: compiled. grid: three numbers. arguments: all of the kernel's, in its order, constants included.
     """
 
-    start: Callable
-    arguments: tuple
+    def __init__(self, kernel, grid: tuple[int, int, int], arguments: Sequence):
+        self._kernel, self._grid = kernel, grid
+        self._run, self._function, self._metadata = kernel.run, kernel.function, kernel.packed_metadata
+        descriptors = [argument for argument in arguments if type(argument) is TensorDescriptor]
+        if descriptors:
+            # The launcher within: what Triton wraps around it, `wrap_handle_tensordesc`, expands descriptors.
+            self._run = copy.copy(kernel.run)
+            self._run.launch = inspect.getclosurevars(kernel.run.launch).nonlocals["launcher"]
+        about = iter(getattr(kernel.metadata, "tensordesc_meta", None) or [None] * len(descriptors))
+        self._arguments: list = []
+        self._tensors: list[tuple[int, Callable | None]] = []  # where addresses go, and what is made of them
+        self._addresses: list[int] = []
+        for argument in arguments:
+            place = len(self._arguments)
+            if type(argument) is TensorDescriptor:
+                map_of, expanded = _tensor_maps(argument, next(about))
+                self._tensors.append((place, map_of))
+                self._addresses.append(argument.base.data_ptr())
+                self._arguments += expanded
+            elif isinstance(argument, torch.Tensor):
+                self._tensors.append((place, None))
+                self._addresses.append(argument.data_ptr())
+                self._arguments.append(argument.data_ptr())
+            else:
+                self._arguments.append(argument)
+
+    def again(self, *addresses: int) -> None:
+        """Launches on the current stream of the current device.
+
+        Args:
+            addresses: `data_ptr()` of the kernel's first tensors, in its order, aligned as the first time; the others
+                are where they were.
+        """
+        arguments = self._arguments.copy()
+        for address, (place, map_of) in zip(addresses, self._tensors, strict=False):
+            arguments[place] = address if map_of is None else map_of(address)
+        active = driver.active
+        stream = active.get_current_stream(active.get_current_device())
+        enter, leave, about = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, None
+        if _is_set(enter) or _is_set(leave):  # a profiler of Triton's
+            about = self._kernel.launch_metadata(self._grid, stream)
+        else:
+            enter = leave = None
+        self._run(*self._grid, stream, self._function, self._metadata, about, enter, leave, *arguments)
 
 
-def launch(kernel, grid: tuple[int], config: LaunchConfig, *args, **constants) -> Launched | None:
+def _is_set(hook) -> bool:
+    return hook is not None and bool(getattr(hook, "calls", True))
+
+
+_MOST_ADDRESSES = 64  # of one tensor of a call that are known: a model of that many layers finds them all again
+
+
+def _tensor_maps(descriptor: TensorDescriptor, about: dict | None) -> tuple[Callable[[int], object], list]:
+    """What makes a descriptor's tensor map for an address, and what Triton makes of the descriptor as it is."""
+    like = {**vars(descriptor), "base": None}
+
+    @functools.lru_cache(_MOST_ADDRESSES)
+    def map_of(address: int) -> object:
+        other = object.__new__(TensorDescriptor)  # its constructor would check again what is as the first time
+        vars(other).update(like, base=SimpleNamespace(data_ptr=lambda: address))
+        made = make_tensordesc_arg(other, about)[0]
+        return address if about is None else made  # without a copy engine a descriptor becomes a pointer
+
+    expanded = make_tensordesc_arg(descriptor, about)
+    return map_of, [map_of(descriptor.base.data_ptr()), *expanded[1:]]
+
+
+def launch(kernel, grid: tuple[int], config: LaunchConfig, *args, **constants) -> Callable[[], Launched] | None:
     """Starts a kernel on the device of its first argument. An empty grid starts nothing.
 
     Returns:
-        What was launched, or None in the interpreter and for an empty grid.
+        What makes a `Launched` of it, for those who want to launch it again; None in the interpreter and for an empty
+        grid.
 
     Raises:
         RuntimeError: the configuration needs more shared memory or registers than this GPU has.
@@ -134,4 +207,4 @@ def launch(kernel, grid: tuple[int], config: LaunchConfig, *args, **constants) -
             )
         raise RuntimeError(f"{error}. This GPU is too small for {config}: {remedy}.") from error
     named = dict(zip(kernel.arg_names, args, strict=False)) | constants
-    return Launched(compiled[(*grid, 1, 1)], tuple(named[name] for name in kernel.arg_names))
+    return lambda: Launched(compiled, (*grid, 1, 1), [named[name] for name in kernel.arg_names])

@@ -13,11 +13,11 @@ from collections.abc import Callable
 
 import torch
 from torch.autograd.function import once_differentiable
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from labutils import runtime
 from labutils.kernels import flash_v2, flash_v2_backward
 from labutils.kernels.flash_v2 import Options
+from labutils.kernels.launch import Launched
 
 MOST_FORMS = 4096  # generation makes a new length for every token: the oldest forms are forgotten
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
@@ -66,40 +66,24 @@ def attention(
 
 
 class _Form:
-    """A call of which all but the values is known. It holds no tensor."""
+    """A call of which all but the addresses is known. It holds no tensor."""
 
     def __init__(self, options: Options):
         self.options = options
-        self.start: Callable | None = None
+        self.launched: Launched | None = None
 
     def forward(self, q, k, v):
         """The first time through Triton's JIT, which compiles where that is needed."""
-        if self.start is None:
+        if self.launched is None:
             out, lse, launched = flash_v2.start(q, k, v, self.options)
             if launched is not None:  # it is for an empty grid
-                _, k_like, v_like, _, _, *self.rest = launched.arguments
-                self.k_like, self.v_like = _without_base(k_like), _without_base(v_like)
-                self.out_shape, self.lse_shape = out.shape, lse.shape
-                self.start = launched.start
+                self.out, self.lse = (out.shape, out.stride()), (lse.shape, lse.stride())
+                self.launched = launched()
             return out, lse
-        out = q.new_empty(self.out_shape)
-        lse = q.new_empty(self.lse_shape, dtype=torch.float32)
-        if self.k_like is not None:
-            k, v = _with_base(self.k_like, k), _with_base(self.v_like, v)
-        self.start(q, k, v, out, lse, *self.rest)
+        out = q.new_empty_strided(*self.out)  # in half the time of new_empty
+        lse = q.new_empty_strided(*self.lse, dtype=torch.float32)
+        self.launched.again(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr())
         return out, lse
-
-
-def _without_base(argument: torch.Tensor | TensorDescriptor) -> dict | None:
-    """What a descriptor says of a tensor, without the tensor; None where the tensor itself is the argument."""
-    return {**argument.__dict__, "base": None} if type(argument) is TensorDescriptor else None
-
-
-def _with_base(description: dict, t: torch.Tensor) -> TensorDescriptor:
-    """A descriptor without the checks of its constructor, which this form has passed."""
-    descriptor = object.__new__(TensorDescriptor)
-    descriptor.__dict__.update(description, base=t)
-    return descriptor
 
 
 _forms: dict[tuple, _Form] = {}

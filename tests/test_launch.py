@@ -1,0 +1,134 @@
+"""A launch done again: Triton's own launcher gets what it would have made of the tensors itself. No GPU is needed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from triton import knobs
+from triton.backends.nvidia import driver as nvidia
+from triton.runtime import driver
+
+from labutils.kernels import flash_v2, prepared
+from labutils.kernels.launch import Launched, describe
+
+SIGNATURE = {
+    "q_ptr": "*fp16", "k": "tensordesc<fp16[1, 1, 64, 32]>", "v": "tensordesc<fp16[1, 1, 64, 32]>", "o_ptr": "*fp16",
+    "mask_ptr": "constexpr", "H": "i32", "scale": "fp32", "D": "constexpr",
+}  # fmt: skip
+ABOUT = [
+    {"swizzle": 2, "elem_size": 2, "elem_type": 6, "block_size": [1, 1, 64, 32], "fp4_padded": False} for _ in range(2)
+]
+GRID, STREAM = (5, 1, 1), 77
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Triton's driver without one: it notes the tensor maps that it makes, and what is launched."""
+    made, launched = [], []
+
+    def make(address, *rest):
+        made.append(address)
+        return ("map", address, *map(str, rest))
+
+    utils = SimpleNamespace(fill_tma_descriptor=make, fill_tma_descriptor_tiled=make)  # 3.6, 3.7
+    active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: STREAM, utils=utils)
+    monkeypatch.setattr(driver, "_active", active)
+
+    def kernel(about=ABOUT):
+        run = object.__new__(nvidia.CudaLauncher)  # as its constructor leaves it, without compiling C
+        zeros = (
+            "num_ctas",
+            "global_scratch_size",
+            "global_scratch_align",
+            "profile_scratch_size",
+            "profile_scratch_align",
+            "launch_cooperative_grid",
+            "launch_pdl",
+            "arg_annotations",
+            "kernel_signature",
+        )
+        for name in zeros:
+            setattr(run, name, 0)
+        run.launch = nvidia.wrap_handle_tensordesc(lambda *args: launched.append(args), SIGNATURE, about)
+        return SimpleNamespace(run=run, function=11, packed_metadata=(4, 1, 0), launch_metadata=lambda *args: args,
+                               metadata=SimpleNamespace(tensordesc_meta=about))  # fmt: skip
+
+    return SimpleNamespace(kernel=kernel, made=made, launched=launched)
+
+
+def arguments(seed=0):
+    q, k, v, o = torch.randn(4, 2, 96, 3, 32).half().unbind()
+    return q, describe(k, 64, 32), describe(v, 64, 32), o, None, 3, 0.125, 32
+
+
+def addresses(arguments):
+    return [getattr(argument, "base", argument).data_ptr() for argument in arguments[:4]]
+
+
+def as_numbers(args):
+    """Arguments as they reach the kernel: a tensor is its address."""
+    if isinstance(args, (list, tuple)) and not (args and args[0] == "map"):
+        return [as_numbers(argument) for argument in args]
+    return args.data_ptr() if isinstance(args, torch.Tensor) else args
+
+
+@pytest.mark.parametrize("about", [ABOUT, None], ids=["copy engine", "none"])
+def test_again_gives_the_launcher_what_triton_gives_it(gpu, about):
+    kernel, first, second = gpu.kernel(about), arguments(), arguments()
+    again = Launched(kernel, GRID, first).again
+    for some in (first, second, first):
+        again(*addresses(some))
+        kernel.run(*GRID, STREAM, kernel.function, kernel.packed_metadata, None, None, None, *some)
+        ours, tritons = gpu.launched[-2:]
+        assert as_numbers(ours) == as_numbers(tritons)
+    assert as_numbers(gpu.launched[0]) != as_numbers(gpu.launched[2])
+
+
+def test_a_tensor_map_is_made_once_for_an_address(gpu):
+    first, second = arguments(), arguments()
+    launched = Launched(gpu.kernel(), GRID, first)
+    before = len(gpu.made)
+    for _ in range(3):
+        launched.again(*addresses(first))
+    assert len(gpu.made) == before
+    for _ in range(3):
+        launched.again(*addresses(second))
+    assert gpu.made[before:] == addresses(second)[1:3]
+
+
+def test_addresses_that_are_not_given_stay(gpu):
+    first, second = arguments(), arguments()
+    launched = Launched(gpu.kernel(), GRID, first)
+    launched.again(*addresses(second)[:1])
+    launched.again(addresses(second)[0], *addresses(first)[1:])
+    assert gpu.launched[0] == gpu.launched[1]
+    launched.again()
+    assert addresses(first)[0] in as_numbers(gpu.launched[2])[-1] + list(as_numbers(gpu.launched[2]))
+
+
+def test_triton_s_profilers_are_told(gpu, monkeypatch):
+    launched = Launched(gpu.kernel(), GRID, arguments())
+    launched.again()
+    hooks = knobs.HookChain()
+    hooks.add(lambda about: None)
+    monkeypatch.setattr(knobs.runtime, "launch_enter_hook", hooks)
+    launched.again()
+    without, with_hook = gpu.launched
+    assert hooks in with_hook and hooks not in without
+    assert (GRID, STREAM) in with_hook and (GRID, STREAM) not in without
+
+
+def test_a_form_gives_new_outputs_to_the_same_launch(monkeypatch):
+    given = []
+    out = torch.zeros(2, 96, 3, 32).half()
+    lse = torch.zeros(2, 3, 96)
+    launched = SimpleNamespace(again=lambda *addresses: given.append(addresses))
+    monkeypatch.setattr(flash_v2, "start", lambda q, k, v, options: (out, lse, lambda: launched))
+    form = prepared._Form(flash_v2.Options(0.125))
+    q, k, v = torch.randn(3, 2, 3, 96, 32).half().transpose(2, 3).unbind()  # not contiguous: out is, all the same
+    assert form.forward(q, k, v) == (out, lse) and given == []
+    new_out, new_lse = form.forward(k, v, q)
+    assert given == [(k.data_ptr(), v.data_ptr(), q.data_ptr(), new_out.data_ptr(), new_lse.data_ptr())]
+    for new, old in ((new_out, out), (new_lse, lse)):
+        assert (new.shape, new.stride(), new.dtype) == (old.shape, old.stride(), old.dtype)
+        assert new.data_ptr() != old.data_ptr()
