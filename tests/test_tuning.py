@@ -1,9 +1,11 @@
 """Tuning: what is chosen, how it is kept and read again, and that kernels then use it. Timings here are made up."""
 
 import contextlib
+import gc
 import json
 import types
 import warnings
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -391,6 +393,36 @@ def test_the_check_finds_a_wrong_result(kernel, monkeypatch):
         monkeypatch.setattr(module, name, lambda *a, **k: tuple(t * 1.01 for t in function(*a, **k)))
     with pytest.raises(AssertionError, match="WRONG"):
         experiment.check(LaunchConfig(16, 32))
+
+
+@ON_CPU
+@pytest.mark.parametrize("kernel", ["forward", "dq"])
+def test_what_is_launched_again_is_still_there(kernel, monkeypatch):
+    monkeypatch.setattr(runtime, "capability", (8, 6))
+    monkeypatch.setattr(tuning.OnGpu, "_shape", lambda self, n: (1, 32, 1, 16))
+    launched = []
+
+    def start(*args):
+        """Of a kernel that writes to a tensor of its own."""
+        tensor = torch.zeros(3)
+        gone = weakref.ref(tensor)
+        launched.append(gone)
+
+        def make(tensor=tensor):
+            return types.SimpleNamespace(again=lambda: None)
+
+        return (None, None, make) if kernel == "forward" else ((None,) * 3, {kernel: make})
+
+    module = tuning.flash_v2 if kernel == "forward" else tuning.flash_v2_backward
+    monkeypatch.setattr(module, "start", start)
+    experiment = tuning.OnGpu(Place(kernel, 64, True, "float32"))
+    calls = [experiment._launch(LaunchConfig(16, 16), n) for n in (32, 64)]
+    gc.collect()
+    assert [gone() is None for gone in launched] == [False, False]
+    assert [call() for call in calls] == [None, None]
+    del calls
+    gc.collect()
+    assert [gone() is None for gone in launched] == [True, True]
 
 
 @pytest.mark.gpu

@@ -104,6 +104,8 @@ class Launched:
     address as it is, and what a descriptor becomes (a tensor map, which says where a tensor lies and not what is in it)
     is kept for the addresses that come again.
 
+    It holds no tensor: whoever launches again sees to it that there still is one at each address.
+
     Args:
         kernel: compiled. grid: three numbers. arguments: all of the kernel's, in its order, constants included.
     """
@@ -180,8 +182,8 @@ def launch(kernel, grid: tuple[int], config: LaunchConfig, *args, **constants) -
     """Starts a kernel on the device of its first argument. An empty grid starts nothing.
 
     Returns:
-        What makes a `Launched` of it, for those who want to launch it again; None in the interpreter and for an empty
-        grid.
+        What makes a `Launched` of it, for those who want to launch it again, and holds its tensors; None in the
+        interpreter and for an empty grid.
 
     Raises:
         RuntimeError: the configuration needs more shared memory or registers than this GPU has.
