@@ -1,5 +1,6 @@
 """Grading: marks come from values alone, and a notebook that misbehaves costs itself and nobody else."""
 
+import concurrent.futures
 import csv
 import json
 import os
@@ -218,6 +219,22 @@ def test_the_calls_of_an_exercise_may_not_add_up_to_hours(monkeypatch):
     assert allowed[0][1] == "60 s for one call" and allowed[-1][1] == "300 s for all calls of an exercise"
 
 
+def running(word: str) -> bool:
+    """Whether a process stands in the table whose command holds `word` (-ww: whole, however wide COLUMNS says it is)."""
+    shown = subprocess.run(["ps", "-ewwo", "args"], capture_output=True, text=True, check=True).stdout
+    return word in shown
+
+
+def wait_for(word: str, seconds: float = 60) -> bool:
+    """Whether such a process came within `seconds`."""
+    end = time.monotonic() + seconds
+    while not running(word):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
+
+
 def test_a_terminal_that_is_closed_leaves_the_rows_and_no_process_of_a_student(tmp_path):
     hang = (
         "import sys, subprocess\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(500)  # of-a-grade'])"
@@ -227,30 +244,28 @@ def test_a_terminal_that_is_closed_leaves_the_rows_and_no_process_of_a_student(t
     table = tmp_path / "grades.csv"
     command = [sys.executable, "-m", "labutils", "grade", str(tmp_path), "--csv", str(table)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
-        for _ in range(300):
-            if "of-a-grade" in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout:
-                break
-            time.sleep(0.2)
+        came = wait_for("# of-a-grade")
         process.terminate()
         _, said = process.communicate(timeout=60)
+    assert came, "the student's process never ran, so that nothing was tried"
     assert process.returncode == 130 and "the rows so far are in" in said
     assert "unreadable" in table.read_text(encoding="utf-8")
-    assert "of-a-grade" not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert not running("# of-a-grade")
 
 
 def test_a_cell_that_hangs_is_stopped_with_all_that_it_started(tmp_path):
-    started = tmp_path / "pid"
     hang = (
         "import subprocess, sys, pathlib\nchild = subprocess.Popen([sys.executable, '-c', 'import time;"
         " time.sleep(600)  # of-a-student'], start_new_session=True)\nwhile True: pass"
     )
     start = time.monotonic()
-    found = marks(tmp_path, *solved("safe_softmax"), hang, limits=grading.Limits(12, 3))
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        came = pool.submit(wait_for, "# of-a-student")
+        found = marks(tmp_path, *solved("safe_softmax"), hang, limits=grading.Limits(12, 3))
+    assert came.result(), "the child never ran, so that nothing was tried"
     assert {mark.result for mark in found.values()} == {"timed out"}
     assert time.monotonic() - start < 60
-    assert not started.exists()
-    left = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
-    assert "of-a-student" not in left
+    assert not running("# of-a-student")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the limit on a GPU machine is enforced by looking, not at once")
