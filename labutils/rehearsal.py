@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from labutils import models, training
+from labutils import models, runtime, training
 
 GIB = 2**30
 
@@ -107,7 +107,9 @@ def rehearse(
     )
     # transformers looks whether positions begin again within a row. These have no values to look at, and do not.
     one_document = mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
-    with FakeTensorMode(allow_non_fake_inputs=True), alive, one_document, power, softmax:
+    # On a machine with a GPU, too, these are tensors of the CPU, where attention would refuse them.
+    here = mock.patch.multiple(runtime, device=torch.device("cpu"), interpreted=True)
+    with here, FakeTensorMode(allow_non_fake_inputs=True), alive, one_document, power, softmax:
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:

@@ -26,6 +26,14 @@ def test_a_rehearsed_peak_is_the_measured_one(impl, checkpointing, chunked_loss,
     assert len(rows) and peak == pytest.approx(rows.peak_gib.mean(), rel=0.05)
 
 
+def test_a_rehearsal_on_a_machine_with_a_gpu_is_the_same(monkeypatch):
+    options = {"vocab_size": 100, "checkpointing": True, "n_layer": 1}
+    peak = rehearsal.rehearse("tiny", 256, **options)
+    monkeypatch.setattr(runtime, "device", torch.device("cuda"))
+    monkeypatch.setattr(runtime, "interpreted", False)
+    assert rehearsal.rehearse("tiny", 256, **options) == peak
+
+
 def test_each_remedy_lowers_the_rehearsed_peak():
     """A model of one layer, and a sequence long enough for its activations to be what counts."""
     rungs = [RUNGS[name] for name in ("+ 16 bits", "+ chunked loss", "+ optimizer offloaded")]

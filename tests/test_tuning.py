@@ -306,7 +306,9 @@ def test_a_tuned_entry_that_no_longer_fits_says_what_to_do(table, monkeypatch):
 
 
 def test_measurements_say_that_a_tuned_entry_was_in_force(table, monkeypatch):
-    shipped = environment.environment()
+    with monkeypatch.context() as without:
+        without.setenv(launch_table.VARIABLE, "none")
+        shipped = environment.environment()
     assert shipped.launch_table is None and "launch_table" not in shipped.as_dict()
     store(table)
     first = environment._launch_table()
