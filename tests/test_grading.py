@@ -220,7 +220,7 @@ def test_the_calls_of_an_exercise_may_not_add_up_to_hours(monkeypatch):
 
 
 def running(word: str) -> bool:
-    """Whether a process stands in the table whose command holds `word` (-ww: whole, however wide COLUMNS says it is)."""
+    """Whether a process stands in the table whose command holds `word` (-ww: whole, whatever COLUMNS says)."""
     shown = subprocess.run(["ps", "-ewwo", "args"], capture_output=True, text=True, check=True).stdout
     return word in shown
 

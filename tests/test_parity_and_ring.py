@@ -5,7 +5,6 @@ import torch
 
 from labutils import models, parity, reference, ring, runtime
 
-
 # Tensor cores add the products of a short row at once, so that its order is none: it takes more there to see one.
 N = runtime.choose(cpu=32, gpu=512)
 
