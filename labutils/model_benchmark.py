@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
 TABLE = "models"
-COLUMNS = (*SCHEMAS[TABLE], "reason")
+COLUMNS = SCHEMAS[TABLE]
 KEY = ("model", "work", "impl", "batch", "seqlen")
 
 TRAINING = ("forward", "backward", "step")

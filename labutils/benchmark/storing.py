@@ -22,9 +22,9 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
         "attention": "impl pass dtype head_dim causal batch heads seqlen ms tflops peak_mib status",
         "training": "model impl checkpointing chunked_loss seqlen batch peak_gib reserved_gib cap_gib "
         "tokens_per_s loss status",
-        "models": "model work impl batch seqlen ms tokens_per_s peak_gib status",
+        "models": "model work impl batch seqlen ms tokens_per_s peak_gib status reason",
         "ladder": "model impl checkpointing chunked_loss seqlen batch peak_gib reserved_gib cap_gib "
-        "tokens_per_s loss status",
+        "tokens_per_s loss status rung predicted_gib bound tries",
         "traffic": "impl seqlen head_dim block_m block_n model_bytes counted_bytes measured_bytes pass dtype causal "
         "batch heads kernels compulsory_bytes dram_read_bytes dram_write_bytes l2_read_bytes l2_write_bytes "
         "l1_filled_bytes load_sectors_per_request store_sectors_per_request",
