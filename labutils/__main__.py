@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from labutils.commands import bench, check, grade, lab, study, targets, train, tune
+from labutils.commands import bench, check, figure, grade, lab, study, targets, train, tune
 
-COMMANDS = (lab, check, bench, targets, tune, study, train, grade)
+COMMANDS = (lab, check, bench, targets, tune, study, figure, train, grade)
 """The modules of the commands, in the order in which the help lists them."""
 
 

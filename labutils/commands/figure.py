@@ -1,0 +1,59 @@
+"""`python -m labutils figure`: draws the README's figure from stored results."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import sys
+from pathlib import Path
+
+TABLES = ("attention", "ladder")
+KEY = "Source"  # a keyword that PNG knows
+DEFAULT = Path("figures/overview.png")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Writes the figure; 2 where the tables or the folder are not there."""
+    from labutils import benchmark, plotting
+
+    try:
+        attention = benchmark.reference_results(arguments.gpu)
+        ladder = benchmark.reference_results(arguments.gpu, "ladder")
+        kept = (attention["head_dim"] == arguments.head_dim) & (attention["causal"] != arguments.full)
+        if not kept.any():
+            raise ValueError(f"no stored rows with head dimension {arguments.head_dim}.")
+        figure = plotting.plot_overview(attention[kept], ladder)
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {KEY: source(arguments.gpu), "Software": None}
+        figure.savefig(arguments.out, format="png", dpi=150, metadata=metadata)
+    except (OSError, ValueError) as error:
+        print(f"labutils figure: {error}", file=sys.stderr)
+        return 2
+    print(f"Written: {arguments.out}")
+    return 0
+
+
+def source(gpu: str) -> str:
+    """Names the tables that a figure was drawn from, by a hash of their bytes."""
+    from labutils import benchmark
+
+    content = b"".join((benchmark.RESULTS / gpu / f"{table}.csv").read_bytes() for table in TABLES)
+    return f"{gpu}: {', '.join(TABLES)}: {hashlib.sha256(content).hexdigest()[:16]}"
+
+
+def add(commands: argparse._SubParsersAction) -> None:
+    """Adds the command's parser."""
+    parser = commands.add_parser(
+        "figure",
+        help="draw the README's figure from stored results",
+        description=(
+            "Draw, from the stored results of a GPU, the throughput of attention over the sequence length and the "
+            "longest contexts that train within 16 GB. The file says which tables it was drawn from."
+        ),
+        allow_abbrev=False,
+    )
+    parser.add_argument("--out", type=Path, default=DEFAULT, help="file to write, a PNG (default: %(default)s)")
+    parser.add_argument("--gpu", default="nvidia_h200", help="a folder of stored results (default: %(default)s)")
+    parser.add_argument("--head-dim", type=int, default=128, metavar="D", help="head dimension (default: %(default)s)")
+    parser.add_argument("--full", action="store_true", help="attention without a mask (default: causal)")
+    parser.set_defaults(run=run)

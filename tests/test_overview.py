@@ -1,0 +1,58 @@
+"""The README's figure and its table of speeds are those of the stored results."""
+
+import re
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from notebook_format import ROOT
+from PIL import Image
+
+from labutils import benchmark, plotting
+from labutils.__main__ import main
+from labutils.commands import figure
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_readme_s_figure_was_drawn_from_the_tables_that_are_stored():
+    assert f"({figure.DEFAULT})" in README and "python -m labutils figure" in README
+    with Image.open(ROOT / figure.DEFAULT) as image:
+        drawn_from = image.text[figure.KEY]
+    assert drawn_from == figure.source("nvidia_h200"), "draw it again: python -m labutils figure"
+
+
+def test_the_command_draws_it(tmp_path, capsys):
+    out = tmp_path / "new" / "x.png"
+    assert (
+        main(["figure", "--out", str(out), "--head-dim", "64", "--full"]) == 0 and str(out) in capsys.readouterr().out
+    )
+    with Image.open(out) as image:
+        assert image.text[figure.KEY] == figure.source("nvidia_h200") and image.width > 1000
+    assert not plt.get_fignums()
+
+
+def test_what_cannot_be_drawn_says_why(tmp_path, capsys):
+    assert main(["figure", "--gpu", "no_such_gpu"]) == 2 and "nvidia_h200" in capsys.readouterr().err
+    assert main(["figure", "--head-dim", "7"]) == 2 and "head dimension 7" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["figure", "--out", str(tmp_path / "file" / "x.png")]) == 2 and "file" in capsys.readouterr().err
+    attention, ladder = benchmark.reference_results(), benchmark.reference_results(table="ladder")
+    with pytest.raises(ValueError, match="choose one head_dim"):
+        plotting.plot_overview(attention, ladder)
+    one = attention[(attention["head_dim"] == 64) & attention["causal"]]
+    with pytest.raises(ValueError, match="no rows of 7B"):
+        plotting.plot_overview(one, ladder, model="7B")
+
+
+def test_the_readme_s_speeds_are_the_stored_ones():
+    """Each cell of the table: the geometric mean of FlashAttention-2's time over an implementation's."""
+    rows = benchmark.reference_results(dtype="float16")
+    rows = rows[rows["seqlen"].isin([1024, 4096, 16384]) & (rows["status"] == "ok")]
+    ms = rows.pivot(index=["pass", "head_dim", "causal", "seqlen"], columns="impl", values="ms")
+    speed = np.exp(np.log(ms.rdiv(ms["sdpa_flash"], axis=0)).groupby("pass").mean())
+    names = {"this lab's kernels": "triton_v2", "FlexAttention, compiled": "flex", "cuDNN": "sdpa_cudnn",
+             "flash-attn 2.8.3": "flash_attn"}  # fmt: skip
+    for label, impl in names.items():
+        fwd, bwd = re.search(rf"^\| {re.escape(label)}.*?\| ([\d.]+) \| ([\d.]+) \|$", README, re.M).groups()
+        assert (fwd, bwd) == tuple(f"{speed.loc[which, impl]:.2f}" for which in ("fwd", "bwd")), label
