@@ -482,11 +482,11 @@ def _compiled_flash() -> list[str]:
 def _status() -> str:
     names = _compiled_flash()
     if names:
-        titles = ", ".join(TITLES[name] for name in names)
+        titles = "; ".join(TITLES[name] for name in names)  # some have a comma in their name
         return f"Status: FlashAttention runs compiled on this GPU ({titles})."
     cause, _ = _cause_and_remedy()
     here = [f"{TITLES[b.name]} ({b.runs_on})" for b in backends() if b.name in FLASH and b.available]
-    instead = f" What runs instead: {', '.join(here)}." if here else ""
+    instead = f" What runs instead: {'; '.join(here)}." if here else ""
     return f"Status: no FlashAttention kernel compiled for a GPU runs here: {cause}.{instead}"
 
 

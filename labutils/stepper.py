@@ -133,7 +133,8 @@ def _headline(fig: Figure) -> None:
     footnote(
         fig,
         "Orange: the tile at hand. Blue: seen, and forgotten. Grey: not yet seen. α = exp(m_old − m), 0 at the first "
-        "tile; red where it makes l and a smaller. a: the sum of exp(S − m) V. a / l: attention over the columns seen.",
+        "tile; bold where it makes the old l and a smaller. a: the sum of exp(S − m) V. a / l: attention over the "
+        "columns seen.",
     )
 
 
@@ -167,7 +168,8 @@ def plot_step(states: Sequence[Step], number: int) -> Figure:
 
 
 def step_through(states: Sequence[Step]) -> Any:
-    """A widget with a slider and a play button that walks through the steps; show `plot_steps` beside it."""
+    """A widget with a slider and a play button that walks through the steps, counted from 1 as in their titles; show
+    `plot_steps` beside it."""
     import ipywidgets as widgets
 
     pictures = []
@@ -176,12 +178,13 @@ def step_through(states: Sequence[Step]) -> Any:
         plot_step(states, number).savefig(buffer, format="png")
         pictures.append(buffer.getvalue())
     image = widgets.Image(value=pictures[0], format="png", layout=widgets.Layout(max_width="100%"))
-    last = len(states) - 1
-    play = widgets.Play(value=0, min=0, max=last, interval=1500, show_repeat=False)
-    slider = widgets.IntSlider(value=0, min=0, max=last, description="tile", readout_format="d")
+    numbers = {"value": 1, "min": 1, "max": len(states)}
+    play = widgets.Play(**numbers, interval=1500, show_repeat=False)
+    slider = widgets.IntSlider(**numbers, description="tile", readout_format="d")
     widgets.jslink((play, "value"), (slider, "value"))
-    slider.observe(lambda change: setattr(image, "value", pictures[change["new"]]), names="value")
-    return widgets.VBox([widgets.HBox([play, slider]), image])
+    slider.observe(lambda change: setattr(image, "value", pictures[change["new"] - 1]), names="value")
+    # Not stretched: the picture keeps the size of those in the static figure.
+    return widgets.VBox([widgets.HBox([play, slider]), image], layout=widgets.Layout(align_items="flex-start"))
 
 
 @styled
@@ -204,5 +207,5 @@ def plot_row_errors(errors: dict[str, torch.Tensor], allowed: float, machine: st
     ax.set_ylabel("max |out − exact| of the row")
     ax.set_title("Rounding stays below the line in every row; a bug leaves a pattern")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside upper left", ncols=3)
-    footnote(fig, f"{machine} At the bottom: rows without any error.")
+    footnote(fig, f"{machine} At the bottom edge: rows whose error is zero, or too small for this axis.")
     return fig

@@ -93,7 +93,9 @@ def test_hopper_with_everything(gpu, capsys):
     assert rows(checklist)["compute capability"] == ("x", "9.0")
     assert rows(checklist)["flash-attn package"] == ("x", "2.8.3, compiled kernel on the GPU, bfloat16")
     assert (
-        printed.rstrip().splitlines()[-1].startswith("Status: FlashAttention runs compiled on this GPU (PyTorch SDPA")
+        printed.rstrip()
+        .splitlines()[-1]
+        .startswith("Status: FlashAttention runs compiled on this GPU (PyTorch SDPA, flash; PyTorch SDPA, cuDNN; ")
     )
     assert "[ ]" not in printed.replace("[ ] CUDA", "")  # a CPU build of torch has no CUDA to name
 

@@ -1,5 +1,6 @@
 """Figures: axes with units, a title, a legend, the machine's name; failures are drawn, not left out."""
 
+import itertools
 import math
 
 import pytest
@@ -121,6 +122,7 @@ def test_points_bound_by_launching_are_ringed():
         rings = [line for line in figure.axes[0].get_lines() if line.get_label() == "bound by launch overhead"]
         assert [list(ring.get_xdata()) for ring in rings] == [[512]] * 3
         assert legend(figure).count("bound by launch overhead") == 1
+        assert legend(figure)[-1] == "bound by launch overhead"
     assert "launch" not in texts(plotting.plot_memory(df))
     assert "launch" not in texts(plotting.plot_time(df.assign(overhead_bound=False)))
     assert "launch" not in texts(plotting.plot_time(df.drop(columns="overhead_bound")))
@@ -168,6 +170,15 @@ def test_a_real_sweep_can_be_drawn():
     check(plotting.plot_sweep(df, which="bwd"))
 
 
+def labels_apart(figure):
+    """Neither the numbers under an axis nor the labels of neighbouring axes run into each other."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    rows = [[t for t in ax.xaxis.get_ticklabels() if t.get_text()] for ax in figure.axes]
+    for row in (*rows, [ax.xaxis.label for ax in figure.axes]):
+        boxes = [text.get_window_extent(renderer) for text in row]
+        assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes)), [text.get_text() for text in row]
+
+
 @pytest.mark.parametrize("order", ["v1", "v2", "both"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_tile_order(order, causal):
@@ -176,6 +187,7 @@ def test_tile_order(order, causal):
     assert len(figure.axes) == (2 if order == "both" else 1)
     assert "32 keys each, the last 2" in figure.axes[0].get_xlabel()
     assert ("masked, never visited" in legend(figure)) == causal
+    check(plotting.plot_tile_order(160, 160, 32, 32, order=order, causal=causal))  # square: the tallest for its width
 
 
 def test_tile_order_numbers():
@@ -381,6 +393,9 @@ def test_a_ladder_shows_lengths_speeds_and_failures():
     figure = plotting.plot_ladder(rows)
     check(figure, axes=figure.axes[:1])
     assert "65,536, 50,000 tokens/s" in texts(figure) and "does not fit at 1,024" in texts(figure)
+    figure = plotting.plot_ladder(rows.assign(seqlen=[1024, 131072]))
+    check(figure, axes=figure.axes[:1])
+    labels_apart(figure)
     with pytest.raises(ValueError, match="no rows"):
         plotting.plot_ladder(rows.iloc[:0])
 
@@ -392,6 +407,8 @@ def test_loss_by_position_and_accuracy_have_error_bars():
     assert "short" in legend(figure)
     rows = {"task": ["fact", "fact", "code"], "distance": [64, 512, 64], "accuracy": [1.0, 0.5, 1.0]}
     answers = pd.DataFrame(rows | {"error": 0.05, "guess": 1 / 32})
+    answers = pd.concat([answers, answers.assign(task="dialogue"), answers.assign(task="summary")])
     figure = plotting.plot_accuracy({"short": answers, "long": answers})
     check(figure)
-    assert "guessing" in legend(figure) and len(figure.axes) == 2
+    labels_apart(figure)
+    assert "guessing" in legend(figure) and len(figure.axes) == 4

@@ -91,7 +91,8 @@ def plot_tile_order(
     orders = ("v1", "v2") if order == "both" else (order,)
     rows, columns = math.ceil(n_q / block_m), math.ceil(n_k / block_n)
     panel = min(5.0, max(3.9, 0.62 * max(rows, columns)))
-    fig, axes = plt.subplots(1, len(orders), figsize=(panel * len(orders) + 0.6, panel * 0.86 + 1.4), squeeze=False)
+    tiles = panel * (1.0 if len(orders) == 1 else 0.86)  # inches: the side of a square of tiles, at most
+    fig, axes = plt.subplots(1, len(orders), figsize=(panel * len(orders) + 0.6, tiles + 2.1), squeeze=False)
     for ax, version in zip(axes[0], orders, strict=True):
         _draw_tiles(ax, version, n_q, n_k, block_m, block_n, causal)
     return fig
@@ -115,7 +116,7 @@ def _draw_tiles(ax: Axes, version: str, n_q: int, n_k: int, block_m: int, block_
             number |= {(i, j): step for step, j in enumerate((j for j in range(columns) if visible(i, j)), 1)}
         shade = {(i, j): (i % 8 + 0.5) / 8 for i, j in number}
         colormap = plt.get_cmap("Set2")
-        ax.set_title("v2: Q outside, row by row\none program for each row, all at once")
+        ax.set_title("v2: Q outside, row by row\neach row of tiles is a program of its own")
     for i in range(rows):
         for j in range(columns):
             if (i, j) in number:
@@ -200,14 +201,14 @@ def plot_memory_hierarchy() -> Figure:
         (
             "Standard attention: the N × N matrices S and P go through HBM",
             "one matmul, or one softmax,\nat a time",
-            "Q, K, V, O  (N × d each)\nS, P  (N × N each)",
+            "Q, K, V, O  (N × D each)\nS, P  (N × N each)",
             ["Q, K", "S", "S", "P", "P, V", "O"],
         ),
         (
-            "FlashAttention: a tile of S and P is born and dies in SRAM",
+            "FlashAttention-2: a tile of S and P is born and dies in SRAM",
             "blocks of Q, K, V; a tile of S and P;\nm, l and O of a block of rows",
-            "Q, K, V, O  (N × d each)\nlog-sum-exp  (N)",
-            ["Q, K, V", "O, log-sum-exp"],
+            "Q, K, V, O  (N × D each)\nlog-sum-exp  (N)",
+            ["Q once, K and V for\neach block of Q", "O, log-sum-exp"],
         ),
     )
     for ax, (title, on_chip, in_hbm, arrows) in zip(axes, panels, strict=True):

@@ -76,6 +76,7 @@ def _draw_quantity(ax: Axes, df: pd.DataFrame, column: str, which: str, referenc
     rows = _of_pass(df, which)
     lengths = list(rows["seqlen"])
     out_of_memory: dict[int, list[str]] = {}  # first length that failed -> labels
+    ringed: list[pd.DataFrame] = []  # drawn last: over the lines, and last in the legend
     for i, (name, group) in enumerate(rows.groupby("impl", sort=False)):
         group = group.sort_values("seqlen")
         good = group[group[column].notna()]
@@ -88,7 +89,7 @@ def _draw_quantity(ax: Axes, df: pd.DataFrame, column: str, which: str, referenc
                 ax.fill_between(good["seqlen"], low, good["ms"] + half, color=look["color"], alpha=0.15, linewidth=0)
             bound = good[_overhead_bound(good)] if column in ("ms", "tflops") else good[:0]
             if len(bound):
-                ax.plot(bound["seqlen"], bound[column], **_RING)
+                ringed.append(bound)
         failed = group[group["status"] == "oom"]
         if len(failed) and column != "max_error":
             out_of_memory.setdefault(failed["seqlen"].iloc[0], []).append(look["label"])
@@ -102,6 +103,8 @@ def _draw_quantity(ax: Axes, df: pd.DataFrame, column: str, which: str, referenc
             look["label"] = f"{look['label']}, {machine_of(reference)} (stored)"
             group = group.sort_values("seqlen")
             ax.plot(group["seqlen"], group[column], **look)
+    for bound in ringed:
+        ax.plot(bound["seqlen"], bound[column], **_RING)
     over_axis = ax.get_xaxis_transform()
     # One line of text for each length, the longest on top: neighbours on the axis are narrower than their texts.
     for line, (n, labels) in enumerate(sorted(out_of_memory.items(), reverse=True)):
@@ -124,7 +127,10 @@ def _draw_quantity(ax: Axes, df: pd.DataFrame, column: str, which: str, referenc
         ax.set_ylim(0, ax.get_ylim()[1] * (1.05 + 0.1 * len(out_of_memory)))
     else:
         ax.set_yscale("log")
-        ax.margins(y=0.25 + 0.1 * len(out_of_memory) if out_of_memory else 0.12)
+        ax.margins(y=0.08)
+        if out_of_memory:  # room for the crosses, above the lines alone
+            low, high = ax.get_ylim()
+            ax.set_ylim(low, high * (high / low) ** (0.12 + 0.1 * len(out_of_memory)))
 
 
 def _shape(df: pd.DataFrame) -> str:
