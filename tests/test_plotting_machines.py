@@ -45,14 +45,24 @@ def test_bytes_by_counters():
     plan = counters.planned_traffic(["naive", "triton_v1", "triton_v2"], blocks={"v1": (64, 64), "v2": (64, 128)})
     plan["dram_read_bytes"] = plan["dram_write_bytes"] = plan["compulsory_bytes"]
     plan["measured_bytes"] = 2 * plan["compulsory_bytes"]
-    plan["l2_read_bytes"], plan["l2_write_bytes"] = plan["model_bytes"], 0.0
+    plan["l2_read_bytes"], plan["l2_write_bytes"] = plan["model_bytes"] / 2, 0.0
+    plan["l1_filled_bytes"] = plan["model_bytes"]
     plan.attrs["machine"] = "Some GPU"
     figure = plotting.plot_counters(plan)
     check(figure)
-    assert legend(figure) == ["compulsory", "DRAM, measured", "L2, measured", "IO model"]
+    assert legend(figure) == ["compulsory", "DRAM, measured", "L2, measured", "SMs, measured", "IO model"]
     ratios = counters.explained(plan)
-    assert (ratios["L2 / model"] == 1).all() and (ratios["DRAM / compulsory"] == 2).all()
-    assert ratios["S (MiB)"].iloc[0] == 16 * 1024 * 1024 * 2 / 2**20
+    assert (ratios["SM / model"] == 1).all() and (ratios["L2 / SM"] == 0.5).all()
+    ratios = ratios[ratios["seqlen"] == 1024].set_index("impl")
+    one = 16 * 1024 * 4  # a float32 for each row of each head
+    reads, writes = ratios["DRAM reads / once"], ratios["DRAM writes / once"]
+    tensor = 16 * 1024 * 64 * 2
+    assert reads["triton_v2"] == pytest.approx(4 * tensor / (3 * tensor))  # Q, K, V; a compulsory byte is one of four
+    assert writes["triton_v2"] == pytest.approx(4 * tensor / (tensor + one))
+    assert reads["triton_v1"] == pytest.approx(4 * tensor / (3 * tensor + 2 * tensor + 2 * one))
+    back = ratios["comes back (MiB)"]
+    assert back["naive"] == 16 * 1024 * 1024 * 2 / 2**20 and back["triton_v2"] == 2 * tensor / 2**20
+    assert back["triton_v1"] == (tensor + 2 * tensor + 2 * one) / 2**20
 
 
 def test_predicted_over_measured():
@@ -61,7 +71,11 @@ def test_predicted_over_measured():
     found.loc[found.index[0], "split"] = "fit"
     figure = plotting.plot_prediction(found)
     check(figure)
-    assert "within 10 %" in legend(figure) and "Some GPU" in texts(figure)
+    assert legend(figure) == ["within 10 %", "fitted", "held out", "held out, D = 96"]
+    assert "Some GPU" in texts(figure)
+    drawn = [line.get_ydata() for line in figure.axes[0].lines if len(line.get_ydata())]
+    assert sum(map(len, drawn)) == (found["impl"] == found["impl"].iloc[0]).sum()
+    assert all(y == pytest.approx(1.05) for y in drawn)
 
 
 def test_a_timeline_has_a_track_for_each_device():
@@ -70,8 +84,9 @@ def test_a_timeline_has_a_track_for_each_device():
     events.attrs["machine"] = "Some GPU"
     figure = plotting.plot_timeline(events, title="A call")
     check(figure)
-    assert legend(figure) == ["operations on the CPU", "kernels on the GPU"]
-    assert "matmul" in texts(figure) and "A call: Some GPU" in texts(figure)
+    keys = [[text.get_text() for text in ax.get_legend().get_texts()] for ax in figure.axes]
+    assert keys == [["matmul", "bmm"], ["gemm"]] and "A call: Some GPU" in texts(figure)
+    assert [len(ax.patches) for ax in figure.axes] == [2, 1]
 
 
 def test_decisions():
@@ -97,4 +112,4 @@ def test_a_roofline_with_further_ceilings_and_decoding():
     points = analysis.roofline_points(stored, ceilings)
     figure = plotting.plot_roofline(points, ceilings, lower={"exponentials": 1070.0}, decoding=decoding)
     check(figure)
-    assert "exponentials: 1.07e+03" in texts(figure) and "decoding, B = 1, 8" in legend(figure)
+    assert "exponentials: 1,070 TFLOP/s" in texts(figure) and "decoding, B = 1, 8" in legend(figure)

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from labutils import runtime
+from labutils.analysis.profiling import short_operation
 from labutils.analysis.traffic import compulsory_bytes, counted_traffic, io_bytes, total_bytes
 from labutils.benchmark import SCHEMAS, Unsupported, dtype_name, time_call
 
@@ -356,8 +357,8 @@ def with_counts(table: pd.DataFrame, up_to: int = 2048, done: Callable[[int], No
     return table
 
 
-def measure_traffic(table: pd.DataFrame, *, keep: Path | None = None) -> pd.DataFrame:
-    """The table with what ncu measured on this machine.
+def measure_traffic(table: pd.DataFrame, *, keep: Path | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The table with what ncu measured on this machine, and every launch that it measured.
 
     Args:
         table: of `planned_traffic`.
@@ -367,18 +368,24 @@ def measure_traffic(table: pd.DataFrame, *, keep: Path | None = None) -> pd.Data
         The same rows, with `measured_bytes` (read from and written to DRAM, together), both parts of it, the
         bytes asked of L2 by the SMs, the bytes that L1 received, and sectors per request. `sdpa_flash` and
         `naive` are sums over all kernels of a call; the others are the one kernel that the IO model describes.
+        And the table of `by_launch`.
 
     Raises:
         RuntimeError: see `run_under_ncu`.
     """
-    keys = ["pass", "dtype", "causal", "batch", "heads", "seqlen", "head_dim"]
-    called = table["impl"].str.replace(r"_(dq|dkdv)$", "", regex=True).rename("call")
-    calls = pd.concat([called, table[keys]], axis=1)
-    cases = json.loads(calls.drop_duplicates().to_json(orient="records"))
+    calls, cases = _cases(table)
     found = run_under_ncu("_run_attention", cases, keep=keep)
     if len(found) != len(cases):
         raise RuntimeError(f"{len(cases)} cases ran under ncu, and it marked {len(found)}.")
-    return merged(table, calls, cases, found)
+    return merged(table, calls, cases, found), by_launch(cases, found)
+
+
+def _cases(table: pd.DataFrame) -> tuple[pd.DataFrame, list[dict]]:
+    """The call that each row of a planned table belongs to, and the calls to be run, each once."""
+    keys = ["pass", "dtype", "causal", "batch", "heads", "seqlen", "head_dim"]
+    called = table["impl"].str.replace(r"_(dq|dkdv)$", "", regex=True).rename("call")
+    calls = pd.concat([called, table[keys]], axis=1)
+    return calls, json.loads(calls.drop_duplicates().to_json(orient="records"))
 
 
 def merged(table: pd.DataFrame, calls: pd.DataFrame, cases: list[dict], found: list[pd.DataFrame]) -> pd.DataFrame:
@@ -393,29 +400,82 @@ def merged(table: pd.DataFrame, calls: pd.DataFrame, cases: list[dict], found: l
     return table
 
 
+def by_launch(cases: list[dict], found: list[pd.DataFrame]) -> pd.DataFrame:
+    """Every launch of every case, in order, with the columns of `SCHEMAS["launches"]`: the kernels that PyTorch adds to
+    ours, and the single operations of naive attention.
+
+    Args:
+        cases: as `_run_attention` takes them. found: the launches of each.
+    """
+    rows = []
+    for case, launches in zip(cases, found, strict=True):
+        for name, launch in launches.groupby("launch", sort=False):
+            shape = {key: case[key] for key in ("pass", "dtype", "causal", "batch", "heads", "seqlen", "head_dim")}
+            kernel = short_operation(launch["kernel"].iloc[0])
+            rows.append({"impl": case["call"]} | shape | {"launch": name, "kernel": kernel} | summed(launch))
+    return pd.DataFrame(rows, columns=list(SCHEMAS["launches"]))
+
+
 def explained(traffic: pd.DataFrame) -> pd.DataFrame:
-    """Where the model's bytes go, of the forward rows of a measured table: ratios that a sentence can stand on.
+    """Where the model's bytes go, of the rows of a measured table: ratios that a sentence can stand on.
 
     Returns:
-        By impl and seqlen: `L2 / model` (1 where L2 is asked for what the IO model says; naive attention scales its
-        scores in an operation of its own, which adds a half), `DRAM / L2` (what L2 does not serve), `DRAM / compulsory`
-        (1 where every tensor comes once) and `S (MiB)`, the size of the N x N matrix of all heads, to be compared with
-        the L2 cache.
+        By impl and seqlen: `SM / model`, bytes that came into L1 and shared memory and bytes stored, by those of the IO
+        model (1 where the SMs move what the model says); `L2 / SM`, bytes that L2 was asked to read by those that
+        arrived (below 1 where one answer served several SMs); `DRAM reads / once` and `DRAM writes / once`, by the
+        bytes of `moved_once`; and `comes back (MiB)`, of `comes_back`. NaN where the blocks, and so the model, are not
+        known.
     """
-    rows = traffic[traffic["pass"] == "fwd"]
-    l2 = rows["l2_read_bytes"] + rows["l2_write_bytes"]
-    itemsize = rows["dtype"].map(lambda name: getattr(torch, name).itemsize)
-    matrix = rows["batch"] * rows["heads"] * rows["seqlen"] ** 2 * itemsize
+    once = [moved_once(row) for row in traffic.to_dict("records")]
     return pd.DataFrame(
         {
-            "impl": rows["impl"],
-            "seqlen": rows["seqlen"],
-            "L2 / model": l2 / rows["model_bytes"],
-            "DRAM / L2": rows["measured_bytes"] / l2,
-            "DRAM / compulsory": rows["measured_bytes"] / rows["compulsory_bytes"],
-            "S (MiB)": matrix / 2**20,
+            "impl": traffic["impl"],
+            "seqlen": traffic["seqlen"],
+            "SM / model": (traffic["l1_filled_bytes"] + traffic["l2_write_bytes"]) / traffic["model_bytes"],
+            "L2 / SM": traffic["l2_read_bytes"] / traffic["l1_filled_bytes"],
+            "DRAM reads / once": traffic["dram_read_bytes"] / [reads for reads, _ in once],
+            "DRAM writes / once": traffic["dram_write_bytes"] / [writes for _, writes in once],
+            "comes back (MiB)": [comes_back(row) / 2**20 for row in traffic.to_dict("records")],
         }
     )
+
+
+def moved_once(row: Mapping[str, Any]) -> tuple[int, int]:
+    """Bytes that a call of `CASES` reads, and writes, if each of its kernels moves each of its tensors once.
+
+    Naive attention is six kernels: two that lay K and V out, a product, the scale, the softmax, a product. v1 reads O,
+    l and m as well, which PyTorch has filled.
+
+    Args:
+        row: of a table of `planned_traffic`, without a mask.
+    """
+    heads, rows = row["batch"] * row["heads"], row["seqlen"]
+    size = getattr(torch, row["dtype"]).itemsize
+    slim, matrix, one = heads * rows * row["head_dim"] * size, heads * rows * rows * size, heads * rows * 4
+    state = heads * rows * row["head_dim"] * 4 + 2 * one  # v1's O, l and m, in float32
+    return {
+        "naive": (3 * matrix + 5 * slim, 3 * matrix + 3 * slim),
+        "sdpa_flash": (3 * slim, slim + one),
+        "triton_v1": (3 * slim + state, state),
+        "triton_v2": (3 * slim, slim + one),
+        "triton_v2_dq": (5 * slim + one, slim + 2 * one),
+        "triton_v2_dkdv": (4 * slim + 2 * one, 2 * slim),
+    }[row["impl"]]
+
+
+def comes_back(row: Mapping[str, Any]) -> int:
+    """Bytes that a call of `CASES` needs again and again, or hands from kernel to kernel, of all heads together.
+
+    Naive attention's S; Q, O, l and m of v1, once for each block of K and V; K and V of the kernels with a block of Q;
+    Q, dO and two numbers a row of the one with a block of K and V.
+    """
+    heads, rows = row["batch"] * row["heads"], row["seqlen"]
+    size, d = getattr(torch, row["dtype"]).itemsize, row["head_dim"]
+    return {
+        "naive": heads * rows * rows * size,
+        "triton_v1": heads * rows * (d * (size + 4) + 8),
+        "triton_v2_dkdv": heads * rows * (2 * d * size + 8),
+    }.get(row["impl"], heads * rows * 2 * d * size)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ import torch
 
 from labutils import runtime
 from labutils.analysis.roofline import Ceilings, measure_ceilings, stored_ceilings
-from labutils.benchmark import RESULTS, Point, attention_flops, find_results, reference_results
+from labutils.benchmark import RESULTS, Point, attention_flops, reference_results
 
 EXPONENTIALS_PER_CLOCK = 16
 """Results of ex2 that an SM delivers in a clock, compute capability 7.5 to 10.0 (CUDA C++ Programming Guide, table
@@ -295,12 +295,39 @@ def judged(predicted: pd.DataFrame, by: Iterable[str] = ("impl", "pass")) -> pd.
     return pd.DataFrame.from_dict(table, orient="index", columns=["shapes", "median", "90 %", "largest"])
 
 
-def held_out_by_length(measured: pd.DataFrame, held_out: Iterable[int]) -> pd.DataFrame:
-    """A table of measurements with a column `split`: "held_out" where N is one of these, else "fit"."""
-    split = np.where(measured["seqlen"].isin(list(held_out)), "held_out", "fit")
-    return measured[measured["impl"].isin(PREDICTED) & measured["ms"].notna()].assign(
-        split=pd.Series(split, index=measured.index)
-    )
+def each_length_in_turn(measured: pd.DataFrame, gpu: Gpu) -> pd.DataFrame:
+    """The table with `predicted_ms`, each row from a fit of the rows of all other lengths.
+
+    Raises:
+        ValueError: too few rows remain of one group.
+    """
+    parts = [
+        predict(fit(measured[measured["seqlen"] != n], gpu), measured[measured["seqlen"] == n], gpu)
+        for n in sorted(set(measured["seqlen"]))
+    ]
+    return pd.concat(parts)
+
+
+def by_head_dim(fits: Mapping[tuple, Fit], held_out: pd.DataFrame, gpu: Gpu, instead: Mapping[int, int]) -> pd.DataFrame:
+    """The median error, with its sign, for each implementation, pass and head dimension.
+
+    Args:
+        fits, gpu: as for `predict`.
+        held_out: measurements.
+        instead: head dimensions -> others that are put into the model as well, such as {96: 128}: a kernel that
+            computes with 128 columns where 96 were asked for is predicted as if 128 had been.
+
+    Returns:
+        Rows by implementation and pass; columns "D = 64" and so on, and "D = 96 as 128".
+    """
+    columns = {}
+    for d, rows in held_out.groupby("head_dim"):
+        for taken in (d, instead.get(d)):
+            if taken is not None:
+                guess = predict(fits, rows.assign(head_dim=taken), gpu)
+                error = (guess["predicted_ms"] / guess["ms"] - 1).groupby([guess["impl"], guess["pass"]], sort=False)
+                columns[f"D = {d}" if taken == d else f"D = {d} as {taken}"] = error.median()
+    return pd.DataFrame(columns)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -368,34 +395,12 @@ def points_to_measure(
 
 
 def stored_predictions(gpu: str = "nvidia_h200") -> pd.DataFrame:
-    """The stored table of predictions of a GPU, with the columns of `SCHEMAS["prediction"]`.
+    """The stored measurements to fit and to judge on, with their predictions: the columns of `SCHEMAS["prediction"]`.
 
     Raises:
         FileNotFoundError: none is stored: `python -m labutils study shapes` measures one.
     """
     return reference_results(gpu, "prediction", dtype=None)
-
-
-GRID_HELD_OUT = (1024, 4096, 16384)
-
-
-def stored_measurements(gpu: str = "nvidia_h200") -> tuple[pd.DataFrame, str]:
-    """What is stored of a GPU to fit and to judge on, in bfloat16: a table with `split`, and a sentence on what it is.
-
-    Either the shapes that `study shapes` measured or, where there are none, the stored sweep of 16,384 tokens, of which
-    the lengths in `GRID_HELD_OUT` are held out.
-    """
-    shapes = find_results("prediction", gpu)
-    if shapes is not None:
-        return shapes, "shapes measured for this purpose; those held out have other lengths, batches and heads"
-    grid = reference_results(gpu, dtype="bfloat16")
-    table = held_out_by_length(grid[grid["impl"].isin(MEASURED)], GRID_HELD_OUT)
-    table.attrs.update(grid.attrs)
-    lengths = ", ".join(f"{n:,}" for n in GRID_HELD_OUT)
-    return table, (
-        f"the stored sweep of 16,384 tokens, with N = {lengths} held out: every shape of it fills the GPU, so that it "
-        "says nothing of those that do not"
-    )
 
 
 def predicted_table(measured: pd.DataFrame, gpu: Gpu) -> pd.DataFrame:

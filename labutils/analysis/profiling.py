@@ -16,8 +16,15 @@ import torch
 from labutils import runtime
 from labutils.benchmark import Unsupported, time_replayed, torch_profiler
 
-# The profiler records its own requests for memory among the operations.
-_PROFILERS_OWN = ("Activity Buffer Request",)
+# The profiler records its own requests for memory, and its steps, among the operations.
+_PROFILERS_OWN = ("Activity Buffer Request", "ProfilerStep")
+
+
+def short_operation(name: str) -> str:
+    """An operation's or kernel's name without result, namespaces and template arguments."""
+    for noise in ("<unnamed>::", "(anonymous namespace)::"):
+        name = name.replace(noise, "")
+    return name.split("<")[0].split("(")[0].split("::")[-1].removeprefix("void ").strip()
 
 
 def profile(
@@ -110,7 +117,7 @@ def timeline(fn: Callable[[], Any], *, trace: str | Path | None = None) -> pd.Da
     """When each operation of one call of `fn()` ran: a row for each, in microseconds from the first.
 
     Args:
-        fn: called once to warm up, and once more, recorded.
+        fn: called twice to warm up, and once more, recorded.
         trace: a file for the whole trace, which https://ui.perfetto.dev and chrome://tracing open.
 
     Returns:
@@ -120,17 +127,23 @@ def timeline(fn: Callable[[], Any], *, trace: str | Path | None = None) -> pd.Da
     on_gpu = runtime.device.type == "cuda"
     activity = torch.profiler.ProfilerActivity
     fn()
-    with torch_profiler(activities=[activity.CPU, activity.CUDA] if on_gpu else [activity.CPU]) as profiler:
-        fn()
-        if on_gpu:
-            torch.cuda.synchronize()
+    first_unrecorded = torch.profiler.schedule(wait=0, warmup=1, active=1, repeat=1)
+    with torch_profiler(
+        activities=[activity.CPU, activity.CUDA] if on_gpu else [activity.CPU], schedule=first_unrecorded
+    ) as profiler:
+        for call in range(2):  # with the profiler's start in it, the first operation would take milliseconds
+            fn()
+            if on_gpu:
+                torch.cuda.synchronize()
+            if call == 0:
+                profiler.step()
     if trace is not None:
         profiler.export_chrome_trace(str(trace))
     cpu = torch.autograd.DeviceType.CPU
     rows = [
         [e.name, "CPU" if e.device_type == cpu else "GPU", e.time_range.start, e.time_range.end]
         for e in profiler.events()
-        if e.name not in _PROFILERS_OWN and e.time_range.end > e.time_range.start
+        if not e.name.startswith(_PROFILERS_OWN) and e.time_range.end > e.time_range.start
     ]
     table = pd.DataFrame(rows, columns=["op", "track", "start_us", "end_us"])
     table[["start_us", "end_us"]] -= table["start_us"].min()

@@ -79,3 +79,38 @@ def stored_blocks(gpu: str = "nvidia_h200") -> pd.DataFrame:
         FileNotFoundError: none is stored: `python -m labutils study blocks` makes one.
     """
     return reference_results(gpu, "blocks", dtype=None)
+
+
+def against_the_table(blocks: pd.DataFrame) -> pd.DataFrame:
+    """The best launch of a sweep beside what the shipped launch table has for that GPU.
+
+    Args:
+        blocks: of `sweep_blocks` on this machine, or `stored_blocks`, with the machine's capability in `.attrs`.
+
+    Returns:
+        A row for each head dimension and mask: head_dim, causal, `best` and `shipped` ("64 × 128, 4 warps, 2 stages"),
+        their milliseconds in this sweep, and `shipped / best`; NaN where the sweep has no such launch. `128 × 128 /
+        best`: the least time with these large blocks by the least of all.
+    """
+    from labutils.kernels import launch_table
+
+    stored = blocks.attrs.get("environment")
+    capability = tuple(map(int, stored["capability"].split("."))) if stored else runtime.capability
+    rows = []
+    for (d, causal), timed in blocks[blocks["status"] == "ok"].groupby(["head_dim", "causal"]):
+        dtype = getattr(torch, timed["dtype"].iloc[0])
+        config = launch_table.shipped(launch_table.Place.of("forward", d, causal, dtype), capability)
+        best = timed.loc[timed["ms"].idxmin()]
+        own = timed[
+            (timed["block_m"] == config.block_m) & (timed["block_n"] == config.block_n)
+            & (timed["num_warps"] == config.num_warps) & (timed["num_stages"] == config.num_stages)
+        ]  # fmt: skip
+        ms = own["ms"].min()
+        large = timed[(timed["block_m"] == 128) & (timed["block_n"] == 128)]["ms"].min()
+        rows.append([d, causal, _named(best), _named(config), best["ms"], ms, ms / best["ms"], large / best["ms"]])
+    columns = ["head_dim", "causal", "best", "shipped", "best ms", "shipped ms", "shipped / best", "128 × 128 / best"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def _named(launch: object) -> str:
+    return f"{launch.block_m} × {launch.block_n}, {launch.num_warps} warps, {launch.num_stages} stages"

@@ -28,6 +28,8 @@ SCHEMAS: dict[str, tuple[str, ...]] = {
         "traffic": "impl seqlen head_dim block_m block_n model_bytes counted_bytes measured_bytes pass dtype causal "
         "batch heads kernels compulsory_bytes dram_read_bytes dram_write_bytes l2_read_bytes l2_write_bytes "
         "l1_filled_bytes load_sectors_per_request store_sectors_per_request",
+        "launches": "impl pass dtype causal batch heads seqlen head_dim launch kernel dram_read_bytes dram_write_bytes "
+        "l2_read_bytes l2_write_bytes l1_filled_bytes load_sectors_per_request store_sectors_per_request",
         "coalescing": "stride elements useful_bytes model_bytes dram_read_bytes dram_write_bytes l2_read_bytes "
         "l2_write_bytes load_sectors_per_request store_sectors_per_request",
         "decoding": "batch seqlen heads heads_kv head_dim us gb_per_s flops intensity tflops",

@@ -90,7 +90,8 @@ def _traffic(arguments: argparse.Namespace) -> int:
         benchmark.save_results(gaps, arguments.out, made_by, table="coalescing")
         print(gaps.to_string(index=False))
         print("Attention, under ncu ...", flush=True)
-        table = counters.measure_traffic(counters.planned_traffic(), keep=logs[0])
+        table, launches = counters.measure_traffic(counters.planned_traffic(), keep=logs[0])
+        benchmark.save_results(launches, arguments.out, made_by, table="launches")
         benchmark.save_results(table, arguments.out, made_by, table="traffic")  # counting may be interrupted
     print(f"Counting in the interpreter, up to N = {arguments.count_up_to:,} ...", flush=True)
     with progress_bar(len(table)) as bar:

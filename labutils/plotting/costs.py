@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from labutils.analysis import Bytes, Ceilings, total_bytes
+from labutils.analysis.profiling import short_operation
 from labutils.plotting.style import (
     BLACK,
     BLUE,
@@ -135,7 +136,8 @@ def plot_roofline(
         f"matmul, {ceilings.dtype}: {ceilings.tflops:.3g} TFLOP/s",
         (high, ceilings.tflops),
         ha="right",
-        xytext=(0, 4),
+        va="top" if lower else "bottom",  # above it, the line of another ceiling may run
+        xytext=(0, -4 if lower else 4),
         textcoords="offset points",
         fontsize=9,
     )
@@ -152,10 +154,10 @@ def plot_roofline(
     for i, (name, tflops) in enumerate((lower or {}).items()):
         ax.hlines(tflops, 1e3 * tflops / ceilings.gb_per_s, high, color="#777777", linestyle=("--", "-.", ":")[i % 3])
         ax.annotate(
-            f"{name}: {tflops:.3g}",
+            f"{name}: {tflops:,.0f} TFLOP/s",
             (1e3 * tflops / ceilings.gb_per_s, tflops),
             ha="right",
-            va="center",
+            va="bottom" if tflops > ceilings.tflops else "center",
             xytext=(-6, 0),
             textcoords="offset points",
             fontsize=8,
@@ -203,10 +205,9 @@ def plot_roofline(
 
 
 def _shorten(name: str, width: int = 44) -> str:
-    """A kernel's name without `void`, template arguments and namespaces, cut to a width."""
-    name = name.removeprefix("aten::").removeprefix("void ").split("(")[0]
-    base = name.split("<")[0].split("::")[-1] if "<" in name else name
-    return base if len(base) <= width else base[: width - 1] + "…"
+    """An operation's or kernel's name, cut to a width."""
+    name = short_operation(name)
+    return name if len(name) <= width else name[: width - 1] + "…"
 
 
 @styled

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from labutils.analysis.profiling import short_operation
 from labutils.analysis.resources import gpu_name
 from labutils.plotting.style import (
     BLUE,
@@ -19,13 +20,14 @@ from labutils.plotting.style import (
     GREY,
     LABELS,
     ORANGE,
+    PURPLE,
     SKY,
     VERMILLION,
     WIDE,
     WIDTH,
+    YELLOW,
     footnote,
     legend_above,
-    look_of,
     machine_of,
     short_size,
     styled,
@@ -140,7 +142,7 @@ def plot_block_times(blocks: pd.DataFrame) -> Figure:
 
 @styled
 def plot_counters(traffic: pd.DataFrame) -> Figure:
-    """Bytes of the forward pass by sequence length: compulsory, at DRAM, at L2, and by the IO model.
+    """Bytes of the forward pass by sequence length: compulsory, at DRAM, at L2, at the SMs, and by the IO model.
 
     Args:
         traffic: the stored table "traffic".
@@ -152,11 +154,13 @@ def plot_counters(traffic: pd.DataFrame) -> Figure:
         ("compulsory_bytes", "compulsory", GREY, "--", "o"),
         ("measured_bytes", "DRAM, measured", VERMILLION, "-", "s"),
         ("l2_bytes", "L2, measured", SKY, "-", "^"),
+        ("sm_bytes", "SMs, measured", ORANGE, "-", "v"),
         ("model_bytes", "IO model", BLUE, ":", "D"),
     ]
     for ax, impl in zip(axes[0], impls, strict=True):
         rows = forward[forward["impl"] == impl].sort_values("seqlen")
         rows = rows.assign(l2_bytes=rows["l2_read_bytes"] + rows["l2_write_bytes"])
+        rows = rows.assign(sm_bytes=rows["l1_filled_bytes"] + rows["l2_write_bytes"])
         for column, label, color, line, marker in series:
             if rows[column].notna().any():
                 ax.plot(rows["seqlen"], rows[column] / 2**20, color=color, linestyle=line, marker=marker, label=label)
@@ -165,38 +169,43 @@ def plot_counters(traffic: pd.DataFrame) -> Figure:
         ax.minorticks_off()
         ax.set_title(LABELS.get(impl, impl))
     axes[0][0].set_ylabel("bytes moved (MiB)")
-    legend_above(fig, *axes[0], ncols=4)
+    legend_above(fig, *axes[0], ncols=5)
     row = forward.iloc[0]
     footnote(
         fig,
         f"{machine_of(traffic)}, by Nsight Compute: B = {row['batch']}, H = {row['heads']}, D = {row['head_dim']}, "
-        f"{row['dtype']}, caches empty before each kernel.",
+        f"{row['dtype']}, caches empty before each kernel. SMs: what came into L1 and shared memory, and was stored.",
     )
     return fig
 
 
 @styled
-def plot_prediction(predicted: pd.DataFrame) -> Figure:
-    """Predicted over measured time, with the band of 10 % around the truth.
+def plot_prediction(predicted: pd.DataFrame, apart: int = 96) -> Figure:
+    """Predicted by measured time, a panel for each implementation, with the band of 10 % around the truth.
 
     Args:
-        predicted: of `analysis.prediction.predict`; with a column `split`, what was fitted is drawn pale.
+        predicted: of `analysis.prediction.predict`, with a column `split`: what was fitted is drawn pale.
+        apart: a head dimension that is drawn in another colour.
     """
-    fig, ax = plt.subplots(figsize=(WIDTH, 4.4))
-    low, high = predicted["ms"].min() / 1.3, predicted["ms"].max() * 1.3
-    ax.fill_between([low, high], [0.9 * low, 0.9 * high], [1.1 * low, 1.1 * high], color="#DDDDDD", label="within 10 %")
-    ax.plot([low, high], [low, high], color="#777777", linewidth=1)
-    held_out = predicted["split"] == "held_out" if "split" in predicted else pd.Series(True, index=predicted.index)
-    for i, (impl, rows) in enumerate(predicted.groupby("impl", sort=False)):
-        look = look_of(impl, i) | {"linestyle": "none"}
-        shown = rows[held_out[rows.index]]
-        ax.plot(shown["ms"], shown["predicted_ms"], **look, markersize=5)
-        fitted = rows[~held_out[rows.index]]
-        ax.plot(fitted["ms"], fitted["predicted_ms"], **look | {"label": None}, markersize=4, alpha=0.25)
-    ax.set(xscale="log", yscale="log", xlabel="measured (ms)", ylabel="predicted (ms)", xlim=(low, high))
-    ax.set_title(f"Predicted from shapes alone: {machine_of(predicted)}")
-    legend_above(fig, ax)
-    footnote(fig, "Strong markers: shapes that the fit has not seen. Pale ones: those it was fitted on.")
+    impls = list(dict.fromkeys(predicted["impl"]))
+    ratio = predicted["predicted_ms"] / predicted["ms"]
+    fig, axes = plt.subplots(1, len(impls), figsize=(WIDE, 3.9), sharex=True, sharey=True, squeeze=False)
+    fitted, other = predicted["split"] != "held_out", predicted["head_dim"] == apart
+    series = [
+        ("fitted", fitted, {"color": "#BBBBBB", "marker": ".", "markersize": 4}),
+        ("held out", ~fitted & ~other, {"color": BLUE, "marker": "o", "markersize": 3.5}),
+        (f"held out, D = {apart}", ~fitted & other, {"color": VERMILLION, "marker": "^", "markersize": 4.5}),
+    ]
+    for ax, impl in zip(axes[0], impls, strict=True):
+        ax.axhspan(0.9, 1.1, color="#E3E3E3", label="within 10 %", zorder=0)
+        for label, chosen, look in series:
+            rows = predicted.index[chosen & (predicted["impl"] == impl)]
+            ax.plot(predicted.loc[rows, "ms"], ratio[rows], linestyle="none", label=label, **look)
+        ax.set(xscale="log", xlabel="measured (ms)")
+        ax.set_title(LABELS.get(impl, impl))
+    axes[0][0].set_ylabel("predicted / measured")
+    legend_above(fig, *axes[0], ncols=4)
+    footnote(fig, f"{machine_of(predicted)}, forward and backward; the fit has not seen what is held out.")
     return fig
 
 
@@ -213,27 +222,30 @@ def plot_timeline(events: pd.DataFrame, depth: int = 3, title: str = "") -> Figu
     tracks = [track for track in ("CPU", "GPU") if (shown["track"] == track).any()]
     levels = {track: int(shown.loc[shown["track"] == track, "depth"].max()) + 1 for track in tracks}
     fig, axes = plt.subplots(
-        len(tracks), 1, figsize=(WIDE, 0.9 + 0.55 * sum(levels.values())), sharex=True, squeeze=False,
+        len(tracks), 1, figsize=(WIDE, 1.3 + 0.6 * sum(levels.values())), sharex=True, squeeze=False,
         height_ratios=list(levels.values()),
     )  # fmt: skip
-    palette = (BLUE, ORANGE, GREEN, SKY, VERMILLION)
+    palette = (BLUE, ORANGE, GREEN, SKY, VERMILLION, PURPLE, YELLOW)
     total = shown["end_us"].max()
+    took = (shown["end_us"] - shown["start_us"]).groupby([shown["track"], shown["op"].map(short_operation)]).max()
     for ax, track in zip(axes[:, 0], tracks, strict=True):
-        for i, row in enumerate(shown[shown["track"] == track].itertuples()):
-            width = row.end_us - row.start_us
-            label = "operations on the CPU" if track == "CPU" else "kernels on the GPU"
-            ax.barh(
-                row.depth, width, left=row.start_us, height=0.8, color=palette[i % len(palette)], edgecolor="white",
-                linewidth=0.5, label=label if i == 0 else None,
+        longest = took[track].nlargest(len(palette))
+        colors = dict(zip(longest.index[longest > 0.01 * total], palette, strict=False))
+        entries = {}
+        for row in shown[shown["track"] == track].itertuples():
+            name, width = short_operation(row.op), row.end_us - row.start_us
+            bar = ax.barh(
+                row.depth, width, left=row.start_us, height=0.8, color=colors.get(name, GREY), edgecolor="white",
+                linewidth=0.3,
             )  # fmt: skip
-            name = row.op.removeprefix("aten::").removeprefix("void ").split("<")[0].split("(")[0]
-            if width > 0.008 * total * len(name):
-                ax.text(row.start_us + width / 2, row.depth, name, ha="center", va="center", fontsize=7, clip_on=True)
+            entries.setdefault(name if name in colors else "shorter ones", bar)
         ax.set(ylim=(levels[track] - 0.5, -0.5), yticks=[], ylabel=track)
         ax.grid(visible=False, axis="y")
+        names = [name for name in [*colors, "shorter ones"] if name in entries]
+        labels = [name if len(name) <= 34 else name[:33] + "…" for name in names]
+        ax.legend([entries[name] for name in names], labels, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
     axes[-1, 0].set_xlabel("time since the first operation (µs)")
     axes[0, 0].set_title(f"{title or 'One call'}: {machine_of(events)}")
-    legend_above(fig, *axes[:, 0])
     return fig
 
 
