@@ -1,7 +1,9 @@
 """Times are predicted on shapes held out; advice is near the fastest; stored resources are what compiling gives."""
 
 import dataclasses
+import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,6 +78,23 @@ def test_a_fit_finds_the_constants_that_made_the_times():
     assert sum(found.parts(row, GPU).values()) == pytest.approx(row["predicted_ms"])
     faster = dataclasses.replace(GPU, tflops=1000.0, gb_per_s=4000.0, mhz=3000.0)
     assert found.predict(row, faster) < found.predict(row, GPU)
+
+
+def test_constants_are_the_best_that_are_not_negative():
+    """Against trying out every choice of which constants are 0."""
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        a = generator.normal(size=(12, 4)) + generator.choice([0, 2])
+        b = np.ones(12)
+        found = prediction._not_negative(a, b)
+        assert (found >= 0).all()
+        least = (b**2).sum()
+        for size in range(1, 5):
+            for chosen in itertools.combinations(range(4), size):
+                x = np.linalg.lstsq(a[:, chosen], b, rcond=None)[0]
+                if (x >= 0).all():
+                    least = min(least, ((a[:, chosen] @ x - b) ** 2).sum())
+        assert ((a @ found - b) ** 2).sum() == pytest.approx(least, rel=1e-9)
 
 
 def test_too_few_rows_and_unknown_groups():

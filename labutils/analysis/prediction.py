@@ -215,15 +215,25 @@ _SLOWDOWN = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 
 
 def _not_negative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Least squares with all constants 0 or more: the best of all choices of which are 0."""
+    """Least squares with all constants 0 or more: which of them are 0 is tried out, few zeros first.
+
+    Where the others come out as 0 or more, and none of those at 0 would lower the error by growing, there is no better
+    choice (the conditions of Karush, Kuhn and Tucker).
+    """
     best, best_error = np.zeros(a.shape[1]), math.inf
-    for size in range(1, a.shape[1] + 1):
+    for size in range(a.shape[1], 0, -1):
         for chosen in itertools.combinations(range(a.shape[1]), size):
-            found = np.linalg.lstsq(a[:, chosen], b, rcond=None)[0]
-            error = float(((a[:, chosen] @ found - b) ** 2).sum())
-            if (found >= 0).all() and error < best_error:
-                best, best_error = np.zeros(a.shape[1]), error
-                best[list(chosen)] = found
+            x = np.zeros(a.shape[1])
+            x[list(chosen)] = np.linalg.lstsq(a[:, chosen], b, rcond=None)[0]
+            if (x < 0).any():
+                continue
+            left = b - a @ x
+            error = float((left**2).sum())
+            if error < best_error:
+                best, best_error = x, error
+            slope = a.T @ left / np.linalg.norm(a, axis=0).clip(min=1e-300)
+            if (slope <= 1e-9 * np.linalg.norm(b)).all():
+                return x
     return best
 
 
@@ -308,7 +318,9 @@ def each_length_in_turn(measured: pd.DataFrame, gpu: Gpu) -> pd.DataFrame:
     return pd.concat(parts)
 
 
-def by_head_dim(fits: Mapping[tuple, Fit], held_out: pd.DataFrame, gpu: Gpu, instead: Mapping[int, int]) -> pd.DataFrame:
+def by_head_dim(
+    fits: Mapping[tuple, Fit], held_out: pd.DataFrame, gpu: Gpu, instead: Mapping[int, int]
+) -> pd.DataFrame:
     """The median error, with its sign, for each implementation, pass and head dimension.
 
     Args:
