@@ -26,9 +26,10 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter}
 def may_be_short(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether nothing needs the long way, over PyTorch's dispatcher.
 
-    It is for whatever looks at operators as they run: a compiler, a FLOP counter, a transform, autocast, a subclass of
+    It is for whatever looks at operators as they run: a compiler, a FLOP counter, a transform, a subclass of
     tensors; for a view with a minus sign that is still due (the imaginary part of a conjugate), which the dispatcher
-    resolves; for the interpreter; and for a GPU that is not the current one, which is where Triton launches.
+    resolves; for the interpreter; and for a GPU that is not the current one, which is where Triton launches. Autocast
+    needs nothing: whoever asks has cast the tensors, and nothing on the short way is an operation that it casts.
     """
     return (
         not torch.compiler.is_compiling()  # first: what follows cannot be traced
@@ -36,7 +37,6 @@ def may_be_short(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
         and {type(q), type(k), type(v)} <= _PLAIN
         and q.device.index == torch._C._cuda_getDevice()
         and torch._C._len_torch_dispatch_stack() == 0
-        and not torch.is_autocast_enabled("cuda")
         and not (q.is_neg() or k.is_neg() or v.is_neg())
         and torch._C._functorch.peek_interpreter_stack() is None
     )
