@@ -8,7 +8,7 @@ from triton import knobs
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
-from labutils.kernels import flash_v2, prepared
+from labutils.kernels import flash_v2, flash_v2_backward, prepared
 from labutils.kernels.launch import Launched, describe
 
 SIGNATURE = {
@@ -137,3 +137,48 @@ def test_a_form_gives_new_outputs_to_the_same_launch(monkeypatch):
     for new, old in ((new_out, out), (new_lse, lse)):
         assert (new.shape, new.stride(), new.dtype) == (old.shape, old.stride(), old.dtype)
         assert new.data_ptr() != old.data_ptr()
+
+
+def test_a_form_gives_new_gradients_to_the_same_launches(monkeypatch):
+    """Addresses are what `again` gets, in the order of the kernels' pointers; another layout is another backward."""
+    given = []
+    q, k, v, out, dout = torch.randn(5, 2, 96, 3, 32).half().unbind()
+    lse, per_row = torch.zeros(2, 3, 96), torch.zeros(2, 2, 3, 160)
+
+    def launched(name):
+        return lambda: SimpleNamespace(again=lambda *addresses: given.append((name, addresses)))
+
+    started = []
+
+    def start(*args):
+        started.append(args)
+        return tuple(t.clone() for t in (q, k, v)), {name: launched(name) for name in ("dq", "dkdv")}, per_row
+
+    monkeypatch.setattr(flash_v2_backward, "start", start)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+    form = prepared._Form(flash_v2.Options(0.125))
+    form.backward(dout, q, k, v, out, lse, None)
+    assert len(started) == 1 and given == []
+    gradients = form.backward(out, v, k, q, dout, lse, None)
+    assert len(started) == 1 and all(g.shape == q.shape and g.is_contiguous() for g in gradients)
+    first, second = dict(given)["dq"], dict(given)["dkdv"]
+    dq, dk, dv = (g.data_ptr() for g in gradients)
+    assert first[:6] == (v.data_ptr(), k.data_ptr(), q.data_ptr(), dout.data_ptr(), out.data_ptr(), lse.data_ptr())
+    lse2, delta = first[6:8]
+    assert delta - lse2 == 4 * 2 * 3 * 160 and first[8:] == (dq,)
+    assert second == (v.data_ptr(), k.data_ptr(), q.data_ptr(), out.data_ptr(), lse2, delta, dk, dv)
+    form.backward(dout, q, k, v, out, lse, None)
+    form.backward(dout[:1, :1, :1, :1].expand(out.shape), q, k, v, out, lse, None)
+    assert len(started) == 2 and len(given) == 4
+
+
+def test_a_backward_of_another_kind_takes_the_long_way(monkeypatch):
+    q, k, v, out, dout = torch.randn(5, 2, 96, 3, 32).half().unbind()
+    lse, long = torch.zeros(2, 3, 96), []
+    monkeypatch.setattr(flash_v2_backward, "backward", lambda *args, dlse: long.append(dlse))
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+    form = prepared._Form(flash_v2.Options(0.125))
+    form.backward(dout, q, k, v, out, lse, lse)
+    odd = torch.zeros(dout.numel() + 1).half()[1:].view(dout.shape)  # 2 bytes off
+    form.backward(odd, q, k, v, out, lse, None)
+    assert long == [lse, None] and form.backwards == {}

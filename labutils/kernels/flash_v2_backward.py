@@ -268,8 +268,11 @@ def backward(
 
 def start(
     dout, q, k, v, out, lse, options: Options, configs: dict[str, LaunchConfig] | None = None, dlse=None
-) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, Callable[[], Launched] | None]]:
-    """`backward`, and by kernel ("dkdv", "dq") what it launched, to be launched again."""
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, Callable[[], Launched] | None], torch.Tensor]:
+    """`backward`, by kernel ("dkdv", "dq") what it launched, to be launched again, and what the first left the second.
+
+    That last tensor, (2, ...), holds L log2 e and Δ of each row.
+    """
     batch, n_q, n_k = options.sizes(q, k)
     heads, head_dim = q.shape[-2:]
     heads_kv = k.shape[-2]
@@ -287,7 +290,8 @@ def start(
     # L log2 e and Δ, one number a row, for `_dkdv_kernel`: it reads whole blocks of rows, so each row of these tensors
     # goes on for as much as a block past the last sequence, and starts where the copy engine can read it.
     columns = triton.cdiv((len(q) if packed else n_q) + config("dkdv").block_m, 16) * 16
-    lse2, delta = torch.empty(2, *lse.shape[:-1], columns, dtype=torch.float32, device=q.device)
+    per_row = torch.empty(2, *lse.shape[:-1], columns, dtype=torch.float32, device=q.device)
+    lse2, delta = per_row
     row_strides = (0 if packed else lse2.stride(0), lse2.stride(-2))
 
     c = config("dq")
@@ -313,4 +317,4 @@ def start(
         *strides[q], *strides[k], *strides[v], *strides[dout], *strides[dk], *strides[dv], *row_strides,
         D=head_dim, BLOCK_D=block_d, TMA=tma,
     )  # fmt: skip
-    return (dq, dk, dv), launched
+    return (dq, dk, dv), launched, per_row
