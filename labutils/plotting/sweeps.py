@@ -182,7 +182,7 @@ def _slope_guides(ax: Axes, df: pd.DataFrame, which: str) -> None:
             (last, ends[1]),
             fontsize=9,
             color="#555555",
-            xytext=(0, -5),
+            xytext=(0, -14 if constant and power == 2 else -5),  # its long text would cross the line
             textcoords="offset points",
             ha="right",
             va="top",
