@@ -167,6 +167,7 @@ def cut_to_rows(config: LaunchConfig, rows: int) -> LaunchConfig:
     return replace(config, block_m=min(config.block_m, max(SMALLEST_BLOCK, triton.next_power_of_2(rows))))
 
 
+@functools.lru_cache(1024)  # every layer asks the same for every token, and trying all splits takes as long as a launch
 def choose_splits(programs: int, tiles: int, slots: int) -> int:
     """In how many parts to split the keys: the number that ends first if all programs run in waves.
 
