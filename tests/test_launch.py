@@ -4,11 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 from triton import knobs
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
-from labutils.kernels import flash_v2, flash_v2_backward, prepared
+from labutils.kernels import flash_v2, flash_v2_backward, launch_table, prepared
 from labutils.kernels.launch import LaunchConfig, Launched, describe
 
 SIGNATURE = {
@@ -226,3 +227,10 @@ def test_a_backward_done_again_gives_the_kernels_what_the_long_way_gives_them(gp
     for name, wanted in (("dq", "q k v o do lse lse2 delta dq"), ("dkdv", "q k v do lse2 delta dk dv")):
         assert [value for value in long[name] if value in wanted.split()] == wanted.split()
         assert not any(isinstance(value, int) and value > 2**32 for value in long[name])  # no address is unknown
+
+
+def test_sizes_of_grids_and_blocks_are_triton_s():
+    for n in (1, 2, 3, 15, 16, 17, 1000, 2**20 + 1):
+        assert launch_table.next_power_of_2(n) == triton.next_power_of_2(n)
+        assert [launch_table.cdiv(n, block) for block in (16, 64)] == [triton.cdiv(n, block) for block in (16, 64)]
+    assert launch_table.cdiv(0, 16) == 0

@@ -25,6 +25,7 @@ from labutils.kernels.launch import (
     launch,
     pick_config,
 )
+from labutils.kernels.launch_table import cdiv
 from labutils.kernels.scores import (
     LOG2_E,
     columns_of,
@@ -289,7 +290,7 @@ def start(
 
     # L log2 e and Δ, one number a row, for `_dkdv_kernel`: it reads whole blocks of rows, so each row of these tensors
     # goes on for as much as a block past the last sequence, and starts where the copy engine can read it.
-    columns = triton.cdiv((len(q) if packed else n_q) + config("dkdv").block_m, 16) * 16
+    columns = cdiv((len(q) if packed else n_q) + config("dkdv").block_m, 16) * 16
     per_row = torch.empty(2, *lse.shape[:-1], columns, dtype=torch.float32, device=q.device)
     lse2, delta = per_row
     row_strides = (0 if packed else lse2.stride(0), lse2.stride(-2))
@@ -299,7 +300,7 @@ def start(
     tma = c.tma and not packed and descriptors_fit(k, v)
     launched = {}
     launched["dq"] = launch(
-        _dq_kernel, (triton.cdiv(n_q, c.block_m) * batch * heads,), c,
+        _dq_kernel, (cdiv(n_q, c.block_m) * batch * heads,), c,
         q, *(describe(t, c.block_n, block_d) if tma else t for t in (k, v)), out, dout, lse, dlse,
         lse2, delta, dq,
         *options.arguments(), heads, heads // heads_kv, n_q, n_k,
@@ -310,7 +311,7 @@ def start(
     c = config("dkdv")
     tma = c.tma and not packed and descriptors_fit(q, dout)
     launched["dkdv"] = launch(
-        _dkdv_kernel, (triton.cdiv(n_k, c.block_n) * batch * heads_kv,), c,
+        _dkdv_kernel, (cdiv(n_k, c.block_n) * batch * heads_kv,), c,
         describe(q, c.block_m, block_d) if tma else q, k, v, describe(dout, c.block_m, block_d) if tma else dout,
         *(describe_vectors(t, c.block_m) if tma else t for t in (lse2, delta)), dk, dv,
         *options.arguments(), heads, heads // heads_kv, n_q, n_k,
