@@ -99,6 +99,7 @@ def flash_attn_func(
         NotImplementedError: a gradient by alibi_slopes.
         RuntimeError: a GPU too old or too small.
     """
+    q, k, v = _cast(q, k, v)
     if dropout_p == 0.0 and alibi_slopes is None and type(window_size) is tuple and prepared.may_be_short(q, k, v):
 
         def prepare() -> Options:
@@ -108,7 +109,6 @@ def flash_attn_func(
 
         out, lse = prepared.attention(q, k, v, (softmax_scale, causal, window_size, softcap), prepare)
         return (out, lse, None) if return_attn_probs else out
-    q, k, v = _cast(q, k, v)
     checks.tensors(q, k, v)
     return _attention(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs, q.shape[0]

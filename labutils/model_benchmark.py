@@ -7,6 +7,7 @@ implementation.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import sys
 import time
@@ -43,8 +44,10 @@ INFERENCE = ("prefill", "decode")
 IMPL = {"eager": "naive", "flash_attention_2": "flash_attn", "labutils": "triton_v2", "labutils_v1": "triton_v1"}
 """What the tables call the attentions that transformers names otherwise."""
 
-_WARM_UP, _REPEATS = 1, 3
-_DECODED = 8  # tokens over which the time of one is averaged
+_FEWEST, _MOST = 2, 10  # repeats after the warm-up
+_SECONDS = {"training": 0.3, "inference": 0.1}  # for the repeats of one point, where the fewest take less
+_WARM_UP_TOKENS, _DECODED = 3, 8  # tokens before those that are timed, and those
+_LEFT_OVER = 128 * 2**20  # bytes that are no sign of a leak: the workspaces of libraries lie in PyTorch's memory
 
 
 class _FirstVersion(torch.autograd.Function):
@@ -158,7 +161,10 @@ def sweep(
                             elif refused is not None:
                                 found = refused
                             else:
-                                model = model or [_make(size, lengths[-1] + 2 * _DECODED, vocab_size)]
+                                if not model:
+                                    model.append(_make(size, lengths[-1] + _WARM_UP_TOKENS + _DECODED, vocab_size))
+                                    others = _allocated() - _bytes_of(model[0])
+                                _let_go_of_the_last_point(model[0], others)
                                 found = _attempt(model[0], job, attention, b, n, named)
                                 if found[named[0]]["status"] == "unsupported":
                                     refused = found
@@ -233,10 +239,28 @@ def _make(size: str, positions: int, vocab_size: int) -> GPT2LMHeadModel:
         return models.gpt2(size, n_positions=positions, vocab_size=vocab_size, attention="eager")
 
 
+def _bytes_of(model: GPT2LMHeadModel) -> int:
+    return sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+
+
+def _allocated() -> int:
+    return torch.cuda.memory_allocated() if runtime.device.type == "cuda" else 0
+
+
+def _let_go_of_the_last_point(model: GPT2LMHeadModel, others: int) -> None:
+    """Memory as it was before it, `others` being the bytes that are not the model's.
+
+    Collecting garbage takes 0.2 s, as long as many a point, and only cycles wait for it: where nothing is left over,
+    what PyTorch keeps for later is given back, and no more.
+    """
+    if runtime.device.type == "cuda":
+        torch.cuda.empty_cache()
+        if _allocated() > others + _bytes_of(model) + _LEFT_OVER:
+            free_memory()
+
+
 def _attempt(model, job: str, attention: str, batch: int, n: int, works: Sequence[str]) -> dict[str, dict[str, Any]]:
     """A row's values for each work; whatever goes wrong for want of memory or of support is said there."""
-    if runtime.device.type == "cuda":
-        free_memory()
     launched: list[str] = []
     try:
         with _quiet():
@@ -285,27 +309,48 @@ def _training(model, batch: int, n: int) -> dict[str, dict[str, Any]]:
     # float16 overflows without a scaler; here for its time, and the loss is thrown away
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and runtime.dtype == torch.float16)
     ids = _tokens(model, batch, n)
-    times: dict[str, list[float]] = {work: [] for work in TRAINING}
+
+    def step() -> dict[str, float]:
+        marks = [_mark()]
+        with torch.autocast(device.type, dtype=runtime.dtype, enabled=device.type == "cuda"):
+            loss = model(ids, labels=ids, use_cache=False).loss
+        marks.append(_mark())
+        scaler.scale(loss).backward()
+        marks.append(_mark())
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        marks.append(_mark())
+        return {
+            "step": _between(marks[0], marks[3]),
+            "forward": _between(*marks[:2]),
+            "backward": _between(*marks[1:3]),
+        }
+
     _reset_peak()
     try:
-        for step in range(_WARM_UP + _REPEATS):
-            marks = [_mark()]
-            with torch.autocast(device.type, dtype=runtime.dtype, enabled=device.type == "cuda"):
-                loss = model(ids, labels=ids, use_cache=False).loss
-            marks.append(_mark())
-            scaler.scale(loss).backward()
-            marks.append(_mark())
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            marks.append(_mark())
-            if step >= _WARM_UP:
-                for work, first, last in (("forward", 0, 1), ("backward", 1, 2), ("step", 0, 3)):
-                    times[work].append(_between(marks[first], marks[last]))
+        found = _repeated(step, _SECONDS["training"])
         peak = _peak_gib()
     finally:
         model.zero_grad(set_to_none=True)
-    return {work: _row(statistics.median(ms), batch * n, peak) for work, ms in times.items()}
+    return {work: _row(statistics.median(ms[work] for ms in found), batch * n, peak) for work in TRAINING}
+
+
+def _repeated(call: Callable[[], Any], seconds: float) -> list[Any]:
+    """What `call` returns, as often as it fits in `seconds`, from `_FEWEST` to `_MOST` times; a warm-up not counted.
+
+    The first call compiles, loads and allocates. A second one is part of the warm-up where calls are short, since the
+    memory of the first step is not yet laid out as that of the others is.
+    """
+    call()
+    began = time.perf_counter()
+    results = [call()]
+    repeats = min(int(seconds / (time.perf_counter() - began)), _MOST)
+    if repeats > _FEWEST:
+        results.clear()
+    while len(results) < max(repeats, _FEWEST):
+        results.append(call())
+    return results
 
 
 @torch.no_grad()
@@ -313,28 +358,30 @@ def _inference(model, batch: int, n: int) -> dict[str, dict[str, Any]]:
     """Prefill, and one token of decoding behind it: ms, tokens_per_s, peak_gib."""
     model.to(runtime.dtype).eval()
     ids = _tokens(model, batch, n)
-    prefill: list[float] = []
-    _reset_peak()
-    for step in range(_WARM_UP + _REPEATS):
+    output = None
+
+    def prefill() -> float:
+        nonlocal output
         output = None  # one cache at a time
         start = _mark()
         output = model(ids, use_cache=True, logits_to_keep=1)
-        end = _mark()
-        if step >= _WARM_UP:
-            prefill.append(_between(start, end))
+        return _between(start, _mark())
+
+    _reset_peak()
+    times = _repeated(prefill, _SECONDS["inference"])
     peaks = [_peak_gib()]
     _reset_peak()
-    token = output.logits[:, -1:].argmax(dim=-1)
-    for step in range(2 * _DECODED):  # the first half warms up
-        if step == _DECODED:
-            start = _mark()
+    token, marks = output.logits[:, -1:].argmax(dim=-1), []
+    for _ in range(_WARM_UP_TOKENS + _DECODED):
+        marks.append(_mark())
         output = model(token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
         token = output.logits[:, -1:].argmax(dim=-1)
-    each = _between(start, _mark()) / _DECODED
+    marks.append(_mark())
+    each = [_between(*pair) for pair in itertools.pairwise(marks[_WARM_UP_TOKENS:])]
     peaks.append(_peak_gib())
     return {
-        "prefill": _row(statistics.median(prefill), batch * n, peaks[0]),
-        "decode": _row(each, batch, peaks[1]),
+        "prefill": _row(statistics.median(times), batch * n, peaks[0]),
+        "decode": _row(statistics.median(each), batch, peaks[1]),
     }
 
 

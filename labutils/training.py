@@ -487,8 +487,8 @@ def attention_used(
     return _attention_of(calls)
 
 
-# The operator that each attention is, by the name that the profiler records: the one that PyTorch's dispatcher called,
-# not the one that was asked for.
+# The operator, or the autograd function, that each attention is, by the name that the profiler records: the one that
+# ran, not the one that was asked for.
 _OPERATORS = {
     "aten::_scaled_dot_product_flash_attention": "sdpa_flash",
     "aten::_scaled_dot_product_flash_attention_for_cpu": "sdpa_flash",
@@ -498,6 +498,7 @@ _OPERATORS = {
     "flash_attn::_flash_attn_forward": "flash_attn",
     "flash_attn::_flash_attn_varlen_forward": "flash_attn",
     "labutils::flash_attention": "triton_v2",
+    "_FlashAttention": "triton_v2",  # the autograd function of `kernels.prepared`, which is no operator
 }
 
 

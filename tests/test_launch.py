@@ -4,12 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
 from triton import knobs
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
-from labutils.kernels import flash_v2, prepared
-from labutils.kernels.launch import Launched, describe
+from labutils.kernels import flash_v2, flash_v2_backward, launch_table, prepared
+from labutils.kernels.launch import LaunchConfig, Launched, describe
 
 SIGNATURE = {
     "q_ptr": "*fp16", "k": "tensordesc<fp16[1, 1, 64, 32]>", "v": "tensordesc<fp16[1, 1, 64, 32]>", "o_ptr": "*fp16",
@@ -137,3 +138,99 @@ def test_a_form_gives_new_outputs_to_the_same_launch(monkeypatch):
     for new, old in ((new_out, out), (new_lse, lse)):
         assert (new.shape, new.stride(), new.dtype) == (old.shape, old.stride(), old.dtype)
         assert new.data_ptr() != old.data_ptr()
+
+
+def test_a_form_gives_new_gradients_to_the_same_launches(monkeypatch):
+    """Addresses are what `again` gets, in the order of the kernels' pointers; another layout is another backward."""
+    given = []
+    q, k, v, out, dout = torch.randn(5, 2, 96, 3, 32).half().unbind()
+    lse, per_row = torch.zeros(2, 3, 96), torch.zeros(2, 2, 3, 160)
+
+    def launched(name):
+        return lambda: SimpleNamespace(again=lambda *addresses: given.append((name, addresses)))
+
+    started = []
+
+    def start(*args):
+        started.append(args)
+        return tuple(t.clone() for t in (q, k, v)), {name: launched(name) for name in ("dq", "dkdv")}, per_row
+
+    monkeypatch.setattr(flash_v2_backward, "start", start)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+    form = prepared._Form(flash_v2.Options(0.125))
+    form.backward(dout, q, k, v, out, lse, None)
+    assert len(started) == 1 and given == []
+    gradients = form.backward(out, v, k, q, dout, lse, None)
+    assert len(started) == 1 and all(g.shape == q.shape and g.is_contiguous() for g in gradients)
+    first, second = dict(given)["dq"], dict(given)["dkdv"]
+    dq, dk, dv = (g.data_ptr() for g in gradients)
+    assert first[:6] == (v.data_ptr(), k.data_ptr(), q.data_ptr(), dout.data_ptr(), out.data_ptr(), lse.data_ptr())
+    lse2, delta = first[6:8]
+    assert delta - lse2 == 4 * 2 * 3 * 160 and first[8:] == (dq,)
+    assert second == (v.data_ptr(), k.data_ptr(), q.data_ptr(), out.data_ptr(), lse2, delta, dk, dv)
+    form.backward(dout, q, k, v, out, lse, None)
+    form.backward(dout[:1, :1, :1, :1].expand(out.shape), q, k, v, out, lse, None)
+    assert len(started) == 2 and len(given) == 4
+
+
+def test_a_backward_of_another_kind_takes_the_long_way(monkeypatch):
+    q, k, v, out, dout = torch.randn(5, 2, 96, 3, 32).half().unbind()
+    lse, long = torch.zeros(2, 3, 96), []
+    monkeypatch.setattr(flash_v2_backward, "backward", lambda *args, dlse: long.append(dlse))
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+    form = prepared._Form(flash_v2.Options(0.125))
+    form.backward(dout, q, k, v, out, lse, lse)
+    odd = torch.zeros(dout.numel() + 1).half()[1:].view(dout.shape)  # 2 bytes off
+    form.backward(odd, q, k, v, out, lse, None)
+    assert long == [lse, None] and form.backwards == {}
+
+
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+def test_a_backward_done_again_gives_the_kernels_what_the_long_way_gives_them(gpu, monkeypatch, tma):
+    """Every argument by its name, for both kernels: tensors where they belong, all else as it was."""
+    names = {flash_v2_backward._dq_kernel: "dq", flash_v2_backward._dkdv_kernel: "dkdv"}
+
+    def launch(kernel, grid, config, *args, **constants):
+        constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+        named = dict(zip(kernel.arg_names, args, strict=False)) | constants
+        fake = gpu.kernel(None)
+        fake.run.launch = nvidia.wrap_handle_tensordesc(  # what a descriptor becomes where there is no copy engine
+            lambda *args: gpu.launched.append((names[kernel], args)),
+            {n: f"tensordesc<fp16{list(a.block_shape)}>" if hasattr(a, "base") else "" for n, a in named.items()},
+            None,
+        )
+        arguments = [named[name] for name in kernel.arg_names]
+        fake.run(*grid, 1, 1, STREAM, fake.function, fake.packed_metadata, None, None, None, *arguments)
+        return lambda: Launched(fake, (*grid, 1, 1), arguments)
+
+    monkeypatch.setattr(flash_v2_backward, "launch", launch)
+    monkeypatch.setattr(flash_v2_backward, "pick_config", lambda *_, **__: LaunchConfig(64, 32, tma=tma))
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
+    form = prepared._Form(flash_v2.Options(0.125, (None, 0)))
+
+    def launches(seed):
+        q, k, v, out, dout = torch.randn(5, 2, 3, 96, 32, generator=torch.Generator().manual_seed(seed)).half()
+        given = [t.transpose(1, 2) for t in (q, k, v, out, dout)] + [torch.zeros(2, 3, 96)]
+        gpu.launched.clear()
+        gradients = form.backward(given[4], *given[:4], given[5], None)
+        known = {t.data_ptr(): name for name, t in zip(("q", "k", "v", "o", "do", "lse"), given, strict=True)}
+        known |= {t.data_ptr(): name for name, t in zip(("dq", "dk", "dv"), gradients, strict=True)}
+        seen = {name: list(flat(as_numbers(args))) for name, args in gpu.launched}
+        first = 8 + next(i for i, value in enumerate(seen["dq"][8:]) if known.get(value) == "lse")
+        inner = [value for value in seen["dq"][first + 1 :] if isinstance(value, int) and value > 2**32][:2]
+        known |= dict(zip(inner, ("lse2", "delta"), strict=True))
+        return {name: [known.get(value, value) for value in values] for name, values in seen.items()}
+
+    long, again, once_more = launches(0), launches(1), launches(2)
+    assert set(long) == {"dq", "dkdv"} and len(form.backwards) == 1
+    assert long == again == once_more
+    for name, wanted in (("dq", "q k v o do lse lse2 delta dq"), ("dkdv", "q k v do lse2 delta dk dv")):
+        assert [value for value in long[name] if value in wanted.split()] == wanted.split()
+        assert not any(isinstance(value, int) and value > 2**32 for value in long[name])  # no address is unknown
+
+
+def test_sizes_of_grids_and_blocks_are_triton_s():
+    for n in (1, 2, 3, 15, 16, 17, 1000, 2**20 + 1):
+        assert launch_table.next_power_of_2(n) == triton.next_power_of_2(n)
+        assert [launch_table.cdiv(n, block) for block in (16, 64)] == [triton.cdiv(n, block) for block in (16, 64)]
+    assert launch_table.cdiv(0, 16) == 0

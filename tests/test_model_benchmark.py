@@ -150,3 +150,21 @@ def test_attentions_that_cannot_run_are_named_with_their_reason():
         ["sdpa", "no_such_attention", "labutils"], lambda: models.gpt2("nano", vocab_size=61)
     )
     assert can == ["sdpa", "labutils"] and "no_such_attention" in reasons["no_such_attention"]
+
+
+@pytest.mark.parametrize(
+    ("seconds_each", "calls", "kept"),
+    [([5.0, 1.0, 1.0], 3, 2), ([5.0, 0.1, 0.1], 5, 3), ([5.0] + [0.001] * 11, 12, 10)],
+    ids=["long", "short", "very short"],
+)
+def test_short_calls_are_repeated_more_often_and_warmed_up_twice(monkeypatch, seconds_each, calls, kept):
+    now, made = [0.0], []
+
+    def call():
+        now[0] += seconds_each[min(len(made), len(seconds_each) - 1)]
+        made.append(len(made))
+        return made[-1]
+
+    monkeypatch.setattr(model_benchmark.time, "perf_counter", lambda: now[0])
+    assert model_benchmark._repeated(call, 0.35) == list(range(calls - kept, calls))
+    assert len(made) == calls

@@ -9,6 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from labutils import interface, operators, runtime
 from labutils.benchmark import attention_flops
+from labutils.kernels import flash_v2_backward, prepared
+from labutils.kernels.flash_v2 import Options
 from labutils.reference import check_attention, check_gradients, exact_attention, visible_mask
 
 DEVICE = runtime.device
@@ -150,6 +152,27 @@ class TestAutocast:
         q, k, v = make(dtype=torch.float32)
         with torch.autocast(DEVICE.type, torch.bfloat16):
             assert interface.flash_attn_func(q, k.bfloat16(), v).dtype == torch.bfloat16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_gradients_are_the_same_however_often_a_form_was_seen(autocast):
+    """A backward that is launched again has other addresses and the same kernels: the same bits as from scratch."""
+    low = torch.float16
+    for seed in range(4):
+        torch.manual_seed(seed)
+        fused = torch.randn(2, 200, 3 * 4, 64, device=DEVICE, dtype=torch.float32 if autocast else low)
+        q, k, v = (t.requires_grad_() for t in fused.split(4, dim=2))  # strided, as GPT-2 hands them over
+        with torch.autocast(DEVICE.type, low, enabled=autocast):
+            out, lse, _ = interface.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
+        for dout in (torch.randn_like(out), torch.ones((), device=DEVICE, dtype=low).expand(out.shape)):
+            ours = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+            half = [t.detach().to(low) for t in (q, k, v)]
+            options = Options(64**-0.5, (None, 0))
+            scratch = flash_v2_backward.backward(dout, *half, out.detach(), lse.detach(), options)
+            for a, b in zip(ours, scratch, strict=True):
+                assert torch.equal(a, b.to(a.dtype))
+    assert any(form.backwards for form in prepared._forms.values())
 
 
 class TestGradientOfTheLogSumExp:

@@ -96,6 +96,15 @@ def test_sweep_figures(draw, label, title):
     assert "float16, B = 1, H = 4, D = 64" in texts(figure)
 
 
+def test_guides_of_memory_know_a_constant_number_of_tokens():
+    """As N grows the batch shrinks: memory that is linear in N for a sequence is flat, and N² a line of slope 1."""
+    for df, powers in ((table(), (1, 2)), (table().assign(batch=lambda rows: 4096 // rows["seqlen"]), (0, 1))):
+        (ax,) = plotting.plot_memory(df).axes
+        ends = [line.get_ydata() for line in ax.get_lines() if line.get_linestyle() == ":"]
+        assert [round(math.log(last / first, N[-1] / N[0])) for first, last in ends] == list(powers)
+        assert ("for each sequence" in texts(ax.figure)) == (powers == (0, 1))
+
+
 def test_out_of_memory_is_drawn():
     assert "out of memory: naive" in texts(plotting.plot_time(table()))
     assert "out of memory: naive" in texts(plotting.plot_memory(table()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -228,7 +229,7 @@ def device_error() -> str | None:
 
 def _one_line(error: BaseException, warned: Iterable[warnings.WarningMessage] = ()) -> str:
     parts = [str(error), *(str(w.message) for w in warned)]
-    text = " ".join(" ".join(parts).split())
+    text = re.sub(r" \(Triggered internally at [^)]*\)", "", " ".join(" ".join(parts).split()))  # a path of PyTorch's
     name = "" if isinstance(error, Unsupported) else f"{type(error).__name__}: "
     return name + (text if len(text) <= 400 else text[:397] + "...")
 

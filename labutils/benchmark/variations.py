@@ -25,6 +25,7 @@ def vary(
     *,
     passes: Sequence[str] = ("fwd", "bwd"),
     seconds_per_point: float = 0.1,
+    warm_up: float | None = None,
     error_seconds: float = 1.0,
     progress: bool = True,
 ) -> pd.DataFrame:
@@ -37,10 +38,11 @@ def vary(
         variants: name -> what differs from `base`.
         passes: "fwd", "bwd" or both.
         seconds_per_point, error_seconds, progress: as for `sweep`.
+        warm_up: seconds before the repeats of a point (see `measuring.time_call`).
 
     Returns:
         A row for each variant, pass and implementation: variant, impl, pass, `SHAPE`, ms, tflops, peak_mib, max_error,
-        status and reason, as in `sweep`'s table. `.attrs`: "machine".
+        overhead_bound, status and reason, as in `sweep`'s table. `.attrs`: "machine".
 
     Raises:
         ValueError: a shape that misses a value or has one of another name, heads that kv_heads does not divide.
@@ -74,13 +76,15 @@ def vary(
                     if tensors is None:
                         found = {"status": "oom", "reason": "not tried: the inputs alone do not fit"}
                     else:
-                        found = attempt(function, which, tensors, causal, oracle, seconds=seconds_per_point)
+                        found = attempt(
+                            function, which, tensors, causal, oracle, seconds=seconds_per_point, warm_up=warm_up
+                        )
                     tflops = flops / found["ms"] / 1e9 if "ms" in found else None
                     row = {"variant": name, "impl": impl, "pass": which, **shape, "tflops": tflops, **found}
                     rows.append(row | {"dtype": dtype_name(dtype)})
                     bar.update()
-    columns = ["variant", "impl", "pass", *SHAPE, "ms", "tflops", "peak_mib", "max_error", "status", "reason"]
-    table = pd.DataFrame(rows, columns=columns)
+    measured = ["ms", "tflops", "peak_mib", "max_error", "overhead_bound", "status", "reason"]
+    table = pd.DataFrame(rows, columns=["variant", "impl", "pass", *SHAPE, *measured])
     table.attrs["machine"] = runtime.machine
     return table
 

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from labutils.kernels.flash_v2 import Options, attend
 from labutils.kernels.launch import SEQUENCE_LENGTHS, SMALLEST_BLOCK, LaunchConfig, launch, pick_config
+from labutils.kernels.launch_table import cdiv, next_power_of_2
 from labutils.kernels.scores import LN_2, LOG2_E, columns_of
 from labutils.kernels.tiles import load_tile, row_pointers, source, store_tile
 
@@ -164,9 +165,10 @@ def _multiprocessors(device_index: int) -> int:
 
 def cut_to_rows(config: LaunchConfig, rows: int) -> LaunchConfig:
     """The same with no more rows in a tile than there are queries times heads that share a key head."""
-    return replace(config, block_m=min(config.block_m, max(SMALLEST_BLOCK, triton.next_power_of_2(rows))))
+    return replace(config, block_m=min(config.block_m, max(SMALLEST_BLOCK, next_power_of_2(rows))))
 
 
+@functools.lru_cache(1024)  # every layer asks the same for every token, and trying all splits takes as long as a launch
 def choose_splits(programs: int, tiles: int, slots: int) -> int:
     """In how many parts to split the keys: the number that ends first if all programs run in waves.
 
@@ -222,10 +224,10 @@ def decode(
         kernel = "decode" if rows < 128 else "forward"  # a long prompt against the cache is no decoding
         config = pick_config(kernel, head_dim, q.dtype, right is not None, q.device, longest=max(rows, n_k))
         config = cut_to_rows(config, rows)
-    programs = batch * heads_kv * triton.cdiv(n_q * group, config.block_m)
+    programs = batch * heads_kv * cdiv(n_q * group, config.block_m)
     if splits == 0:
         slots = _multiprocessors(q.device.index or 0) if q.is_cuda else 1
-        splits = choose_splits(programs, triton.cdiv(n_k, config.block_n), slots)
+        splits = choose_splits(programs, cdiv(n_k, config.block_n), slots)
 
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, n_q, dtype=torch.float32, device=q.device)
@@ -245,7 +247,7 @@ def decode(
         D=head_dim, BLOCK_D=config.block_d(head_dim), GROUP=group, PAGE=cache.page(k_cache),
     )  # fmt: skip
     if splits > 1:
-        block_s = max(SMALLEST_BLOCK, triton.next_power_of_2(splits))
+        block_s = max(SMALLEST_BLOCK, next_power_of_2(splits))
         warps = 4 if block_s * head_dim <= 8192 else 16
         launch(
             _merge_kernel, (batch * n_q * heads,), LaunchConfig(SMALLEST_BLOCK, SMALLEST_BLOCK, warps, 1),

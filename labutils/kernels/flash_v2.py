@@ -24,6 +24,7 @@ from labutils.kernels.launch import (
     launch,
     pick_config,
 )
+from labutils.kernels.launch_table import cdiv
 from labutils.kernels.scores import LN_2, columns_of, dropout_keep, mask_tile, score_tile, score_unit, sequence
 from labutils.kernels.tiles import load_rows, load_tile, source, store_tile, tile_pointers
 
@@ -226,7 +227,7 @@ def start(
     block_d = config.block_d(head_dim)
     tma = config.tma and not packed and descriptors_fit(k, v)
     launched = launch(
-        _forward_kernel, (triton.cdiv(n_q, config.block_m) * batch * heads,), config,
+        _forward_kernel, (cdiv(n_q, config.block_m) * batch * heads,), config,
         q, *(describe(t, config.block_n, block_d) if tma else t for t in (k, v)), out, lse,
         *options.arguments(), *options.paging(), heads, heads // k.shape[-2], n_q, n_k,
         *with_batch(q).stride(), *with_batch(k).stride(), *with_batch(v).stride(), *with_batch(out).stride(),

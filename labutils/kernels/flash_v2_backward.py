@@ -25,6 +25,7 @@ from labutils.kernels.launch import (
     launch,
     pick_config,
 )
+from labutils.kernels.launch_table import cdiv
 from labutils.kernels.scores import (
     LOG2_E,
     columns_of,
@@ -268,8 +269,11 @@ def backward(
 
 def start(
     dout, q, k, v, out, lse, options: Options, configs: dict[str, LaunchConfig] | None = None, dlse=None
-) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, Callable[[], Launched] | None]]:
-    """`backward`, and by kernel ("dkdv", "dq") what it launched, to be launched again."""
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, Callable[[], Launched] | None], torch.Tensor]:
+    """`backward`, by kernel ("dkdv", "dq") what it launched, to be launched again, and what the first left the second.
+
+    That last tensor, (2, ...), holds L log2 e and Δ of each row.
+    """
     batch, n_q, n_k = options.sizes(q, k)
     heads, head_dim = q.shape[-2:]
     heads_kv = k.shape[-2]
@@ -286,8 +290,9 @@ def start(
 
     # L log2 e and Δ, one number a row, for `_dkdv_kernel`: it reads whole blocks of rows, so each row of these tensors
     # goes on for as much as a block past the last sequence, and starts where the copy engine can read it.
-    columns = triton.cdiv((len(q) if packed else n_q) + config("dkdv").block_m, 16) * 16
-    lse2, delta = torch.empty(2, *lse.shape[:-1], columns, dtype=torch.float32, device=q.device)
+    columns = cdiv((len(q) if packed else n_q) + config("dkdv").block_m, 16) * 16
+    per_row = torch.empty(2, *lse.shape[:-1], columns, dtype=torch.float32, device=q.device)
+    lse2, delta = per_row
     row_strides = (0 if packed else lse2.stride(0), lse2.stride(-2))
 
     c = config("dq")
@@ -295,7 +300,7 @@ def start(
     tma = c.tma and not packed and descriptors_fit(k, v)
     launched = {}
     launched["dq"] = launch(
-        _dq_kernel, (triton.cdiv(n_q, c.block_m) * batch * heads,), c,
+        _dq_kernel, (cdiv(n_q, c.block_m) * batch * heads,), c,
         q, *(describe(t, c.block_n, block_d) if tma else t for t in (k, v)), out, dout, lse, dlse,
         lse2, delta, dq,
         *options.arguments(), heads, heads // heads_kv, n_q, n_k,
@@ -306,11 +311,11 @@ def start(
     c = config("dkdv")
     tma = c.tma and not packed and descriptors_fit(q, dout)
     launched["dkdv"] = launch(
-        _dkdv_kernel, (triton.cdiv(n_k, c.block_n) * batch * heads_kv,), c,
+        _dkdv_kernel, (cdiv(n_k, c.block_n) * batch * heads_kv,), c,
         describe(q, c.block_m, block_d) if tma else q, k, v, describe(dout, c.block_m, block_d) if tma else dout,
         *(describe_vectors(t, c.block_m) if tma else t for t in (lse2, delta)), dk, dv,
         *options.arguments(), heads, heads // heads_kv, n_q, n_k,
         *strides[q], *strides[k], *strides[v], *strides[dout], *strides[dk], *strides[dv], *row_strides,
         D=head_dim, BLOCK_D=block_d, TMA=tma,
     )  # fmt: skip
-    return (dq, dk, dv), launched
+    return (dq, dk, dv), launched, per_row

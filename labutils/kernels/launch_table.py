@@ -31,6 +31,17 @@ DTYPE_CLASSES = ("16 bit", "float32")
 SMALLEST_BLOCK = 16  # tl.dot takes no smaller tile
 
 
+# Triton's own serve kernels as well: called by the host they take microseconds each, several times a launch.
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is no less than n; n of 1 or more."""
+    return 1 << (n - 1).bit_length()
+
+
 @dataclass(frozen=True)
 class LaunchConfig:
     """How one kernel is launched.
@@ -53,7 +64,7 @@ class LaunchConfig:
     @staticmethod
     def block_d(head_dim: int) -> int:
         """Columns of a tile that hold one head: a power of two, since `tl.arange` makes no other."""
-        return max(SMALLEST_BLOCK, triton.next_power_of_2(head_dim))
+        return max(SMALLEST_BLOCK, next_power_of_2(head_dim))
 
 
 class Place(NamedTuple):

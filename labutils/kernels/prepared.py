@@ -1,10 +1,10 @@
-"""The short way to the plain forward: for a call of a form seen before, no checks and no specialisation.
+"""The short way through forward and backward: for a call of a form seen before, no checks and no specialisation.
 
 A launch through Triton's JIT looks at each of some forty arguments to find out which specialisation of the kernel it
 needs, and a PyTorch operator passes through a dispatcher. Together that costs more host time than all of PyTorch's own
 attention. What decides about it is known after the first call: shapes, strides, dtypes, alignment and options. They are
-the key under which the compiled kernel, its grid and its arguments are kept; the next call of that form fills in five
-pointers.
+the key under which the compiled kernels, their grids and their arguments are kept; the next call of that form fills in
+the pointers.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter}
 def may_be_short(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether nothing needs the long way, over PyTorch's dispatcher.
 
-    It is for whatever looks at operators as they run: a compiler, a FLOP counter, a transform, autocast, a subclass of
+    It is for whatever looks at operators as they run: a compiler, a FLOP counter, a transform, a subclass of
     tensors; for a view with a minus sign that is still due (the imaginary part of a conjugate), which the dispatcher
-    resolves; for the interpreter; and for a GPU that is not the current one, which is where Triton launches.
+    resolves; for the interpreter; and for a GPU that is not the current one, which is where Triton launches. Autocast
+    needs nothing: whoever asks has cast the tensors, and nothing on the short way is an operation that it casts.
     """
     return (
         not torch.compiler.is_compiling()  # first: what follows cannot be traced
@@ -36,7 +37,6 @@ def may_be_short(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
         and {type(q), type(k), type(v)} <= _PLAIN
         and q.device.index == torch._C._cuda_getDevice()
         and torch._C._len_torch_dispatch_stack() == 0
-        and not torch.is_autocast_enabled("cuda")
         and not (q.is_neg() or k.is_neg() or v.is_neg())
         and torch._C._functorch.peek_interpreter_stack() is None
     )
@@ -71,6 +71,7 @@ class _Form:
     def __init__(self, options: Options):
         self.options = options
         self.launched: Launched | None = None
+        self.backwards: dict[tuple, _Backward] = {}
 
     def forward(self, q, k, v):
         """The first time through Triton's JIT, which compiles where that is needed."""
@@ -85,6 +86,41 @@ class _Form:
         self.launched.again(q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr())
         return out, lse
 
+    def backward(self, dout, q, k, v, out, lse, dlse):
+        """dq, dk, dv. Saved tensors may come back with other strides (from the host, where they were parked)."""
+        tensors = (q, k, v, out, dout, lse)
+        addresses = [t.data_ptr() for t in tensors]
+        plain = dlse is None and dout.dtype == q.dtype and q.device.index == torch._C._cuda_getDevice()
+        if not plain or any(address % 16 for address in addresses):
+            return flash_v2_backward.backward(dout, q, k, v, out, lse, self.options, dlse=dlse)
+        key = tuple(t.stride() for t in tensors)
+        known = self.backwards.get(key)
+        if known is not None:
+            return known.again(q, *addresses)
+        gradients, launched, per_row = flash_v2_backward.start(dout, q, k, v, out, lse, self.options)
+        if all(launched.values()):  # it is for an empty grid
+            self.backwards[key] = _Backward(gradients, launched["dq"](), launched["dkdv"](), per_row)
+        return gradients
+
+
+class _Backward:
+    """Both kernels of a backward pass, to be launched again with tensors like those of the first time."""
+
+    def __init__(self, gradients: tuple[torch.Tensor, ...], dq: Launched, dkdv: Launched, per_row: torch.Tensor):
+        self.dq, self.dkdv = dq, dkdv
+        self.gradients = [(t.shape, t.stride()) for t in gradients]
+        self.per_row, self.half = (per_row.shape, per_row.stride()), 4 * per_row.stride(0)  # bytes of L log2 e
+
+    def again(self, like, q, k, v, out, dout, lse):
+        """dq, dk, dv, on the device and in the dtype of `like`; the others are addresses."""
+        dq, dk, dv = (like.new_empty_strided(*form) for form in self.gradients)
+        per_row = like.new_empty_strided(*self.per_row, dtype=torch.float32)
+        lse2 = per_row.data_ptr()
+        delta = lse2 + self.half
+        self.dq.again(q, k, v, out, dout, lse, lse2, delta, dq.data_ptr())
+        self.dkdv.again(q, k, v, dout, lse2, delta, dk.data_ptr(), dv.data_ptr())
+        return dq, dk, dv
+
 
 _forms: dict[tuple, _Form] = {}
 
@@ -94,7 +130,7 @@ class _FlashAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, form):
         out, lse = form.forward(q, k, v)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.options = form.options
+        ctx.form = form
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -103,4 +139,4 @@ class _FlashAttention(torch.autograd.Function):
     def backward(ctx, dout, dlse):
         q, k, v, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout.resolve_neg()
-        return *flash_v2_backward.backward(dout, q, k, v, out, lse, ctx.options, dlse=dlse), None
+        return *ctx.form.backward(dout, q, k, v, out, lse, dlse), None

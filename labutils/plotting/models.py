@@ -58,7 +58,9 @@ def plot_models(table: pd.DataFrame, work: str = "step", quantity: str = "tokens
             ax.set_yscale("log")
         else:
             ax.set_ylim(bottom=0)
-            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.4g}"))
+            ax.yaxis.set_major_formatter(
+                FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:.4g}")
+            )
         ax.set_ylabel(unit)
         ax.set_title(f"{work}, GPT-2 {model}, batch size {batch}: {title}")
     footnote(fig, f"Measured on: {machine_of(table)}.")

@@ -162,26 +162,35 @@ def _sweep_notes(df: pd.DataFrame, which: str, reference: pd.DataFrame | None, c
 
 
 def _slope_guides(ax: Axes, df: pd.DataFrame, which: str) -> None:
-    """Dotted lines that grow with N and with N², below the data, to compare slopes with."""
+    """Dotted lines that grow with N and with N², below the data, to compare slopes with.
+
+    Where B·N is constant, the batch shrinks as N grows: what a sequence needs grows by one power of N more.
+    """
     rows = _of_pass(df, which)
     rows = rows[rows["peak_mib"].notna()]
     first, last = rows["seqlen"].min(), rows["seqlen"].max()
     if not first < last:
         return
     at = rows[rows["seqlen"] == first]["peak_mib"].min() * 0.5
+    constant = _constant_tokens(rows)
     for power, name in ((1, "∝ N"), (2, "∝ N²")):
-        ends = [at, at * (last / first) ** power]
+        ends = [at, at * (last / first) ** (power - constant)]
+        name += " for each sequence" if constant else ""
         ax.plot([first, last], ends, linestyle=":", linewidth=1.2, color="#777777")
         ax.annotate(
             name,
             (last, ends[1]),
             fontsize=9,
             color="#555555",
-            xytext=(0, -5),
+            xytext=(0, -14 if constant and power == 2 else -5),  # its long text would cross the line
             textcoords="offset points",
             ha="right",
             va="top",
         )
+
+
+def _constant_tokens(rows: pd.DataFrame) -> bool:
+    return rows["batch"].nunique() > 1 and (rows["batch"] * rows["seqlen"]).nunique() == 1
 
 
 def _pass_name(which: str) -> str:
@@ -219,7 +228,8 @@ def plot_memory(df: pd.DataFrame, reference: pd.DataFrame | None = None, *, whic
     fig, ax = plt.subplots(figsize=(WIDTH, 4.6))
     _slope_guides(ax, df, which)
     _draw_quantity(ax, df, "peak_mib", which, reference)
-    ax.set_title(f"Peak memory, {_pass_name(which)}: which curve is steeper than N? {machine_of(df)}")
+    asked = "who needs N² for a sequence?" if _constant_tokens(df) else "which curve is steeper than N?"
+    ax.set_title(f"Peak memory, {_pass_name(which)}: {asked} {machine_of(df)}")
     legend_above(fig, ax)
     footnote(fig, _sweep_notes(df, which, reference, ["peak_mib"]))
     return fig
