@@ -13,7 +13,7 @@ import torch
 
 from labutils.environment import differences
 
-FORMAT = 2
+FORMAT = 3
 
 
 def check_path(path: str | Path, *, resume: bool) -> None:

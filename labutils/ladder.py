@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from labutils import models, rehearsal, runtime, training
+from labutils import capability, ledger, models, rehearsal, runtime, training
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 GIB = 2**30
 STEP = 1024
 """Lengths are tried in multiples of this many tokens."""
+
+USABLE = 0.86
+"""Of the memory that the allocator may have: about so much is in tensors where the longest sequence trains. The rest
+lies in fragments. A guess that is right to an eighth takes two tries: one length that fits and one that does not."""
 
 ONE_GELU = {"activation_function": "gelu_pytorch_tanh"}
 """GPT-2's GELU as one operation, which keeps its input alone; transformers writes it as several."""
@@ -68,25 +72,35 @@ RUNGS: tuple[Rung, ...] = (
 """Each rung but the first two keeps what those below it do."""
 
 
-def predict(size: str, rung: Rung, seqlen: int, *, vocab_size: int = 50257) -> float:
-    """GiB allocated at the peak, by rehearsal."""
+def predict_by_kind(size: str, rung: Rung, seqlen: int, *, vocab_size: int = 50257) -> dict[str, float]:
+    """GiB of each kind at the peak, by rehearsal."""
     attention = "eager" if rung.attention == "eager" else "labutils"
     dtype = torch.bfloat16 if rung.low else None  # float16 takes as much
-    return rehearsal.rehearse(
+    return rehearsal.rehearse_by_kind(
         size, seqlen, vocab_size=vocab_size, attention=attention, autocast_dtype=dtype, **rung.options, **rung.model
     )
+
+
+def predict(size: str, rung: Rung, seqlen: int, *, vocab_size: int = 50257) -> float:
+    """GiB allocated at the peak, by rehearsal."""
+    return sum(predict_by_kind(size, rung, seqlen, vocab_size=vocab_size).values())
 
 
 def predicted_longest(size: str, rung: Rung, gib: float, *, vocab_size: int = 50257) -> int:
     """The longest sequence, in multiples of `STEP`, whose predicted peak stays below `gib`; 0 if there is none.
 
     The peak is a sum of a constant, a part that grows with N and, for eager attention alone, one that grows with N².
-    Three lengths are rehearsed, and the parabola through them is solved for `gib`.
+    Two lengths are rehearsed, three for eager attention, and the line or parabola through them is solved for `gib`.
     """
-    lengths = [2 * STEP, 8 * STEP, 16 * STEP]
-    (a, b, c), (x, y, z) = (predict(size, rung, n, vocab_size=vocab_size) for n in lengths), lengths
+    lengths = [2 * STEP, 8 * STEP, 16 * STEP] if rung.attention == "eager" else [8 * STEP, 32 * STEP]
+    if "chunked_loss" in rung.options:  # from where on the peak lies in the backward pass of a block
+        lengths = [32 * STEP, 64 * STEP]
+    peaks = [predict(size, rung, n, vocab_size=vocab_size) for n in lengths]
+    (a, b), (x, y) = peaks[:2], lengths[:2]
     slope = (b - a) / (y - x)
-    square = ((c - b) / (z - y) - slope) / (z - x)
+    square = 0.0
+    if rung.attention == "eager":
+        square = ((peaks[2] - b) / (lengths[2] - y) - slope) / (lengths[2] - x)
     linear = slope - square * (x + y)
     constant = a - linear * x - square * x * x
     if constant >= gib:
@@ -158,7 +172,8 @@ def longest(
     Returns:
         A row of training.csv for the longest length that fits (or the shortest tried, with status "oom"), and the
         columns rung, predicted_gib (by the rehearsal, for that length), bound (the shortest length that did not fit;
-        NaN if none) and tries.
+        NaN if none: the search ended at `most`), tries, and a column for each of `ledger.KINDS`: the prediction by
+        kind.
 
     Raises:
         RuntimeError: there is no GPU whose memory could be capped.
@@ -166,7 +181,7 @@ def longest(
     if guess is None:
         with training.memory_cap(cap_gib) as cap:
             room = cap.allocator_gib
-        guess = predicted_longest(size, rung, 0.95 * room) or STEP  # what the allocator cannot use lies in fragments
+        guess = predicted_longest(size, rung, USABLE * room) or STEP
     best: dict[str, Any] | None = None
     failed: list[int] = []
     row: dict[str, Any] = {}
@@ -175,7 +190,7 @@ def longest(
         nonlocal best, row
         attention = rung.attention
         if attention == "flash":
-            attention = "labutils" if runtime.capability >= (8, 0) else "sdpa"
+            attention = capability.choose(runtime.capability).attention
         row = training.try_step(
             lambda: models.gpt2(size, n_positions=n, attention=attention, **rung.model),
             n,
@@ -196,11 +211,13 @@ def longest(
         tries += 1
         on_try(n, answer)
     chosen = best or row
+    kinds = predict_by_kind(size, rung, chosen["seqlen"])
     return chosen | {
         "rung": rung.name,
-        "predicted_gib": predict(size, rung, chosen["seqlen"]),
+        "predicted_gib": sum(kinds.values()),
         "bound": float(min(failed)) if failed else math.nan,
         "tries": tries,
+        **{kind: kinds.get(kind, 0.0) for kind in ledger.KINDS},
     }
 
 

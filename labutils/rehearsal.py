@@ -20,17 +20,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from labutils import models, runtime, training
+from labutils import ledger, models, runtime, training
 
 GIB = 2**30
 
 
 class _Alive(TorchDispatchMode):
-    """Counts the bytes of storages, from when an operator makes one until nobody holds it."""
+    """Counts the bytes of storages by kind, from when an operator makes one until nobody holds it."""
 
-    def __init__(self) -> None:
+    def __init__(self, sizes: ledger.Sizes, low: bool) -> None:
         super().__init__()
         self.bytes = self.peak = 0
+        self.by_kind: dict[str, int] = dict.fromkeys(ledger.KINDS, 0)
+        self.at_peak: dict[str, int] = {}
+        self.making: str | None = None  # the kind of all that is made, where it is not to be found out
+        self._sizes, self._low = sizes, low
         self._seen: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -45,14 +49,18 @@ class _Alive(TorchDispatchMode):
         if key in self._seen:
             return
         size = -(-storage.nbytes() // 512) * 512  # the allocator hands out multiples of 512 bytes
+        kind = self.making or ledger.kind_of(ledger.stack(), storage.nbytes(), self._sizes, low=self._low)
 
         def gone(_):
             del self._seen[key]
             self.bytes -= size
+            self.by_kind[kind] -= size
 
         self._seen[key] = weakref.ref(storage, gone)
         self.bytes += size
-        self.peak = max(self.peak, self.bytes)
+        self.by_kind[kind] += size
+        if self.bytes > self.peak:
+            self.peak, self.at_peak = self.bytes, dict(self.by_kind)
 
 
 def _in_float32(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -70,7 +78,16 @@ def _parked_checkpoint(function, *inputs):
         return checkpoint(function, *inputs, use_reentrant=True)
 
 
-def rehearse(
+def rehearse(size: str, seqlen: int, **options: Any) -> float:
+    """Peak of the memory allocated on a GPU by a training step, in GiB, counted without one.
+
+    Args:
+        size, seqlen, options: as for `rehearse_by_kind`.
+    """
+    return sum(rehearse_by_kind(size, seqlen, **options).values())
+
+
+def rehearse_by_kind(
     size: str,
     seqlen: int,
     *,
@@ -82,8 +99,8 @@ def rehearse(
     chunked_loss: int | None = None,
     optimizer: Literal["adamw", "offloaded"] = "adamw",
     **overrides: Any,
-) -> float:
-    """Peak of the memory allocated on a GPU by a training step, in GiB, counted without one.
+) -> dict[str, float]:
+    """What is alive on a GPU at the peak of a training step, in GiB by kind (`labutils.ledger.KINDS`), without one.
 
     Args:
         size, vocab_size, attention, overrides: as for `labutils.models.gpt2`; `n_positions` is `seqlen` unless
@@ -97,10 +114,9 @@ def rehearse(
     """
     if attention not in ("labutils", "eager"):
         raise ValueError(f"attention={attention!r}: a rehearsal knows 'labutils' and 'eager'")
-    alive = _Alive()
     with torch.device("meta"):
         model = models.gpt2(size, vocab_size=vocab_size, attention=attention, **({"n_positions": seqlen} | overrides))
-    alive = _Alive()
+    alive = _Alive(ledger.Sizes(model.config), autocast_dtype is not None)
     power, softmax = (
         mock.patch.object(torch, "pow", _in_float32(torch.pow)),
         mock.patch.object(F, "softmax", _in_float32(F.softmax)),
@@ -110,13 +126,13 @@ def rehearse(
     # On a machine with a GPU, too, these are tensors of the CPU, where attention would refuse them.
     here = mock.patch.multiple(runtime, device=torch.device("cpu"), interpreted=True)
     with here, FakeTensorMode(allow_non_fake_inputs=True), alive, one_document, power, softmax:
+        alive.making = "parameters"
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
-                    empty = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
-                    module._parameters[name] = torch.nn.Parameter(empty)
+                    module._parameters[name] = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"))
         model.tie_weights()
-        alive.peak = alive.bytes
+        alive.peak, alive.making = alive.bytes, None
         model.train()
         if checkpointing:
             training._set_checkpointing(model, checkpointing)
@@ -124,7 +140,7 @@ def rehearse(
             for block in model.transformer.h:
                 block._gradient_checkpointing_func = _parked_checkpoint
         # An optimizer that is offloaded has nothing here; its step copies from and to what is there.
-        stepper = training.make_optimizer(model, lr=1e-4) if optimizer == "adamw" else None
+        stepper = training.make_optimizer(model, lr=1e-4, fused=True) if optimizer == "adamw" else None
         if stepper is not None:  # its state is there from the second step of a run on: make it first
             for parameter in model.parameters():
                 parameter.grad = torch.empty_like(parameter)
@@ -137,4 +153,4 @@ def rehearse(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if stepper is not None:
             stepper.step()
-    return alive.peak / GIB
+    return {kind: size / GIB for kind, size in alive.at_peak.items() if size}

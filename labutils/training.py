@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from labutils.checkpoints import Checkpoint
 
 GIB = 2**30
-COLUMNS = ("step", "loss", "tokens_per_s", "grad_norm", "peak_allocated_gib", "peak_reserved_gib")
+COLUMNS = (
+    "step", "loss", "tokens_per_s", "grad_norm", "peak_allocated_gib", "peak_reserved_gib", "loss_scale", "skipped",
+)  # fmt: skip
 
 # What the tables call the attention implementations that transformers names otherwise.
 _IMPL = {"labutils": "triton_v2", "eager": "naive"}
@@ -42,7 +44,9 @@ class History:
 
     Attributes:
         frame: one row per logged step, with the columns `COLUMNS`. `loss` in nats per token, `tokens_per_s`
-            since the row before, `grad_norm` before clipping, peaks in GiB since the start (NaN on a CPU).
+            since the row before, `grad_norm` before clipping, peaks in GiB since the start (NaN on a CPU). `loss_scale`
+            is the factor of float16's loss after the step (1 without scaling), `skipped` counts the steps so far that
+            were left out because scaled gradients overflowed: `grad_norm` is infinite or NaN there.
         status: "done", "interrupted" (by the user) or "out of data" (the batches ended before the steps did).
         steps: optimizer steps that were finished.
         seconds: wall-clock time of the whole run.
@@ -68,6 +72,8 @@ class History:
         if not math.isnan(last.peak_reserved_gib):
             text += f", peak {last.peak_allocated_gib:.2f} GiB allocated"
             text += f", {last.peak_reserved_gib:.2f} GiB reserved"
+        if last.skipped:
+            text += f", {last.skipped:.0f} steps skipped"
         return text
 
 
@@ -147,6 +153,7 @@ def train(
         torch.cuda.reset_peak_memory_stats(device)
 
     status, tokens, kept = "done", 0, done
+    skipped, scale = int(rows[-1]["skipped"]) if rows else 0, scaler.get_scale()
     start = last = time.perf_counter()
     bar = tqdm(total=steps, initial=done, file=sys.stdout, disable=not progress, unit="step", mininterval=0.5)
     try:
@@ -168,6 +175,8 @@ def train(
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
             scaler.step(optimizer)
             scaler.update()
+            before, scale = scale, scaler.get_scale()
+            skipped += scale < before  # it comes down where a gradient overflowed, and only there
             optimizer.zero_grad(set_to_none=True)
             done += 1
             tokens += batch.numel()
@@ -177,6 +186,7 @@ def train(
                 now = time.perf_counter()
                 allocated, reserved = _peaks_gib(device)
                 row = (done, value, tokens / (now - last), grad_norm.item(), allocated, reserved)
+                row += (scale, skipped)
                 rows.append(dict(zip(COLUMNS, row, strict=True)))
                 if not torch.isfinite(loss):
                     raise FloatingPointError(
@@ -206,9 +216,10 @@ def train(
 
 
 def make_optimizer(
-    model: GPT2LMHeadModel, kind: Literal["adamw", "offloaded"] = "adamw", *, lr: float, weight_decay: float = 0.1
-) -> torch.optim.Optimizer:
-    """AdamW as `train` uses it: weight decay on matrices alone, one fused kernel on a GPU.
+    model: GPT2LMHeadModel, kind: Literal["adamw", "offloaded"] = "adamw", *, lr: float, weight_decay: float = 0.1,
+    fused: bool | None = None,
+) -> torch.optim.Optimizer:  # fmt: skip
+    """AdamW as `train` uses it: weight decay on matrices alone, one fused kernel on a GPU (`fused` says otherwise).
 
     Raises:
         ValueError: an unknown kind.
@@ -217,7 +228,7 @@ def make_optimizer(
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     if kind == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=model.device.type == "cuda")
+        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=model.device.type == "cuda" if fused is None else fused)
     if kind == "offloaded":
         return OffloadedAdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)  # fused: the CPU has such a kernel, too
     raise ValueError(f"optimizer must be 'adamw' or 'offloaded', got {kind!r}")
@@ -363,8 +374,8 @@ def try_step(
 ) -> dict[str, Any]:
     """Train a few steps and report whether they fit: a row of training.csv.
 
-    The model is made, trained and thrown away here, so that out-of-memory is a row and not an end: afterwards
-    its memory is free again and the next call starts from nothing.
+    The model is made (on the GPU, where there is one), trained and thrown away here, so that out-of-memory is a row
+    and not an end: afterwards its memory is free again and the next call starts from nothing.
 
     Args:
         model_factory: makes the model: `lambda: gpt2("124M", n_positions=8192, attention="eager")`.
@@ -381,8 +392,8 @@ def try_step(
 
     Returns:
         model, impl, checkpointing, chunked_loss, seqlen, batch, peak_gib (allocated), reserved_gib, cap_gib,
-        tokens_per_s (the last step's), loss (the last step's), status: "ok", or "oom" with NaN for what was
-        not measured.
+        tokens_per_s (the median of the steps from the third on; the last step's where there are fewer), loss (the last
+        step's), status: "ok", or "oom" with NaN for what was not measured.
 
     Raises:
         ValueError: the batches have another shape, or end before `steps`.
@@ -406,11 +417,13 @@ def try_step(
     free_memory()
     with memory_cap(cap_gib) if cap_gib is not None else nullcontext():
         try:
-            model = model_factory()
+            with torch.device(runtime.device):  # drawing a large model's weights on the CPU takes longer than its steps
+                model = model_factory()
             row["model"] = getattr(model.config, "lab_size", type(model).__name__)
             attention = model.config._attn_implementation
             row["impl"] = impl or _IMPL.get(attention, attention)
             model.to(runtime.device)
+            free_memory()  # what making it took, and is no part of a step
             if batches is None:
                 batches = _random_batches(model.config.vocab_size, (batch, seqlen))
             history = train(
@@ -435,7 +448,8 @@ def try_step(
         raise ValueError(f"the batches ended after {history.steps} of {steps} steps: pass one for each step")
     last = history.frame.iloc[-1].to_dict()
     row |= {"peak_gib": last["peak_allocated_gib"], "reserved_gib": last["peak_reserved_gib"]}
-    row |= {"tokens_per_s": last["tokens_per_s"], "loss": last["loss"], "status": "ok"}
+    speed = history.frame["tokens_per_s"].iloc[min(2, len(history.frame) - 1) :].median()
+    row |= {"tokens_per_s": speed, "loss": last["loss"], "status": "ok"}
     return row
 
 

@@ -1,5 +1,6 @@
 """labutils.parity finds a wrong attention and passes a right one; labutils.ring merges to attention itself."""
 
+import pandas as pd
 import pytest
 import torch
 
@@ -10,8 +11,8 @@ N = runtime.choose(cpu=32, gpu=512)
 
 
 def losses(steps=3):
-    def make_model(attention):
-        torch.manual_seed(0)
+    def make_model(attention, seed):
+        torch.manual_seed(seed)
         wrong = {"scale_attn_weights": False} if attention.startswith("wrong") else {}
         attention = attention.removeprefix("wrong-")
         model = models.gpt2(
@@ -19,20 +20,34 @@ def losses(steps=3):
         ).to(runtime.device)
         return model
 
-    def make_batches():
-        generator = torch.Generator().manual_seed(1)
+    def make_batches(seed):
+        generator = torch.Generator().manual_seed(seed)
         return [torch.randint(60, (2, N), generator=generator) for _ in range(steps)]
 
-    return parity.loss_parity(make_model, make_batches, ("sdpa", "wrong, sdpa"), steps=steps, lr=1e-3)
+    return parity.loss_parity(make_model, make_batches, ("sdpa", "wrong, sdpa"), steps=steps, lr=1e-3, seeds=(0, 1))
 
 
 def test_a_wrong_attention_is_farther_off_than_the_spread():
     frame = losses()
-    assert list(frame.columns) == ["eager", *parity.OTHER_ORDERS, "sdpa", "wrong, sdpa"]
+    assert list(frame.columns) == [parity.EXACT, "eager", *parity.OTHER_ORDERS, "sdpa", "wrong, sdpa"]
+    assert list(frame.index.names) == ["seed", "step"] and len(frame) == 2 * 3
+    assert not frame.loc[0].equals(frame.loc[1])
     table = parity.judge_parity(frame).set_index("run")
-    assert 0 < table.rms[list(parity.OTHER_ORDERS)].max() < 1e-3  # another order is another rounding, and no more
-    assert table.rms["sdpa"] < 1e-3 < table.rms["wrong, sdpa"]
-    assert not table.within["wrong, sdpa"] and table.within[parity.OTHER_ORDERS[0]]
+    rms = table.rms_from_eager
+    assert 0 < rms[list(parity.OTHER_ORDERS)].max() < 1e-3  # another order is another rounding, and no more
+    assert rms["sdpa"] < 1e-3 < rms["wrong, sdpa"]
+    assert not table.in_spread["wrong, sdpa"] and table.in_spread[parity.OTHER_ORDERS[0]]
+    assert table.error["wrong, sdpa"] > 1e-3 > table.error[parity.OTHER_ORDERS[2]]
+
+
+def test_errors_are_judged_from_the_run_in_32_bits():
+    """Runs that err by known amounts: only one that errs more than twice standard attention's largest error fails."""
+    errors = dict(zip((parity.EXACT, "eager", *parity.OTHER_ORDERS, "good", "bad"), (0, 1, 2, 3, 1, 5.9, 6.1), strict=True))
+    frame = pd.DataFrame({name: [2 + size, 2 - size, 2 + size] for name, size in errors.items()})
+    table = parity.judge_parity(frame).set_index("run")
+    assert table.error.to_dict() == pytest.approx({name: size for name, size in errors.items() if name != parity.EXACT})
+    assert table.within["good"] and not table.within["bad"]
+    assert table.rms_from_eager["good"] == pytest.approx(4.9) and not table.in_spread["good"]  # 3 - 1 is the spread
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -284,6 +284,7 @@ def test_profile():
 
 def test_training():
     frame = pd.DataFrame({"step": range(1, 31), "loss": [4 - i / 20 for i in range(30)], "tokens_per_s": 1000.0})
+    frame["grad_norm"] = [math.inf, *range(1, 30)]  # the first step's gradients overflowed
 
     class History:
         pass
@@ -292,8 +293,9 @@ def test_training():
     history.frame = frame
     figure = plotting.plot_training({"sdpa": history, "triton_v2": frame}, window=5)
     check(figure)
-    left, right = figure.axes
+    left, middle, right = figure.axes
     assert "nats per token" in left.get_ylabel() and "tokens per second" in right.get_ylabel()
+    assert "gradient norm" in middle.get_ylabel() and math.isnan(middle.lines[0].get_ydata()[0])
     assert runtime.machine in texts(figure) and "SDPA" in legend(figure)
     check(plotting.plot_training(frame))
 
@@ -384,16 +386,30 @@ def test_tile_kinds_are_counted_from_the_mask():
 
 
 def test_a_ladder_shows_lengths_speeds_and_failures():
-    common = {"model": "124M", "cap_gib": 14.9, "predicted_gib": 9.0}
+    common = {"model": "124M", "cap_gib": 14.9, "predicted_gib": 9.0, "bound": 70_000.0}
     rows = pd.DataFrame([
         common | {"rung": "eager", "seqlen": 1024, "status": "oom", "tokens_per_s": math.nan, "peak_gib": math.nan},
         common | {"rung": "+ flash", "seqlen": 65536, "status": "ok", "tokens_per_s": 5e4, "peak_gib": 9.2},
+        common | {"rung": "+ more", "seqlen": 131072, "status": "ok", "tokens_per_s": 4e4, "peak_gib": 9.2,
+                  "bound": math.nan},
     ])  # fmt: skip
     figure = plotting.plot_ladder(rows)
     check(figure, axes=figure.axes[:1])
     assert "65,536, 50,000 tokens/s" in texts(figure) and "does not fit at 1,024" in texts(figure)
+    assert "≥ 131,072, 40,000 tokens/s" in texts(figure)  # nothing longer was tried
     with pytest.raises(ValueError, match="no rows"):
         plotting.plot_ladder(rows.iloc[:0])
+
+
+def test_a_ledger_stacks_its_kinds():
+    table = pd.DataFrame({"logits": [4.5, math.nan], "MLP": [2.0, 1.5]}, index=["plain", "chunked"])
+    figure = plotting.plot_ledger(table, "Where is it?", cap_gib=14.9)
+    check(figure)
+    (ax,) = figure.axes
+    assert [(bar.get_x(), bar.get_width()) for bar in ax.patches] == [(0, 4.5), (0, 0), (4.5, 2.0), (0, 1.5)]
+    assert "6.5" in texts(figure) and "1.5" in texts(figure) and "card: 14.9 GiB" in legend(figure)
+    with pytest.raises(ValueError, match="no rows"):
+        plotting.plot_ledger(table.iloc[:0])
 
 
 def test_loss_by_position_and_accuracy_have_error_bars():

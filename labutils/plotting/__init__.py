@@ -18,7 +18,7 @@ from labutils.plotting.algorithm import (
     plot_tile_order,
 )
 from labutils.plotting.causal import plot_tile_kinds
-from labutils.plotting.contexts import plot_accuracy, plot_ladder, plot_loss_by_position
+from labutils.plotting.contexts import plot_accuracy, plot_ladder, plot_ledger, plot_loss_by_position
 from labutils.plotting.costs import plot_profile, plot_roofline, plot_traffic
 from labutils.plotting.machines import (
     plot_block_times,
@@ -48,6 +48,7 @@ __all__ = [
     "plot_fill",
     "plot_fit",
     "plot_ladder",
+    "plot_ledger",
     "plot_loss_by_position",
     "plot_mask",
     "plot_memory",

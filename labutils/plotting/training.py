@@ -17,15 +17,15 @@ from labutils.plotting.style import BLACK, BLUE, VERMILLION, WIDE, WIDTH, look_o
 
 @styled
 def plot_training(history: Any, *, window: int = 1) -> Figure:
-    """Loss and tokens per second over the steps of training.
+    """Loss, gradient norm and tokens per second over the steps of training.
 
     Args:
-        history: a `training.History`, its table (columns step, loss, tokens_per_s), or several of either by
-            name.
+        history: a `training.History`, its table (columns step, loss, grad_norm, tokens_per_s), or several of either by
+            name. A step whose gradients overflowed has no norm to draw.
         window: the loss is averaged over so many logged steps.
     """
     named = dict(history) if isinstance(history, Mapping) else {"": history}
-    fig, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 4.0))
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(WIDE, 3.6))
     for i, (name, one) in enumerate(named.items()):
         frame = getattr(one, "frame", one)
         if frame.empty:
@@ -34,16 +34,20 @@ def plot_training(history: Any, *, window: int = 1) -> Figure:
         every = max(1, len(frame) // 12)  # lines are dense: a marker here and there
         loss = frame["loss"].rolling(window, min_periods=1).mean()
         left.plot(frame["step"], loss, **look, markevery=every)
+        norms = frame["grad_norm"].where(frame["grad_norm"].abs() < float("inf"))
+        middle.plot(frame["step"], norms, **look, markevery=every)
         right.plot(frame["step"], frame["tokens_per_s"], **look, markevery=every)
     averaged = f", mean of {window} steps" if window > 1 else ""
     left.set(xlabel="step", ylabel=f"loss (nats per token{averaged})")
-    left.set_title(f"Loss: does it fall? {runtime.machine}")
+    left.set_title("Loss: does it fall?")
+    middle.set(xlabel="step", ylabel="gradient norm before clipping", yscale="log")
+    middle.set_title("Gradient: is it calm?")
     right.set(xlabel="step", ylabel="throughput (tokens per second)")
     right.set_ylim(0, right.get_ylim()[1] * 1.05)
     right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    right.set_title(f"Tokens per second: higher is faster. {runtime.machine}")
-    for ax in (left, right):
-        ax.legend()
+    right.set_title("Speed: higher is faster")
+    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    fig.suptitle(runtime.machine, x=0.01, ha="left", fontsize=10)
     return fig
 
 
