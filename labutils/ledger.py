@@ -31,7 +31,7 @@ pass makes on its way."""
 
 @functools.cache
 def _places() -> dict[str, list[tuple[int, int, int, str]]]:
-    """For each file of interest its functions: first line, last line, depth, kind. The deepest one in a stack counts."""
+    """The functions of each file of interest: first line, last line, depth, kind. The deepest one in a stack counts."""
     from torch.optim import adam, adamw, optimizer
     from transformers.models.gpt2 import modeling_gpt2 as gpt2
 
@@ -56,8 +56,8 @@ def _places() -> dict[str, list[tuple[int, int, int, str]]]:
 class Sizes:
     """Sizes in bytes by which pieces are known that no line of Python asked for.
 
-    Autocast's 16-bit copies of weights are made inside of an operator, and a GPU's backward pass runs in a thread of its
-    own, without a stack in Python.
+    Autocast's 16-bit copies of weights are made inside of an operator, and a GPU's backward pass runs in a thread of
+    its own, without a stack in Python.
 
     Args:
         config: of the model.
@@ -103,8 +103,8 @@ def at_peak(trace: Sequence[Mapping[str, Any]], kind: Callable[[Mapping[str, Any
     """GiB of each kind that are alive when most memory is.
 
     Args:
-        trace: events of the allocator in their order, as `torch.cuda.memory._snapshot()["device_traces"]` has them for a
-            device: "action", "addr", "size" and, for an "alloc", "frames". What was there before the first is not in it.
+        trace: events of the allocator in their order, as `torch.cuda.memory._snapshot()["device_traces"]` has them for
+            a device: "action", "addr", "size" and, for an "alloc", "frames". What was there before is not in it.
         kind: of an "alloc" event.
 
     Returns:

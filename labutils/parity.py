@@ -1,10 +1,11 @@
 """Does another attention train the same model? The yardstick is standard attention, summed in another order.
 
 Two runs that differ in the order of their sums alone drift apart, a little at each step, since floating-point addition
-is not associative. An attention that computes the same thing drifts from standard attention as these do from each other.
+is not associative. An attention that computes the same thing drifts from standard attention much as these do from each
+other.
 
-A run in 32 bits says more: all runs in 16 bits err, standard attention's as well, and the question is whether an attention
-errs more than it. That is how `labutils.reference.judge` judges a single result, and here it is asked of a loss.
+A run in 32 bits says more: all runs in 16 bits err, standard attention's as well, and the question is whether an
+attention errs more than it. That is how `labutils.reference.judge` judges a single result; here it is asked of a loss.
 """
 
 from __future__ import annotations
@@ -105,9 +106,7 @@ def loss_parity(
         for name in (EXACT, "eager", *OTHER_ORDERS, *attentions):
             exact = {"autocast_dtype": None} if name == EXACT else {}
             model = make_model("eager" if exact else implementation_of(name), seed)
-            history = training.train(
-                model, make_batches(seed), steps=steps, **({"progress": False} | options | exact)
-            )
+            history = training.train(model, make_batches(seed), steps=steps, **({"progress": False} | options | exact))
             if history.interrupted:
                 raise KeyboardInterrupt
             columns[name] = history.frame.set_index("step")["loss"]

@@ -209,6 +209,29 @@ def by_position(losses: torch.Tensor, edges: Sequence[int]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def fall(losses: torch.Tensor, early: tuple[int, int], late: tuple[int, int]) -> tuple[float, float]:
+    """How much lower the loss is late in a document than early in it, with the standard error, in nats per token.
+
+    Each sequence is compared with itself: that some files are harder than others, from their first token to their last,
+    is no part of the error.
+
+    Args:
+        losses: (S, N - 1) of `token_losses`.
+        early, late: positions (from, to) as `by_position` has them.
+
+    Returns:
+        Mean and standard error, over sequences, of the mean loss in `early` minus that in `late`.
+
+    Raises:
+        ValueError: as `by_position`.
+    """
+    for edges in (early, late):
+        by_position(losses, edges)  # raises where they do not fit
+    before, after = (losses[:, begin - 1 : end - 1].double().mean(dim=1) for begin, end in (early, late))
+    lower = before - after
+    return lower.mean().item(), lower.std().item() / len(lower) ** 0.5
+
+
 def long_documents(texts: Iterable[str], tokenizer: Any, length: int) -> torch.Tensor:
     """The first `length` tokens of each document that has so many: int64 (S, length).
 

@@ -228,7 +228,8 @@ def make_optimizer(
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     if kind == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=model.device.type == "cuda" if fused is None else fused)
+        fused = model.device.type == "cuda" if fused is None else fused
+        return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused)
     if kind == "offloaded":
         return OffloadedAdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)  # fused: the CPU has such a kernel, too
     raise ValueError(f"optimizer must be 'adamw' or 'offloaded', got {kind!r}")

@@ -42,7 +42,8 @@ def test_a_wrong_attention_is_farther_off_than_the_spread():
 
 def test_errors_are_judged_from_the_run_in_32_bits():
     """Runs that err by known amounts: only one that errs more than twice standard attention's largest error fails."""
-    errors = dict(zip((parity.EXACT, "eager", *parity.OTHER_ORDERS, "good", "bad"), (0, 1, 2, 3, 1, 5.9, 6.1), strict=True))
+    runs = (parity.EXACT, "eager", *parity.OTHER_ORDERS, "good", "bad")
+    errors = dict(zip(runs, (0, 1, 2, 3, 1, 5.9, 6.1), strict=True))
     frame = pd.DataFrame({name: [2 + size, 2 - size, 2 + size] for name, size in errors.items()})
     table = parity.judge_parity(frame).set_index("run")
     assert table.error.to_dict() == pytest.approx({name: size for name, size in errors.items() if name != parity.EXACT})

@@ -98,3 +98,14 @@ def test_error_bars_count_sequences_and_not_tokens():
             positions.by_position(losses, edges)
     with pytest.raises(ValueError, match="two sequences"):
         positions.by_position(losses[:1], [1, 3])
+
+
+def test_a_fall_compares_each_sequence_with_itself():
+    """Files of different difficulty that all fall alike: the means overlap, the fall is certain."""
+    level = torch.tensor([1.0, 5.0, 9.0])[:, None]
+    losses = level + torch.tensor([0.5, 0.5, 0.0, 0.0])  # positions 1 and 2, then 3 and 4
+    assert positions.fall(losses, (1, 3), (3, 5)) == pytest.approx((0.5, 0.0))
+    apart = losses + torch.tensor([[0.0, 0, 0, 0], [0.3, 0.3, 0, 0], [-0.3, -0.3, 0, 0]])
+    assert positions.fall(apart, (1, 3), (3, 5)) == pytest.approx((0.5, 0.3 / 3**0.5))
+    with pytest.raises(ValueError, match="ascend"):
+        positions.fall(losses, (1, 3), (3, 9))

@@ -94,7 +94,8 @@ def plot_ledger(table: pd.DataFrame, title: str = "", cap_gib: float | None = No
     for i, kind in enumerate(table.columns):
         size = table[kind].to_numpy()
         color = _KIND_COLORS.get(kind, OTHER_COLORS[i % len(OTHER_COLORS)])
-        ax.barh(range(len(table)), size, left=left, height=0.7, label=kind, color=color, edgecolor="white", linewidth=0.5)
+        look = {"height": 0.7, "color": color, "edgecolor": "white", "linewidth": 0.5}
+        ax.barh(range(len(table)), size, left=left, label=kind, **look)
         left = left + size
     for y, total in enumerate(left):
         ax.annotate(f"{total:.1f}", (total, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)
