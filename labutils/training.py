@@ -459,15 +459,16 @@ def attention_used(
     tokens: torch.Tensor,
     *,
     autocast_dtype: torch.dtype | Literal["auto"] | None = "auto",
-    checkpointing: bool = False,
+    checkpointing: bool | Literal["offloaded"] = False,
     chunked_loss: int | None = None,
+    end_of_text: int | None = None,
 ) -> dict[str, int]:
     """Which attention a training step of this model runs, found out by profiling one, forward and backward.
 
     The step changes nothing: gradients are thrown away, weights and random generators are left as they were.
 
     Args:
-        model, autocast_dtype, checkpointing, chunked_loss: as for `train`.
+        model, autocast_dtype, checkpointing, chunked_loss, end_of_text: as for `train`.
         tokens: int64 (B, N), on any device.
 
     Returns:
@@ -484,14 +485,14 @@ def attention_used(
     was_training = model.training
     model.train()
     if checkpointing:
-        _set_checkpointing(model, True)
+        _set_checkpointing(model, checkpointing)
     try:
         with (
             torch.random.fork_rng(devices=[torch.cuda.current_device()] if on_gpu else []),
             torch_profiler(activities=[activity.CPU, activity.CUDA] if on_gpu else [activity.CPU]) as profiler,
         ):
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                loss = language_model_loss(model, tokens, chunked_loss=chunked_loss)
+                loss = language_model_loss(model, tokens, chunked_loss=chunked_loss, end_of_text=end_of_text)
             loss.backward()
     finally:
         model.zero_grad(set_to_none=True)

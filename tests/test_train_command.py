@@ -267,3 +267,21 @@ def test_texts_of_ones_own(tmp_path, here):
         (tmp_path / f"{i}.txt").write_text(text * 40)
     status, printed, err = here(*SMALL, "--optimization.steps=1", f"--data.text={tmp_path}")
     assert status == 0 and "Text: 1 documents" in printed, err
+
+
+@ON_CPU
+def test_what_notebook_03_can_do_has_flags(here, tmp_path):
+    flags = ["--model.rotary=true", "--model.one_gelu=true", "--data.documents_apart=true",
+             "--optimization.checkpointing=offloaded", "--optimization.optimizer=offloaded",
+             "--optimization.chunked_loss=16"]  # fmt: skip
+    asked = [*SMALL, "--optimization.steps=2", "--run.folder", tmp_path / "run"]
+    status, printed, err = here(*asked, *flags)
+    assert status == 0, err
+    # A mask keeps documents apart with sdpa: that another kernel runs then is said.
+    assert "done after 2 steps" in printed and "Attention that ran" in printed
+    lines = (tmp_path / "run" / "config.yaml").read_text()
+    assert "rotary: true" in lines and "checkpointing: offloaded" in lines and "optimizer: offloaded" in lines
+    weights = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["model"]
+    assert not any("wpe" in name for name in weights)  # no table of positions
+    status, _, err = here(*asked, *flags[1:], "--resume", "--optimization.steps=3")
+    assert status == 2 and "model.rotary" in err

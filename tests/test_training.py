@@ -372,3 +372,24 @@ def test_float16_trains_with_loss_scaling():
     assert history.status == "done" and history.frame.loss.notna().all()
     assert math.isfinite(history.frame.grad_norm.iloc[-1])  # the first steps may only find the scale
     assert not torch.equal(model.transformer.wte.weight, before)
+
+
+def test_steps_whose_scaled_gradients_overflow_are_skipped_and_counted(monkeypatch):
+    """A scale that float16 cannot bear: the first steps change no weight, and the history says how many."""
+    scaler = torch.amp.GradScaler
+
+    def steep(*args, **kwargs):
+        return scaler(*args, **kwargs, init_scale=2.0**36)
+
+    torch.manual_seed(0)
+    model = models.gpt2("nano", n_positions=16, vocab_size=50, attention="sdpa").to(runtime.device)
+    before = model.transformer.wte.weight.detach().clone()
+    batches = [torch.randint(50, (2, 16)) for _ in range(2)]
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.amp, "GradScaler", steep)
+        history = training.train(model, batches, steps=2, autocast_dtype=torch.float16, progress=False)
+    assert history.frame["skipped"].tolist() == [1, 2] and history.frame["loss_scale"].tolist() == [2.0**35, 2.0**34]
+    assert torch.equal(model.transformer.wte.weight, before) and "2 steps skipped" in str(history)
+    history = training.train(model, batches, steps=2, autocast_dtype=None, progress=False)
+    assert history.frame["skipped"].tolist() == [0, 0] and history.frame["loss_scale"].tolist() == [1.0, 1.0]
+    assert not torch.equal(model.transformer.wte.weight, before) and "skipped" not in str(history)

@@ -103,6 +103,8 @@ _OPTIONS: tuple[tuple[str, str, tuple[tuple[str, Any, Any, str], ...]], ...] = (
             ("size", Literal["124M", "355M", "774M", "1558M", "tiny", "nano"], "124M", "parameters"),
             ("seqlen", int, 8192, "tokens in a sequence, N"),
             ("dropout", float, 0.0, "of attention weights; PyTorch's flash kernel for the CPU has none"),
+            ("rotary", bool, False, "rotary positions in place of a learned table"),
+            ("one_gelu", bool, False, "GELU as one operation, which keeps its input alone; GPT-2's are several"),
         ),
     ),
     (
@@ -112,6 +114,7 @@ _OPTIONS: tuple[tuple[str, str, tuple[tuple[str, Any, Any, str], ...]], ...] = (
             ("text", str, "sources", "reference, sources (of Python's own library), or a folder of .txt files"),
             ("vocab_size", int, 4096, "entries of the tokenizer that is trained on them"),
             ("batch_size", int, 1, "sequences in a step"),
+            ("documents_apart", bool, False, "attention and positions begin anew in each document of a sequence"),
             ("held_out", int, 8, "sequences of other texts on which the loss is measured before and after; 0: none"),
             ("seed", int, 0, "of the split and of the order"),
         ),
@@ -136,8 +139,20 @@ _OPTIONS: tuple[tuple[str, str, tuple[tuple[str, Any, Any, str], ...]], ...] = (
             ("weight_decay", float, 0.1, "of matrices"),
             ("clip", float, 1.0, "largest gradient norm"),
             ("precision", Literal["auto", "float32", "bfloat16", "float16"], "auto", "autocast; auto: the GPU's"),
-            ("checkpointing", bool, False, "recompute activations in the backward instead of keeping them"),
+            (
+                "checkpointing",
+                bool | Literal["offloaded"],
+                False,
+                "recompute activations in the backward instead of keeping them; offloaded: keep the blocks' inputs on "
+                "the CPU, too",
+            ),
             ("chunked_loss", int | None, None, "positions for which logits exist at a time; null: all"),
+            (
+                "optimizer",
+                Literal["adamw", "offloaded"],
+                "adamw",
+                "AdamW beside the model, in one kernel on a GPU; offloaded: with its state and its work on the CPU",
+            ),
             ("memory_cap_gib", float | None, None, "imitate a GPU with so many GiB; null: no cap"),
         ),
     ),
@@ -227,7 +242,7 @@ def _check(options: Namespace) -> None:
 def _train(options: Namespace, parser: ArgumentParser, asked_to_stop: Callable[[], bool]) -> int:
     import torch
 
-    from labutils import data, environment, models, runtime, training
+    from labutils import data, environment, ladder, models, positions, runtime, training
     from labutils.checkpoints import check_path
 
     how = options.optimization
@@ -253,9 +268,13 @@ def _train(options: Namespace, parser: ArgumentParser, asked_to_stop: Callable[[
         runtime.seed(options.run.seed)
         model = models.gpt2(
             options.model.size, n_positions=options.model.seqlen, vocab_size=vocab_size, attention=attention,
-            attn_pdrop=options.model.dropout,
+            attn_pdrop=options.model.dropout, **(ladder.ONE_GELU if options.model.one_gelu else {}),
         ).to(runtime.device)  # fmt: skip
+        if options.model.rotary:
+            positions.use_rope(model)
         shared = {"autocast_dtype": autocast, "chunked_loss": how.chunked_loss}
+        if options.data.documents_apart:
+            shared["end_of_text"] = 0  # what the tokenizer of `_texts` has first
         used = _find_out(model, sequences[: options.data.batch_size], options, attention, shared)
         before = training.evaluate(model, held_out, **shared) if held_out else None
         if before is not None:
@@ -264,7 +283,8 @@ def _train(options: Namespace, parser: ArgumentParser, asked_to_stop: Callable[[
             history = training.train(
                 model, data.batches(sequences, options.data.batch_size, seed=options.data.seed), steps=how.steps,
                 lr=how.lr, warmup=how.warmup, weight_decay=how.weight_decay, clip=how.clip,
-                checkpointing=how.checkpointing, log_every=options.run.log_every, checkpoint=checkpoint,
+                checkpointing=how.checkpointing, optimizer=how.optimizer, log_every=options.run.log_every,
+                checkpoint=checkpoint,
                 stop=asked_to_stop, on_row=on_row, **shared,
             )  # fmt: skip
         print(history)
@@ -343,10 +363,10 @@ def _checkpoint(
     from labutils.checkpoints import Checkpoint
 
     how = options.optimization
-    shaping = ("flash_attention", "lr", "warmup", "weight_decay", "clip", "checkpointing", "chunked_loss")
+    shaping = ("flash_attention", "lr", "warmup", "weight_decay", "clip", "checkpointing", "chunked_loss", "optimizer")
     settings = {
-        **{f"model.{name}": options.model[name] for name in ("size", "seqlen", "dropout")},
-        **{f"data.{name}": options.data[name] for name in ("batch_size", "seed")},
+        **{f"model.{name}": options.model[name] for name in ("size", "seqlen", "dropout", "rotary", "one_gelu")},
+        **{f"data.{name}": options.data[name] for name in ("batch_size", "seed", "documents_apart")},
         **{f"optimization.{name}": how[name] for name in shaping},
         "optimization.implementation": attention,
         "optimization.precision": "float32" if autocast is None else str(autocast).removeprefix("torch."),
@@ -375,15 +395,14 @@ def _checkpoint(
 
 def _attention(options: Namespace) -> str:
     """The name under which transformers finds the attention that was asked for."""
-    from labutils import runtime
+    from labutils import capability, runtime
 
     how = options.optimization
     if not how.flash_attention:
         return "eager"
     if how.implementation != "auto":
         return how.implementation
-    # Triton uses tensor cores from compute capability 8.0 on; the interpreter is far too slow to train in.
-    return "labutils" if runtime.capability is not None and runtime.capability >= (8, 0) else "sdpa"
+    return capability.choose(runtime.capability).attention
 
 
 def _allowed_backends(options: Namespace) -> Any:
