@@ -11,7 +11,16 @@ import torch
 from labutils import data, models, runtime, training
 
 NEEDS_GPU = pytest.mark.skipif(runtime.device.type != "cuda", reason="needs a CUDA GPU; this machine has none")
-COLUMNS = ["step", "loss", "tokens_per_s", "grad_norm", "peak_allocated_gib", "peak_reserved_gib"]
+COLUMNS = [
+    "step",
+    "loss",
+    "tokens_per_s",
+    "grad_norm",
+    "peak_allocated_gib",
+    "peak_reserved_gib",
+    "loss_scale",
+    "skipped",
+]
 
 
 def tiny(attention="sdpa", vocab_size=300, n_positions=128):
