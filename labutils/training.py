@@ -84,6 +84,7 @@ def train(
     steps: int,
     lr: float = 6e-4,
     warmup: int = 0,
+    decay: int = 0,
     weight_decay: float = 0.1,
     clip: float = 1.0,
     autocast_dtype: torch.dtype | Literal["auto"] | None = "auto",
@@ -106,8 +107,9 @@ def train(
         model: a GPT-2 of `labutils.models.gpt2`.
         batches: int64 (B, N) each, on any device.
         steps: optimizer steps.
-        lr: learning rate, reached over `warmup` steps and constant then.
+        lr: learning rate, reached over `warmup` steps and constant then, but for the last `decay`.
         warmup: steps of linear warm-up.
+        decay: the last so many steps, over which the learning rate falls to 0 in a straight line.
         weight_decay: on matrices; biases and LayerNorm gains have none.
         clip: largest gradient norm.
         autocast_dtype: "auto" is the GPU's `runtime.dtype` and no autocast on a CPU; None is no autocast.
@@ -167,7 +169,7 @@ def train(
                 break
             batch = batch.to(device)
             for group in optimizer.param_groups:
-                group["lr"] = lr * min(1.0, (done + 1) / max(warmup, 1))
+                group["lr"] = lr * min(1.0, (done + 1) / max(warmup, 1), (steps - done) / max(decay, 1))
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
                 loss = language_model_loss(model, batch, chunked_loss=chunked_loss, end_of_text=end_of_text)
             scaler.scale(loss).backward()

@@ -159,6 +159,9 @@ def test_warmup_and_weight_decay_groups(monkeypatch):
     vectors = sum(p.ndim < 2 for p in model.parameters())
     assert [step[0][0] for step in seen] == pytest.approx([5e-4, 1e-3, 1e-3])
     assert [(decay, count) for _, decay, count in seen[0]] == [(0.1, matrices), (0.0, vectors)]
+    seen.clear()
+    training.train(model, endless(), steps=5, lr=1.0e-3, warmup=2, decay=4, progress=False)
+    assert [step[0][0] for step in seen] == pytest.approx([5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
 
 
 def test_a_checkpointed_step_on_our_kernel_is_a_step_on_sdpa():
