@@ -329,8 +329,9 @@ def document_positions(tokens: torch.Tensor, end_of_text: int) -> torch.Tensor:
 class Batches(Iterator[torch.Tensor]):
     """What `batches` returns: an endless iterator that knows its place, for checkpoints."""
 
-    def __init__(self, sequences: torch.Tensor, batch_size: int, seed: int):
+    def __init__(self, sequences: torch.Tensor, batch_size: int, seed: int, cut: int | None = None):
         self._sequences, self._batch_size = sequences, batch_size
+        self._cut = sequences.shape[1] if cut is None else cut
         self._generator = torch.Generator().manual_seed(seed)
         self._waiting: list[int] = []
 
@@ -338,7 +339,7 @@ class Batches(Iterator[torch.Tensor]):
         while len(self._waiting) < self._batch_size:
             self._waiting += torch.randperm(len(self._sequences), generator=self._generator).tolist()
         taken, self._waiting = self._waiting[: self._batch_size], self._waiting[self._batch_size :]
-        return self._sequences[taken]
+        return self._sequences[taken].view(-1, self._cut)
 
     def state_dict(self) -> dict:
         """The place: after `load_state_dict` an iterator over the same sequences goes on with the same batches."""
@@ -356,22 +357,25 @@ class Batches(Iterator[torch.Tensor]):
         self._waiting = list(state["waiting"])
 
 
-def batches(sequences: torch.Tensor, batch_size: int = 1, *, seed: int = 0) -> Batches:
+def batches(sequences: torch.Tensor, batch_size: int = 1, *, seed: int = 0, cut: int | None = None) -> Batches:
     """Endless random batches: every sequence once per pass, in a new random order each pass.
 
     Args:
         sequences: int64 (S, N), from `pack`.
         batch_size: B. A batch may span two passes, so that no sequence is left out.
         seed: of the order; the same seed gives the same batches.
+        cut: N', which divides N: each batch has the same tokens in shorter sequences. None leaves them whole.
 
     Yields:
-        int64 (B, N), on the device of `sequences`.
+        int64 (B, N), or (B · N / N', N'), on the device of `sequences`.
 
     Raises:
-        ValueError: no sequences, or `batch_size` < 1.
+        ValueError: no sequences, `batch_size` < 1, or a `cut` that does not divide N.
     """
     if sequences.ndim != 2 or len(sequences) == 0:
         raise ValueError(f"sequences must be (S, N) with S >= 1, got shape {tuple(sequences.shape)}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    return Batches(sequences, batch_size, seed)
+    if cut is not None and (cut < 1 or sequences.shape[1] % cut):
+        raise ValueError(f"sequences of {sequences.shape[1]} tokens cannot be cut into pieces of {cut}")
+    return Batches(sequences, batch_size, seed, cut)

@@ -209,3 +209,13 @@ def test_documents_kept_apart_lose_what_each_loses_alone(attention, rope):
     assert training.evaluate(model, tokens.split(1), end_of_text=0, autocast_dtype=None) == pytest.approx(
         apart, rel=1e-3
     )
+
+
+def test_batches_that_are_cut_have_the_same_tokens():
+    sequences = torch.arange(24).view(3, 8)
+    whole, cut = data.batches(sequences, 2, seed=4), data.batches(sequences, 2, seed=4, cut=4)
+    for _ in range(4):
+        one, other = next(whole), next(cut)
+        assert other.shape == (4, 4) and torch.equal(one.view(-1), other.view(-1))
+    with pytest.raises(ValueError, match="pieces of 3"):
+        data.batches(sequences, 2, cut=3)

@@ -147,11 +147,11 @@ def plot_accuracy(tables: Mapping[str, pd.DataFrame]) -> Figure:
         length_axis(ax, lengths)
         ax.set_xticks(lengths, [short_size(n) for n in lengths], rotation=45)
         ax.axhline(table["guess"].iloc[0], color=GREY, linestyle="--", label="guessing")
-        ax.set(xlabel="", ylim=(-0.03, 1.05))
+        ax.set(xlabel="distance (tokens)", ylim=(-0.03, 1.05))
         ax.set_title(task)
-    fig.supxlabel("tokens between statement and answer", fontsize=10)
     axes[0][0].set_ylabel("right answers")
     axes[0][0].yaxis.set_major_formatter(PercentFormatter(1.0))
     fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    fig.suptitle(f"How far back may the answer stand? {runtime.machine}", x=0.01, ha="left", fontsize=11)
+    title = f"Right answers by the distance from the statement to its answer. {runtime.machine}"
+    fig.suptitle(title, x=0.01, ha="left", fontsize=11)
     return fig
