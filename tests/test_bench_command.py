@@ -236,6 +236,11 @@ def test_against_an_earlier_sweep(tmp_path, bench_here, capsys):
     assert bench._compare(df, df.assign(ms=2.05, spread_ms=0.06), tmp_path) == 0  # of either sweep, the larger one
     assert bench._compare(df, df.assign(ms=2.07, spread_ms=0.1), tmp_path) == 1  # covered, and more than 3 %
     assert "1 differ by more than 3 percent, and 0 by" in capsys.readouterr().out
+    forty = pd.concat([df.assign(seqlen=64 * n) for n in range(1, 41)], ignore_index=True)
+    forty.attrs = df.attrs
+    for far, status in ((4, 0), (5, 1)):  # a spread is no bound: 90 % of the points are to lie within theirs
+        assert bench._compare(forty, forty.assign(ms=[2.05] * far + [2.005] * (40 - far)), tmp_path) == status
+        assert f"covers {40 - far} of 40" in capsys.readouterr().out
     assert bench._compare(df.assign(ms=0.05), df.assign(ms=0.09), tmp_path) == 0  # too short to be held to it
     assert "None is long enough" in capsys.readouterr().out
 

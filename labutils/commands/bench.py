@@ -24,6 +24,10 @@ FORMATS = ("json", "png", "svg")
 REFERENCE = "nvidia_h200"
 LIMIT = 0.03  # how far medians of two sweeps may differ before --against complains
 SHORTEST_MS = 0.1  # shorter times are not held to that
+# Of how many points the spread must cover the difference: a spread of a few rounds is an estimate, and no bound. Where
+# rounds vary as sweeps do, normally, the larger range of three covers 94 % of the differences (simulated), what the
+# repeats of a round vary by some more; and of some tens of points, a few more or fewer than that.
+COVERED = 0.9
 INTERRUPTED = 130  # what a shell calls the end by Control-C
 
 
@@ -188,8 +192,8 @@ def add(commands: argparse._SubParsersAction) -> None:
         type=Path,
         metavar="FOLDER",
         help=f"compare with an earlier sweep, and exit with 1, the points listed, where medians above {SHORTEST_MS} ms "
-        f"differ by more than {100 * LIMIT:.0f} percent, or by more than the reported spread covers: the larger "
-        "spread_ms of the two",
+        f"differ by more than {100 * LIMIT:.0f} percent, or where the reported spread (the larger spread_ms of the two) "
+        f"covers the difference of less than {100 * COVERED:.0f} percent of them",
     )
     parser.set_defaults(run=run)
 
@@ -354,7 +358,8 @@ def _line(row: Any) -> str:
 
 
 def _compare(earlier: pd.DataFrame, now: pd.DataFrame, folder: Path) -> int:
-    """Prints how far two sweeps lie apart; 1 where a median differs by more than `LIMIT`, or than the spread covers."""
+    """Prints how far two sweeps lie apart; 1 where a median differs by more than `LIMIT`, or less than `COVERED` of them
+    by what their spread covers."""
     from labutils import benchmark, environment
     from labutils.benchmark import storing
 
@@ -389,13 +394,15 @@ def _compare(earlier: pd.DataFrame, now: pd.DataFrame, folder: Path) -> int:
             f"  {row.impl} {which} {row.dtype} D={row.head_dim} {mask} N={row.seqlen:,}: {row.first_ms:.4g} and "
             f"{row.second_ms:.4g} ms, {row.difference:.2%} apart, spread {row.spread:.2%}{mark}"
         )
+    over, uncovered = int((long["difference"] > LIMIT).sum()), int((~long["covered"]).sum())
     if far.empty:
         return 0
-    over, uncovered = int((long["difference"] > LIMIT).sum()), int((~long["covered"]).sum())
     print(
         f"Of {len(long)} points, {over} differ by more than {100 * LIMIT:.0f} percent, and {uncovered} by more than "
-        "the reported spread."
+        f"the reported spread, which is to cover {100 * COVERED:.0f} percent of them."
     )
+    if not over and long["covered"].mean() >= COVERED:
+        return 0
     return 1
 
 
