@@ -192,8 +192,8 @@ def add(commands: argparse._SubParsersAction) -> None:
         type=Path,
         metavar="FOLDER",
         help=f"compare with an earlier sweep, and exit with 1, the points listed, where medians above {SHORTEST_MS} ms "
-        f"differ by more than {100 * LIMIT:.0f} percent, or where the reported spread (the larger spread_ms of the two) "
-        f"covers the difference of less than {100 * COVERED:.0f} percent of them",
+        f"differ by more than {100 * LIMIT:.0f} percent, or where the reported spread, the larger spread_ms of "
+        f"the two, covers the difference of less than {100 * COVERED:.0f} percent of them",
     )
     parser.set_defaults(run=run)
 
@@ -358,8 +358,8 @@ def _line(row: Any) -> str:
 
 
 def _compare(earlier: pd.DataFrame, now: pd.DataFrame, folder: Path) -> int:
-    """Prints how far two sweeps lie apart; 1 where a median differs by more than `LIMIT`, or less than `COVERED` of them
-    by what their spread covers."""
+    """Prints how far two sweeps lie apart; 1 where a median differs by more than `LIMIT`, or where the spread covers
+    less than `COVERED` of the differences."""
     from labutils import benchmark, environment
     from labutils.benchmark import storing
 
