@@ -1,5 +1,9 @@
-"""The code obeys the rules in pyproject.toml; `ruff check --fix .` and `ruff format labutils tests` help."""
+"""The code obeys the rules in pyproject.toml and the order of imports in CONTRIBUTING.md.
 
+`ruff check --fix .` and `ruff format labutils tests` help with the former.
+"""
+
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -16,3 +20,48 @@ def test_ruff(command):
         [sys.executable, "-m", "ruff", *command, "--no-cache"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def rows_of_modules():
+    """The rows of CONTRIBUTING.md in which a module imports only from those above its own."""
+    block = (ROOT / "CONTRIBUTING.md").read_text().split("```text\ninterpreter")[1].split("```")[0]
+    return [line.split(", ") for line in f"interpreter{block}".strip().splitlines()]
+
+
+def imported_modules(path):
+    """The modules and packages right below labutils that a file imports from, whether at its top or later."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            source = ".".join([*above, *filter(None, [node.module])])
+            names = [f"{source}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (name.split(".")[1] for name in names if name.startswith("labutils."))
+
+
+def test_every_module_has_a_row():
+    there = {
+        path.stem for path in (ROOT / "labutils").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    listed = [name for row in rows_of_modules() for name in row]
+    assert sorted(listed) == sorted(there - {"__init__", "__main__"})
+
+
+def test_imports_point_one_way():
+    row_of = {name: number for number, row in enumerate(rows_of_modules()) for name in row}
+    wrong = []
+    for path in sorted((ROOT / "labutils").rglob("*.py")):
+        inside = path.relative_to(ROOT / "labutils")
+        module = inside.with_suffix("").parts[0]
+        if module not in row_of:
+            continue  # __init__ and __main__ stand above all others
+        wrong += [
+            f"labutils/{inside} imports {name}"
+            for name in sorted(set(imported_modules(path)))
+            if name != module and row_of.get(name, -1) >= row_of[module]
+        ]
+    assert not wrong, f"CONTRIBUTING.md has the order of modules; against it: {'; '.join(wrong)}"
