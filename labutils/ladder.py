@@ -25,7 +25,6 @@ from labutils import capability, ledger, models, rehearsal, runtime, training
 if TYPE_CHECKING:
     import pandas as pd
 
-GIB = 2**30
 STEP = 1024
 """Lengths are tried in multiples of this many tokens."""
 
@@ -223,7 +222,7 @@ def longest(
 
 def ladder(
     sizes: Sequence[str] = ("124M",),
-    cap_gib: float = 16e9 / GIB,
+    cap_gib: float = 16e9 / training.GIB,
     *,
     rungs: Sequence[Rung] = RUNGS,
     folder: str | Path | None = None,

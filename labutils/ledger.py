@@ -20,7 +20,6 @@ from labutils import models, runtime, training
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-GIB = 2**30
 KINDS = (
     "parameters", "AdamW", "16-bit weights", "residual stream", "attention", "MLP", "logits", "gradients", "backward",
 )  # fmt: skip
@@ -126,7 +125,7 @@ def at_peak(trace: Sequence[Mapping[str, Any]], kind: Callable[[Mapping[str, Any
             size, name = alive.pop(event["addr"])
             now[name] -= size
             total -= size
-    return {name: size / GIB for name, size in peak.items() if size}
+    return {name: size / training.GIB for name, size in peak.items() if size}
 
 
 def measure(

@@ -22,8 +22,6 @@ from torch.utils.checkpoint import checkpoint
 
 from labutils import ledger, models, runtime, training
 
-GIB = 2**30
-
 
 class _Alive(TorchDispatchMode):
     """Counts the bytes of storages by kind, from when an operator makes one until nobody holds it."""
@@ -153,4 +151,4 @@ def rehearse_by_kind(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if stepper is not None:
             stepper.step()
-    return {kind: size / GIB for kind, size in alive.at_peak.items() if size}
+    return {kind: size / training.GIB for kind, size in alive.at_peak.items() if size}

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from labutils.checkpoints import Checkpoint
 
 GIB = 2**30
+"""Bytes in a GiB."""
+
 COLUMNS = (
     "step", "loss", "tokens_per_s", "grad_norm", "peak_allocated_gib", "peak_reserved_gib", "loss_scale", "skipped",
 )  # fmt: skip

@@ -45,11 +45,11 @@ def _add_kernel(x_ptr, TOTAL, N, BLOCK: tl.constexpr):
 
 def test_flops():
     shape = {"batch": 64, "heads": 16, "seqlen_q": 1024, "head_dim": 64}
-    forward = analysis.attention_flops(**shape)
+    forward = benchmark.attention_flops(**shape)
     assert forward == 4 * 64 * 16 * 1024 * 1024 * 64
-    assert analysis.attention_flops(**shape, causal=True) == forward / 2
-    assert analysis.attention_flops(**shape, backward=True) == 2.5 * forward
-    assert analysis.attention_flops(**shape, seqlen_k=2048) == 2 * forward
+    assert benchmark.attention_flops(**shape, causal=True) == forward / 2
+    assert benchmark.attention_flops(**shape, backward=True) == 2.5 * forward
+    assert benchmark.attention_flops(**shape, seqlen_k=2048) == 2 * forward
 
 
 def test_io_of_naive_attention_is_algorithm_0():

@@ -28,14 +28,12 @@ from labutils.analysis.traffic import (
     io_bytes,
     total_bytes,
 )
-from labutils.benchmark import attention_flops
 
 __all__ = [
     "Advice",
     "Bytes",
     "Ceilings",
     "Traffic",
-    "attention_flops",
     "compulsory_bytes",
     "count_traffic",
     "counted_traffic",

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
-from labutils import runtime
-
 FEATURES = ("window", "alibi", "softcap", "varlen", "paged", "dropout", "score_mod")
 """What a call may need beyond a plain or causal mask."""
 
@@ -227,11 +225,6 @@ PITFALLS = pd.DataFrame(
     columns=["pitfall", "symptom", "remedy"],
 )
 """What goes wrong, how it shows, what helps."""
-
-
-def capability_of_this_machine() -> tuple[int, int] | None:
-    """What to hand to `recommend` for the machine at hand."""
-    return runtime.capability if runtime.device.type == "cuda" else None
 
 
 def judged(stored: pd.DataFrame, capability: tuple[int, int]) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""The lab's commands, one module each: `python -m labutils NAME`.
+"""The lab's commands, one module each: `python -m labutils NAME`; `arguments` has what their command lines share.
 
 A command's module has two functions, and `labutils.__main__` lists the module:
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from labutils.commands.arguments import INTERRUPTED, seconds, whole_number
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -28,7 +30,6 @@ SHORTEST_MS = 0.1  # shorter times are not held to that
 # rounds vary as sweeps do, normally, the larger range of three covers 94 % of the differences (simulated), what the
 # repeats of a round vary by some more; and of some tens of points, a few more or fewer than that.
 COVERED = 0.9
-INTERRUPTED = 130  # what a shell calls the end by Control-C
 
 
 def _listed(kind: Callable[[str], Any], choices: Sequence[Any] | None = None) -> Callable[[str], list]:
@@ -54,23 +55,6 @@ def _formats(text: str) -> list[str]:
     if "none" in values and set(values) != {"none"}:
         raise argparse.ArgumentTypeError(f"{text}: 'none' stands alone, since it asks for nothing beside the tables.")
     return values
-
-
-def _positive(text: str) -> int:
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: it must be 1 or more, a whole number")
-    return number
-
-
-def _seconds(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number < 3600:
-        raise argparse.ArgumentTypeError(f"{text}: it must be a number of seconds, 0 or more")
-    return number
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -100,28 +84,30 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     what.add_argument(
         "--seqlens",
-        type=_listed(_positive),
+        type=_listed(whole_number),
         metavar="N,N",
         default=argparse.SUPPRESS,
         help="sequence lengths (default: 256 to 2048 without a GPU, 512 to 16384 with one, in powers of two)",
     )
     what.add_argument(
-        "--head-dims", type=_listed(_positive), metavar="D,D", default=[64], help="head dimensions (default: 64)"
+        "--head-dims", type=_listed(whole_number), metavar="D,D", default=[64], help="head dimensions (default: 64)"
     )
     batch = what.add_mutually_exclusive_group()
-    batch.add_argument("--batch", type=_listed(_positive), metavar="B,B", default=argparse.SUPPRESS, help="batch sizes")
+    batch.add_argument(
+        "--batch", type=_listed(whole_number), metavar="B,B", default=argparse.SUPPRESS, help="batch sizes"
+    )
     batch.add_argument(
         "--tokens",
-        type=_positive,
+        type=whole_number,
         metavar="T",
         default=argparse.SUPPRESS,
         help="tokens in a batch: B = T // N (default: 16384 with a GPU; B = 1 without one)",
     )
     heads = what.add_mutually_exclusive_group()
-    heads.add_argument("--heads", type=_positive, metavar="H", default=argparse.SUPPRESS, help="heads")
+    heads.add_argument("--heads", type=whole_number, metavar="H", default=argparse.SUPPRESS, help="heads")
     heads.add_argument(
         "--hidden",
-        type=_positive,
+        type=whole_number,
         metavar="W",
         default=argparse.SUPPRESS,
         help="width of all heads: H = W / D (default: 2048 with a GPU; H = 4 without one)",
@@ -146,20 +132,20 @@ def add(commands: argparse._SubParsersAction) -> None:
     how = parser.add_argument_group("how long")
     how.add_argument(
         "--seconds",
-        type=_seconds,
+        type=seconds,
         default=0.3,
         help="of recorded repeats for a point, all rounds together (default: %(default)s)",
     )
-    how.add_argument("--rounds", type=_positive, default=3, help="times through all points (default: %(default)s)")
+    how.add_argument("--rounds", type=whole_number, default=3, help="times through all points (default: %(default)s)")
     how.add_argument(
         "--warm-up",
-        type=_seconds,
+        type=seconds,
         default=argparse.SUPPRESS,
         help="seconds of load before each measurement (default: 0.1 on a GPU, 0.02 without one)",
     )
     how.add_argument(
         "--error-seconds",
-        type=_seconds,
+        type=seconds,
         default=2.0,
         help="for the float64 result of one shape; 0 measures no error (default: %(default)s)",
     )

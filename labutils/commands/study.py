@@ -6,8 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from labutils.commands.arguments import INTERRUPTED, some_seconds, whole_number
+
 PARTS = ("traffic", "shapes", "blocks", "decoding", "resources")
-INTERRUPTED = 130  # what a shell calls the end by Control-C
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -46,9 +47,14 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="shapes: go on with the measurements in --work")
     parser.add_argument(
-        "--seconds", type=float, default=0.1, help="shapes: of recorded repeats for a point (default: %(default)s)"
+        "--seconds",
+        type=some_seconds,
+        default=0.1,
+        help="shapes: of recorded repeats for a point (default: %(default)s)",
     )
-    parser.add_argument("--processes", type=int, default=1, help="resources: compilers at once (default: %(default)s)")
+    parser.add_argument(
+        "--processes", type=whole_number, default=1, help="resources: compilers at once (default: %(default)s)"
+    )
     parser.set_defaults(run=run)
 
 

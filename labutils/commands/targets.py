@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-INTERRUPTED = 130  # what a shell calls the end by Control-C
+from labutils.commands.arguments import INTERRUPTED, some_seconds, whole_number
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -31,27 +31,16 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="keep the rows in --out and measure what is missing")
     parser.add_argument("--of", type=Path, metavar="FOLDER", help="measure nothing: judge what this folder holds")
-    parser.add_argument("--rounds", type=_positive, default=3, help="times through all points (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=whole_number, default=3, help="times through all points (default: %(default)s)"
+    )
     parser.add_argument(
         "--seconds",
-        type=_seconds,
+        type=some_seconds,
         default=0.3,
         help="of recorded repeats for a point, all rounds together (default: %(default)s)",
     )
     parser.set_defaults(run=run)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: it must be a whole number, 1 or more")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    number = float(text)
-    if not 0 < number < 3600:
-        raise argparse.ArgumentTypeError(f"{text}: it must be a number of seconds above 0")
-    return number
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -15,6 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import TYPE_CHECKING, Any, Literal
 
+from labutils.commands.arguments import INTERRUPTED
+
 if TYPE_CHECKING:
     import torch
     from jsonargparse import ArgumentParser, Namespace
@@ -36,7 +38,6 @@ SMOKE_TEST = {
 """What --smoke-test sets; everything else stays as it was given. It keeps nothing: its folder is a temporary one."""
 
 FLASH = ("sdpa_flash", "sdpa_cudnn", "flash_attn", "triton_v2")
-INTERRUPTED = 130  # what a shell calls the end by Control-C
 
 WHAT_RAN = {
     "sdpa_flash": "PyTorch's flash kernel",

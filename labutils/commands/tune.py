@@ -8,13 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from labutils.commands.arguments import INTERRUPTED, some_seconds, whole_number
+
 if TYPE_CHECKING:
     from labutils.kernels.launch_table import Place
 
 KERNELS = ("v1", "forward", "dkdv", "dq", "decode")
 HEAD_DIMS = (64, 128, 256)
 DTYPES = {"16-bit": "16 bit", "float32": "float32"}
-INTERRUPTED = 130  # what a shell calls the end by Control-C
 
 
 def _listed(choices: Sequence[Any], kind: Callable[[str], Any] = str) -> Callable[[str], list]:
@@ -37,19 +38,6 @@ def _capability(text: str) -> tuple[int, int]:
     if not (dot and major.isdecimal() and minor.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r}: give a compute capability such as 8.6")
     return int(major), int(minor)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: it must be a whole number, 1 or more")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    number = float(text)
-    if not 0 < number < 3600:
-        raise argparse.ArgumentTypeError(f"{text}: it must be a number of seconds above 0")
-    return number
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -91,15 +79,15 @@ def add(commands: argparse._SubParsersAction) -> None:
         help=f"of {', '.join(DTYPES)} (default: 16-bit, which is float16 and bfloat16)",
     )
     how = parser.add_argument_group("how long")
-    how.add_argument("--rounds", type=_positive, default=3, help="for those near the best (default: %(default)s)")
+    how.add_argument("--rounds", type=whole_number, default=3, help="for those near the best (default: %(default)s)")
     how.add_argument(
         "--seconds",
-        type=_seconds,
+        type=some_seconds,
         default=0.1,
         help="of recorded repeats for a candidate at each of two sizes, in a round (default: %(default)s)",
     )
     how.add_argument(
-        "--processes", type=_positive, help="how many compile at once (default: one for two CPU cores, at most 8)"
+        "--processes", type=whole_number, help="how many compile at once (default: one for two CPU cores, at most 8)"
     )
     how.add_argument("--resume", action="store_true", help="go on with what an interrupted run has measured")
     instead = parser.add_argument_group("instead of tuning").add_mutually_exclusive_group()
