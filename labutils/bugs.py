@@ -9,7 +9,16 @@ import torch
 from labutils.reference import causal_mask
 
 
-def tiles_without(q, k, v, block, *, causal, rescale_l=True, rescale_o=True) -> tuple[torch.Tensor, torch.Tensor]:
+def tiles_without(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block: int,
+    *,
+    causal: bool,
+    rescale_l: bool = True,
+    rescale_o: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The v2 loop over blocks of keys with one of its rescalings left out.
 
     Args:

@@ -140,7 +140,16 @@ class Checkpoint:
         steps: int,
         rows: list[dict[str, float]],
     ) -> None:
-        """Writes the state after `steps` steps."""
+        """Writes the state after `steps` steps. The file of before is replaced only when the new one is whole.
+
+        Args:
+            model, optimizer, scaler, batches: whose `state_dict` is kept.
+            steps: done so far.
+            rows: those of the history so far, as `training.History` has them.
+
+        Raises:
+            OSError: the file cannot be written, as on a full disk; the one of before is still there.
+        """
         state = {
             "format": FORMAT,
             "settings": self.settings,

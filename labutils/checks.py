@@ -31,7 +31,7 @@ def tensors(
     paged: bool = False,
     names: tuple[str, str] = ("k", "v"),
     largest: int = LARGEST_HEAD_DIM,
-):
+) -> None:
     """q, k and v fit together, and the kernels and this GPU have their dtype.
 
     `packed`: the sequences of q (and of k and v, where they are not `paged`) lie one after the other. `names` are what

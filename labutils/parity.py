@@ -96,6 +96,9 @@ def loss_parity(
 
     Returns:
         A row for each seed and step, a column for each run, in nats per token.
+
+    Raises:
+        KeyboardInterrupt: a run was interrupted, and what it has is no measurement of all its steps.
     """
     import pandas as pd
 

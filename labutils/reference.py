@@ -143,6 +143,12 @@ def safe_softmax(x: torch.Tensor) -> torch.Tensor:
 
     exp(x) overflows float32 from x = 89 on and float16 from 12 on; exp(x - max) never does, and the common factor
     exp(-max) cancels in the quotient.
+
+    Args:
+        x: of any shape; each row of its last dimension needs one number above -inf, else its result is nan.
+
+    Returns:
+        In the shape and dtype of x; each row sums to 1.
     """
     m = x.amax(dim=-1, keepdim=True)  # pass 1
     l = (x - m).exp().sum(dim=-1, keepdim=True)  # pass 2
@@ -152,9 +158,15 @@ def safe_softmax(x: torch.Tensor) -> torch.Tensor:
 def online_softmax_trace(x: torch.Tensor, block: int) -> list[dict[str, torch.Tensor | int]]:
     """The running maximum m and sum l of one pass over the last dimension of x, after each block.
 
+    Args:
+        x: (..., N). block: elements in a block, 1 or more; the last block may hold fewer.
+
     Returns:
         One dict per block: `start` and `stop` of the block, `m` and `l` (shape of x without its last dimension), and
         `rescale`, the factor exp(m_old - m_new) that the old sum was multiplied by.
+
+    Raises:
+        ValueError: `block` is below 1.
 
     Source: Milakov and Gimelshein, "Online normalizer calculation for softmax" (arXiv 1805.02867), Algorithm 3.
     """
@@ -175,7 +187,10 @@ def online_softmax_trace(x: torch.Tensor, block: int) -> list[dict[str, torch.Te
 
 
 def online_softmax(x: torch.Tensor, block: int = 4) -> torch.Tensor:
-    """Softmax over the last dimension with m and l found in one pass over blocks, and a second pass to divide."""
+    """Softmax over the last dimension with m and l found in one pass over blocks, and a second pass to divide.
+
+    Arguments and errors as for `online_softmax_trace`; the result has the shape and dtype of x.
+    """
     last = online_softmax_trace(x, block)[-1]
     return _exp_difference(x, last["m"][..., None]) / last["l"][..., None]
 
@@ -204,7 +219,17 @@ def tiled_attention_v1(
     """Attention in the order of FlashAttention-1: blocks of K and V outside, blocks of Q inside.
 
     O, l and m live in full-length arrays ("HBM") and each inner step reads, rescales and writes their block; O is kept
-    normalised after every step. Computes in float32 or better, returns the dtype of q.
+    normalised after every step. Computes in float32 or better.
+
+    Args:
+        q: (B, N_q, H, D). k, v: (B, N_k, H_kv, D).
+        causal: mask aligned to the bottom right, see `causal_mask`.
+        softmax_scale: D ** -0.5 where not given.
+        block_m, block_n: rows of Q, and of K and V, in a tile.
+        return_lse: also return the log-sum-exp of each row's scores (B, H, N_q), natural logarithm.
+
+    Returns:
+        out (B, N_q, H, D) in the dtype of q; with `return_lse` a tuple (out, lse).
 
     Source: arXiv 2205.14135, Algorithm 1.
     """
@@ -248,7 +273,8 @@ def tiled_attention_v2(
 
     O, l and m of one block of rows stay with the outer step ("on chip") until the row is done; O is divided by l once,
     at the end, and one number per row, the log-sum-exp, is all that the backward pass needs of the softmax. The outer
-    steps do not touch each other's rows, so a GPU runs them at the same time.
+    steps do not touch each other's rows, so a GPU runs them at the same time. Arguments and result as for
+    `tiled_attention_v1`.
 
     Source: arXiv 2307.08691, Algorithm 1.
     """

@@ -40,13 +40,14 @@ def profile(
             as attention kernels. They stand with the longest operation of that name.
 
     Returns:
-        `op`, `calls` (per call of fn), `self_ms` (per call of fn, without what the operation calls in turn;
-        time on the GPU where there is one, else on the CPU), `share` of the total and `gflops` (per call of
-        fn; NaN where the
-        profiler does not count, which is everything but matmuls and a few elementwise operations: attention
-            kernels
-        show none). On a GPU, kernels launched outside a PyTorch operation, as Triton's are, stand under their
-        own name. `.attrs`: "total_ms", "machine", "device" ("CPU" or "GPU").
+        `op`, `calls` (per call of fn), `self_ms` (per call of fn, without what the operation calls in turn; time on the
+        GPU where there is one, else on the CPU), `share` of the total and `gflops` (per call of fn; NaN where the
+        profiler does not count, which is everything but matmuls and a few elementwise operations: attention kernels
+        show none). On a GPU, kernels launched outside a PyTorch operation, as Triton's are, stand under their own name.
+        `.attrs`: "total_ms", "machine", "device" ("CPU" or "GPU").
+
+    Raises:
+        ValueError: no operation that ran has the name of a part in `flops`.
     """
     on_gpu = runtime.device.type == "cuda"
     activity = torch.profiler.ProfilerActivity

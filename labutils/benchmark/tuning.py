@@ -138,6 +138,7 @@ def choose(rows: Sequence[Row]) -> Choice:
 
     Raises:
         RuntimeError: none of them ran and was right; the message says why.
+        ValueError: the shipped entry runs, and was not timed.
     """
     shipped = rows[0]
     timed = [row for row in rows if not row.reason and row.rounds]

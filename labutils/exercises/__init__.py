@@ -106,6 +106,9 @@ def hint(name: str, step: int | None = None) -> None:
     Args:
         name: of the exercise.
         step: 1 for the first; without it each call prints the next one.
+
+    Raises:
+        ValueError: no exercise of this name, or no hint of this number.
     """
     exercise = _find(name)
     count = len(exercise.hints)
