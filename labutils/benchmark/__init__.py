@@ -6,7 +6,7 @@ on a named GPU. `time_call` and `peak_memory_mib` measure one function.
 
 The parts: `implementations` has what is compared, `measuring` measures one call, `points` one point of a sweep,
 `sweeping` all of them in rounds, `variations` one shape and its variants, `storing` keeps and reads tables, `decoding`
-times a KV cache.
+times a KV cache, `tuning` finds the fastest launch configurations, `targets` judges what the kernels are held to.
 """
 
 from labutils.benchmark.decoding import decode_bandwidth

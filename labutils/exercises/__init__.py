@@ -9,6 +9,10 @@
 
 A check never raises because of the function it is given: a stub is "not yet", and an exception inside the function is
 reported with its line. What has been solved is kept in a small file, see `labutils.exercises.progress`.
+
+The parts: `core` says what an exercise is and how it is judged, `notebook01` to `notebook04` have the checks and
+`solutions` the answers, `grading` runs returned notebooks with `worker` in a process of its own and `wire` between the
+two.
 """
 
 from __future__ import annotations
