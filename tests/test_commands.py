@@ -373,3 +373,26 @@ def test_lab_serves_the_first_notebook_and_its_kernel_imports_labutils(server):
     channel.close()
     assert answer["content"]["status"] == "ok", answer["content"]
     assert printed.split(" ", 1)[1].strip() == sys.executable
+
+
+# -- arguments -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["abc", "nan", "-1", "0", "3600"])
+@pytest.mark.parametrize("command", ["targets", "tune", "study blocks --out x"])
+def test_seconds_in_which_nothing_can_be_measured_are_refused(command, value, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main([*command.split(), f"--seconds={value}"])
+    assert stopped.value.code == 2
+    assert f"{value}: it must be a number of seconds, above 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["abc", "0", "-2", "1.5"])
+@pytest.mark.parametrize(
+    "option", ["targets --rounds", "tune --rounds", "bench --rounds", "study blocks --out x --processes"]
+)
+def test_counts_that_are_no_whole_numbers_are_refused(option, value, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main(f"{option}={value}".split())
+    assert stopped.value.code == 2
+    assert f"{value}: it must be 1 or more, a whole number" in capsys.readouterr().err

@@ -1,5 +1,4 @@
-"""Every figure of the lab. Functions take the tables that the other modules return, and return a matplotlib
-Figure.
+"""Every figure of the lab: functions that take the tables of other modules, and return a matplotlib Figure.
 
 In a notebook let a call be the last line of its cell: the figure shows itself, once. An implementation has
 one colour and one marker in all figures (`COLORS`, `MARKERS`); the markers tell them apart where colours do
