@@ -131,7 +131,7 @@ def train(
 
     Raises:
         ValueError: `steps` or `log_every` below 1, or an unknown option.
-        TypeError: a checkpoint, and batches that do not know their place.
+        TypeError: a checkpoint, and batches that do not know their place; a model that is None.
         FloatingPointError: the loss is NaN or infinite at a logged step.
         torch.OutOfMemoryError: the step does not fit; see `try_step`.
     """
@@ -139,7 +139,7 @@ def train(
 
     if steps < 1 or log_every < 1:
         raise ValueError(f"steps and log_every must be at least 1, got {steps} and {log_every}")
-    device = model.device
+    device = _device_of(model)
     on_gpu = device.type == "cuda"
     dtype = resolved_autocast(autocast_dtype, device)
     optimizer = make_optimizer(model, optimizer, lr=lr, weight_decay=weight_decay)
@@ -217,6 +217,13 @@ def train(
     return History(frame, status, done, time.perf_counter() - start)
 
 
+def _device_of(model: GPT2LMHeadModel | None) -> torch.device:
+    """Notebooks set a model to None to free its memory, and cells can be run in any order."""
+    if model is None:
+        raise TypeError("the model is None, which frees its memory: run the cell again that makes it, then this one")
+    return model.device
+
+
 def make_optimizer(
     model: GPT2LMHeadModel, kind: Literal["adamw", "offloaded"] = "adamw", *, lr: float, weight_decay: float = 0.1,
     fused: bool | None = None,
@@ -264,8 +271,9 @@ def evaluate(
 
     Raises:
         ValueError: there is no batch.
+        TypeError: the model is None.
     """
-    dtype = resolved_autocast(autocast_dtype, model.device)
+    dtype = resolved_autocast(autocast_dtype, _device_of(model))
     was_training = model.training
     model.eval()
     total = predictions = 0
@@ -479,7 +487,7 @@ def attention_used(
     """
     from labutils.benchmark import torch_profiler
 
-    device = model.device
+    device = _device_of(model)
     on_gpu = device.type == "cuda"
     dtype = resolved_autocast(autocast_dtype, device)
     tokens = tokens.to(device)
