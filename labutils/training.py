@@ -207,6 +207,8 @@ def train(
             checkpoint.save(model, optimizer, scaler, source, done, rows)
     except KeyboardInterrupt:  # perhaps in the midst of a step: nothing is saved, the last checkpoint stands
         status = "interrupted"
+        bar.close()
+        print(f"Interrupted after {done} of {steps} steps.")  # whoever calls may show neither bar nor history
     finally:
         bar.close()
         optimizer.zero_grad(set_to_none=True)

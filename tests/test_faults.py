@@ -9,11 +9,12 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 from labutils import benchmark, files, ladder, model_benchmark, models, training
 from labutils.__main__ import main
 from labutils.exercises import grading
-from labutils.kernels import launch_table
+from labutils.kernels import compiled, launch_table
 
 ROOT = Path(__file__).parent.parent
 
@@ -110,6 +111,13 @@ def test_the_figure_command_where_nothing_can_be_written(capsys):
     assert "/proc/x.png" in capsys.readouterr().err
 
 
+def test_a_compiler_whose_cache_cannot_be_written_says_what_to_do(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(RuntimeError, match="set TRITON_CACHE_DIR to a folder"):
+        compiled.measure([compiled.Request("v1", 64, torch.float16, (8, 0), False)], binaries=True)
+
+
 # --- no network -------------------------------------------------------------------------------------------------
 
 
@@ -131,6 +139,16 @@ def test_a_download_that_breaks_off_gives_random_weights_and_says_so(monkeypatch
 
 def interrupted(*_, **__):
     raise KeyboardInterrupt
+
+
+def test_training_without_a_bar_that_was_interrupted_says_so(capsys):
+    def batches():
+        yield torch.zeros(1, 8, dtype=torch.int64)
+        raise KeyboardInterrupt
+
+    model = models.gpt2("nano", n_positions=8, vocab_size=16, attention="sdpa")
+    assert training.train(model, batches(), steps=3, progress=False).interrupted
+    assert capsys.readouterr().out == "Interrupted after 1 of 3 steps.\n"
 
 
 def test_a_sweep_that_was_interrupted_says_so(capsys):
