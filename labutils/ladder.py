@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from labutils import capability, ledger, models, rehearsal, runtime, training
+from labutils import capability, files, ledger, models, rehearsal, runtime, training
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -277,14 +276,14 @@ def ladder(
             rows.append(find(size, rung, cap_gib, on_try=told, **options) | {"model": size})
             bar.update()
             if path is not None:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                new = path.with_name(f".{path.name}.{os.getpid()}")
-                new.write_text(json.dumps({"made_by": made_by, "rows": rows}, indent=1), encoding="utf-8")
-                os.replace(new, path)
+                files.replace(path, json.dumps({"made_by": made_by, "rows": rows}, indent=1))
     except KeyboardInterrupt:
         interrupted = True
     finally:
         bar.close()
+    if interrupted:
+        again = "run this cell again to go on" if path is not None else "the table has those alone"
+        print(f"Interrupted after {len(rows)} of {len(known) + len(wanted)} rungs: {again}.")
     frame = pd.DataFrame(rows)
     frame.attrs["interrupted"] = interrupted
     return frame

@@ -178,6 +178,9 @@ def sweep(
         interrupted = True
     finally:
         bar.close()
+    if interrupted:
+        again = "for all of them" if folder is None else "to go on"
+        print(f"Interrupted after {bar.n} of {total} points: the table has those alone. Run this cell again {again}.")
     table = rows.table()
     wanted = {IMPL.get(a, a) for a in attentions}
     table = table[table["model"].isin(sizes) & table["impl"].isin(wanted) & table["work"].isin(works)]

@@ -356,9 +356,12 @@ def gpt2_trained_or_not(
         return load_gpt2(name, attention=attention, local_files_only=True), f"{name}: trained weights, from the cache"
     except FileNotFoundError:
         reason = _why_no_hub(name, seconds)
-    if reason is None:
-        return load_gpt2(name, attention=attention), f"{name}: trained weights, from the hub"
     why = f"not in this machine's cache, and the hub was not reached ({reason})"
+    if reason is None:
+        try:
+            return load_gpt2(name, attention=attention), f"{name}: trained weights, from the hub"
+        except FileNotFoundError as error:  # a connection that is lost, a disk that is full
+            why = f"not to be had from the hub, which answered ({str(error.__cause__ or error).splitlines()[0]})"
     made = otherwise or size
     return gpt2(made, attention=attention).eval(), f"{name} is {why}: random weights, from the configuration of {made}"
 

@@ -133,7 +133,7 @@ def train(
 
     Raises:
         ValueError: `steps` or `log_every` below 1, or an unknown option.
-        TypeError: a checkpoint, and batches that do not know their place.
+        TypeError: a checkpoint, and batches that do not know their place; a model that is None.
         FloatingPointError: the loss is NaN or infinite at a logged step.
         torch.OutOfMemoryError: the step does not fit; see `try_step`.
     """
@@ -141,7 +141,7 @@ def train(
 
     if steps < 1 or log_every < 1:
         raise ValueError(f"steps and log_every must be at least 1, got {steps} and {log_every}")
-    device = model.device
+    device = _device_of(model)
     on_gpu = device.type == "cuda"
     dtype = resolved_autocast(autocast_dtype, device)
     optimizer = make_optimizer(model, optimizer, lr=lr, weight_decay=weight_decay)
@@ -209,6 +209,8 @@ def train(
             checkpoint.save(model, optimizer, scaler, source, done, rows)
     except KeyboardInterrupt:  # perhaps in the midst of a step: nothing is saved, the last checkpoint stands
         status = "interrupted"
+        bar.close()
+        print(f"Interrupted after {done} of {steps} steps.")  # whoever calls may show neither bar nor history
     finally:
         bar.close()
         optimizer.zero_grad(set_to_none=True)
@@ -217,6 +219,13 @@ def train(
         model.train(was_training)
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
     return History(frame, status, done, time.perf_counter() - start)
+
+
+def _device_of(model: GPT2LMHeadModel | None) -> torch.device:
+    """Notebooks set a model to None to free its memory, and cells can be run in any order."""
+    if model is None:
+        raise TypeError("the model is None, which frees its memory: run the cell again that makes it, then this one")
+    return model.device
 
 
 def make_optimizer(
@@ -266,8 +275,9 @@ def evaluate(
 
     Raises:
         ValueError: there is no batch.
+        TypeError: the model is None.
     """
-    dtype = resolved_autocast(autocast_dtype, model.device)
+    dtype = resolved_autocast(autocast_dtype, _device_of(model))
     was_training = model.training
     model.eval()
     total = predictions = 0
@@ -481,7 +491,7 @@ def attention_used(
     """
     from labutils.benchmark import torch_profiler
 
-    device = model.device
+    device = _device_of(model)
     on_gpu = device.type == "cuda"
     dtype = resolved_autocast(autocast_dtype, device)
     tokens = tokens.to(device)

@@ -6,13 +6,13 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from labutils import files
 from labutils.benchmark.points import Point
 from labutils.environment import differences
 
@@ -98,7 +98,7 @@ def save_results(df: pd.DataFrame, directory: str | Path, environment: Any, *, t
     check_schema(df, table)
     _save_environment(Path(directory), environment, table)
     path = Path(directory) / f"{table}.csv"
-    _replace(path, df.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    files.replace(path, df.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
     return path
 
 
@@ -112,7 +112,7 @@ def _save_environment(directory: Path, environment: Any, table: str) -> None:
     if others:
         raise ValueError(f"{directory} holds results of {others}, not of {made_by['gpu']}: use another directory.")
     environments[table] = made_by
-    _replace(directory / "environment.json", json.dumps(environments, indent=2, sort_keys=True) + "\n")
+    files.replace(directory / "environment.json", json.dumps(environments, indent=2, sort_keys=True) + "\n")
 
 
 def _environments(directory: Path) -> dict[str, dict]:
@@ -126,16 +126,6 @@ def _environments(directory: Path) -> dict[str, dict]:
     if not isinstance(found, dict) or not all(isinstance(entry, dict) and "gpu" in entry for entry in found.values()):
         raise ValueError(f"{path} is damaged: it holds no environment with an entry 'gpu' for each table.")
     return found
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file so that whoever reads it, at any moment, finds all of the old text or all of the new."""
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        new.write_text(text, encoding="utf-8")
-        os.replace(new, path)
-    finally:
-        new.unlink(missing_ok=True)  # what a full disk cut short is of no use, and takes room
 
 
 def read_results(directory: str | Path, table: str = "attention") -> pd.DataFrame:
@@ -319,7 +309,7 @@ class Recorder:
             lines.append([_text(values.get(column)) for column in COLUMNS])
         text = io.StringIO(newline="")
         csv.writer(text, lineterminator="\n").writerows(lines)
-        _replace(self.path, text.getvalue())
+        files.replace(self.path, text.getvalue())
 
 
 def _text(value: Any) -> str:
@@ -359,7 +349,7 @@ def as_table(rows: Mapping[Point, Mapping[str, Any]]) -> pd.DataFrame:
 def save_json(df: pd.DataFrame, path: str | Path, environment: Mapping[str, Any]) -> None:
     """The same table as JSON: {"environment": {...}, "rows": [{column: value, ...}, ...]}, null where there is none."""
     rows = [{name: _plain(value) for name, value in record.items()} for record in df.to_dict("records")]
-    _replace(Path(path), json.dumps({"environment": dict(environment), "rows": rows}, indent=1) + "\n")
+    files.replace(path, json.dumps({"environment": dict(environment), "rows": rows}, indent=1) + "\n")
 
 
 def _plain(value: Any) -> Any:

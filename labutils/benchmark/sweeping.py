@@ -296,6 +296,8 @@ def sweep(
                 bar.update(done)
         except KeyboardInterrupt:
             interrupted = True
+            bar.write(f"Interrupted: the table has {len(rows)} of {len(points)} points. Run this cell again for all of "
+                      "them.", file=sys.stdout)  # fmt: skip
         except DeviceLost as lost:
             interrupted = True
             warnings.warn(

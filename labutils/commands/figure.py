@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import io
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ DEFAULT = Path("figures/overview.png")
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes the figure; 2 where the tables or the folder are not there."""
-    from labutils import benchmark, plotting
+    from labutils import benchmark, files, plotting
 
     try:
         attention = benchmark.reference_results(arguments.gpu)
@@ -23,9 +24,10 @@ def run(arguments: argparse.Namespace) -> int:
         if not kept.any():
             raise ValueError(f"no stored rows with head dimension {arguments.head_dim}.")
         figure = plotting.plot_overview(attention[kept], ladder)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         metadata = {KEY: source(arguments.gpu), "Software": None}
-        figure.savefig(arguments.out, format="png", dpi=150, metadata=metadata)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format="png", dpi=150, metadata=metadata)
+        files.replace(arguments.out, drawn.getvalue())
     except (OSError, ValueError) as error:
         print(f"labutils figure: {error}", file=sys.stderr)
         return 2

@@ -61,9 +61,14 @@ def run(arguments: argparse.Namespace) -> int:
         return _complain(f"there is no GPU to time kernels on: {cause}. {remedy}", 1)
     try:
         recorder = benchmark.Recorder(arguments.out, environment.environment(), resume=arguments.resume)
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
+    except (ValueError, OSError) as error:
         return _complain(error, 2)
-    return _measure(arguments, recorder)
+    try:
+        return _measure(arguments, recorder)
+    except OSError as error:
+        kept = f"Rows that {arguments.out} holds are whole"
+        again = "once it can be written to again, the same command with --resume measures the rest."
+        return _complain(f"{error}. {kept}: {again}", 1)
 
 
 def _complain(error: object, status: int) -> int:
@@ -74,7 +79,7 @@ def _complain(error: object, status: int) -> int:
 def _measure(arguments: argparse.Namespace, recorder: Any) -> int:
     import pandas as pd
 
-    from labutils import benchmark
+    from labutils import benchmark, files
     from labutils.benchmark import sweeping, targets
     from labutils.benchmark.points import DeviceLost
 
@@ -87,7 +92,8 @@ def _measure(arguments: argparse.Namespace, recorder: Any) -> int:
             # Host time first: a sweep leaves a warm machine, and it is no part of it.
             if not (arguments.resume and host_file.exists()):
                 bar.set_description_str("host time of a call")
-                pd.DataFrame(targets.host_times(), columns=targets.HOST_COLUMNS).to_csv(host_file, index=False)
+                times = pd.DataFrame(targets.host_times(), columns=targets.HOST_COLUMNS)
+                files.replace(host_file, times.to_csv(index=False))
             bar.update(1)
             for done in sweeping.measure(
                 points, targets.implementations(), recorder.rows, rounds=arguments.rounds,
@@ -101,7 +107,7 @@ def _measure(arguments: argparse.Namespace, recorder: Any) -> int:
                 for row in targets.without_features(rounds=arguments.rounds, seconds=arguments.seconds / 2):
                     rows.append(row)
                     bar.update(1)
-                pd.DataFrame(rows, columns=targets.FEATURE_COLUMNS).to_csv(features_file, index=False)
+                files.replace(features_file, pd.DataFrame(rows, columns=targets.FEATURE_COLUMNS).to_csv(index=False))
         except KeyboardInterrupt:
             if recorder.rows:
                 recorder.write()
@@ -124,6 +130,7 @@ def _others(folder: Path) -> tuple[Any, Any]:
 
 
 def _judge(folder: Path, table: Any, features: Any, host: Any, *, write: bool) -> int:
+    from labutils import files
     from labutils.benchmark import targets
 
     made_by = table.attrs["environment"]
@@ -133,7 +140,7 @@ def _judge(folder: Path, table: Any, features: Any, host: Any, *, write: bool) -
     if write:
         tables = {"features": features, "host": host}
         found = targets.as_json(findings, tables, made_by)
-        (folder / "targets.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        files.replace(folder / "targets.json", json.dumps(found, indent=1) + "\n")
         print(f"\nWritten to {folder}: attention.csv, features.csv, host.csv, environment.json, targets.json")
     met = targets.passed(findings)
     print("\nAll targets are met." if met else "\nNot all targets are met.")

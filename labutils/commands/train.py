@@ -243,7 +243,7 @@ def _check(options: Namespace) -> None:
 def _train(options: Namespace, parser: ArgumentParser, asked_to_stop: Callable[[], bool]) -> int:
     import torch
 
-    from labutils import data, environment, ladder, models, positions, runtime, training
+    from labutils import data, environment, files, ladder, models, positions, runtime, training
     from labutils.checkpoints import check_path
 
     how = options.optimization
@@ -298,9 +298,9 @@ def _train(options: Namespace, parser: ArgumentParser, asked_to_stop: Callable[[
             "attention": used, "held_out_before": before, "held_out_after": after, "status": history.status,
             "steps": history.steps, "environment": environment.environment().as_dict(),
         }  # fmt: skip
-        (folder / "run.json").write_text(json.dumps(outcome, indent=2) + "\n", encoding="utf-8")
+        files.replace(folder / "run.json", json.dumps(outcome, indent=2) + "\n")
         options.resume = False  # how this run came about is no setting of it
-        (folder / "config.yaml").write_text(parser.dump(options), encoding="utf-8")
+        files.replace(folder / "config.yaml", parser.dump(options))
     if folder is not None and not options.smoke_test:
         names = ("checkpoint.pt", "history.csv", "config.yaml", "run.json")
         print(f"Kept in {folder}: {', '.join(name for name in names if (folder / name).exists())}")

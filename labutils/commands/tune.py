@@ -119,22 +119,22 @@ def run(arguments: argparse.Namespace) -> int:
         known = ", ".join(f"{major}.{minor}" for major, minor in compiled.GPUS)
         return _complain(f"of compute capability {'.'.join(map(str, capability))} nothing is known: {known}.", 2)
     file = launch_table.path()
-    if arguments.reset:
-        return _reset(file)
-    if file is None and not arguments.compile_only and not arguments.show:
+    if file is None and not (arguments.compile_only or arguments.show or arguments.reset):
         return _complain(f"{launch_table.VARIABLE}=none says that no table is used: unset it, or name a file.", 2)
-    if capability is None and not arguments.show:
+    if capability is None and not (arguments.show or arguments.reset):
         cause, remedy = environment.why_no_gpu()
         hint = " The compiler needs none: --compile-only --capability 8.6." if arguments.compile_only else ""
         return _complain(f"there is no GPU to time kernels on: {cause}. {remedy}{hint}", 1)
     try:
+        if arguments.reset:
+            return _reset(file)
         if arguments.show:
             return _show(arguments, file, capability)
         places = _places(arguments, capability)
         if arguments.compile_only:
             return _list(places, capability, _processes(arguments))
         return _tune(arguments, places, file)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:  # OSError: the table cannot be written
         return _complain(error, 1)
 
 

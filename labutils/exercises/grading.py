@@ -490,14 +490,18 @@ def _cells_or_reason(path: Path) -> list[tuple[int, str]] | str:
 def _save(table: Path, marks: list[Mark]) -> None:
     """Writes the whole table anew: what somebody did to the file in the meantime is gone."""
     table.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", dir=table.parent, prefix=f".{table.name}", newline="", encoding="utf-8", delete=False
-    ) as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(map(asdict, marks))
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, table)
+    descriptor, temporary = tempfile.mkstemp(dir=table.parent, prefix=f".{table.name}")  # a name that nobody can guess
+    try:
+        with os.fdopen(descriptor, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(map(asdict, marks))
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, table)
+    except OSError as error:  # that of a full disk names no file
+        raise OSError(error.errno, f"{error.strerror} (rows written before are kept)", str(table)) from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
 
 
 class _Package:

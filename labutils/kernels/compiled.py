@@ -351,6 +351,11 @@ def _answer() -> None:
     for request in requests:
         try:
             found.append(_launches(request, binaries))
+        except OSError as error:
+            raise RuntimeError(
+                f"{request} could not be compiled, since a file could not be written or read ({error}). If that is "
+                "Triton's cache: set TRITON_CACHE_DIR to a folder that you may write and that has room"
+            ) from error
         except Exception as error:
             raise RuntimeError(f"{request} could not be compiled") from error
     pickle.dump(found, answers)

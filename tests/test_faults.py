@@ -1,0 +1,173 @@
+"""Faults of the machine and of the order of things: each ends in a clear message, or simply works."""
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from labutils import benchmark, files, ladder, model_benchmark, models, training
+from labutils.__main__ import main
+from labutils.exercises import grading
+from labutils.kernels import compiled, launch_table
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def full_disk():
+    """Files of at most 64 bytes, in this process: what Linux has that a full disk is like, for whoever it is."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))  # Python ignores the signal that comes with the error
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+# --- a full disk, and folders that cannot be written to ---------------------------------------------------------
+
+
+def test_a_full_disk_keeps_the_old_file_and_leaves_no_other(tmp_path, full_disk):
+    path = tmp_path / "a.csv"
+    files.replace(path, "old ä")
+    with pytest.raises(OSError, match=r"nothing was written.*a\.csv") as caught:
+        files.replace(path, "new" * 100)
+    assert caught.value.errno == errno.EFBIG
+    assert [p.name for p in tmp_path.iterdir()] == ["a.csv"] and path.read_text(encoding="utf-8") == "old ä"
+    files.replace(tmp_path / "made" / "b", b"\xff")
+    assert (tmp_path / "made" / "b").read_bytes() == b"\xff"
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_one_before(tmp_path, full_disk, capsys):
+    out = tmp_path / "overview.png"
+    out.write_bytes(b"the figure before")
+    assert main(["figure", "--out", str(out)]) == 2
+    assert "overview.png" in capsys.readouterr().err
+    assert out.read_bytes() == b"the figure before" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_table_of_marks_that_cannot_be_written_leaves_the_one_before(tmp_path, full_disk):
+    table = tmp_path / "grades.csv"
+    table.write_text("rows before")
+    mark = grading.Mark(*("x" * 20 for _ in grading.COLUMNS))
+    with pytest.raises(OSError, match=r"rows written before are kept.*grades\.csv"):
+        grading._save(table, [mark])
+    assert table.read_text() == "rows before" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_results_and_launch_tables_that_cannot_be_written(tmp_path, full_disk, capsys, monkeypatch):
+    stored = benchmark.reference_results(table="training")
+    with pytest.raises(OSError, match=r"environment\.json"):
+        benchmark.save_results(stored, tmp_path, {"gpu": "Some GPU" * 10}, table="training")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "folder").mkdir()  # nobody can unlink a folder, or read it as a file
+    monkeypatch.setenv(launch_table.VARIABLE, str(tmp_path / "folder"))
+    for option in ("--reset", "--show"):
+        assert main(["tune", option]) == 1
+        assert "labutils tune: " in capsys.readouterr().err
+
+
+def test_a_ladder_goes_on_behind_a_full_disk(tmp_path, request):
+    def find(size, rung, cap_gib, *, on_try, **_):
+        return dict.fromkeys(benchmark.SCHEMAS["training"], 0) | {"rung": rung.name}
+
+    how = {"rungs": ladder.RUNGS[:2], "folder": tmp_path, "progress": False, "find": find}
+    ladder.ladder(("124M",), 16.0, **how | {"rungs": ladder.RUNGS[:1]})
+    before = (tmp_path / "ladder.json").read_text()
+    request.getfixturevalue("full_disk")
+    with pytest.raises(OSError, match=r"ladder\.json"):
+        ladder.ladder(("124M",), 16.0, **how)
+    assert (tmp_path / "ladder.json").read_text() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_working_folder_and_a_home_that_are_read_only(tmp_path):
+    """Nobody can write to /proc, not even root: it is the folder to work in, and the home."""
+    home = "/proc/no-home" if Path("/proc/self").exists() else pytest.skip("no /proc, in which nobody can write")
+    code = """
+        from labutils import benchmark
+        from labutils.exercises import check
+        from labutils.exercises.solutions import notebook01
+        assert len(benchmark.reference_results())
+        check.safe_softmax(notebook01.safe_softmax)
+    """
+    gone = {"LABUTILS_STATE", "XDG_STATE_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"}
+    kept = {name: value for name, value in os.environ.items() if name not in gone}
+    environment = kept | {"HOME": home, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd="/proc", env=environment | {
+        "TMPDIR": str(tmp_path), "LABUTILS_DEVICE": "cpu"}, capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert "safe_softmax: passed" in ended.stdout and "kept in this session alone" in ended.stdout
+    assert "Traceback" not in ended.stderr
+
+
+def test_the_figure_command_where_nothing_can_be_written(capsys):
+    if not Path("/proc/self").exists():
+        pytest.skip("no /proc, in which nobody can make a file")
+    assert main(["figure", "--out", "/proc/x.png"]) == 2
+    assert "/proc/x.png" in capsys.readouterr().err
+
+
+def test_a_compiler_whose_cache_cannot_be_written_says_what_to_do(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    with pytest.raises(RuntimeError, match="set TRITON_CACHE_DIR to a folder"):
+        compiled.measure([compiled.Request("v1", 64, torch.float16, (8, 0), False)], binaries=True)
+
+
+# --- no network -------------------------------------------------------------------------------------------------
+
+
+def test_a_download_that_breaks_off_gives_random_weights_and_says_so(monkeypatch):
+    from transformers import GPT2LMHeadModel
+
+    def from_pretrained(name, *, local_files_only=False, **_):
+        raise OSError("not in the cache" if local_files_only else "[Errno 28] No space left on device")
+
+    monkeypatch.setattr(GPT2LMHeadModel, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(models, "_why_no_hub", lambda name, seconds: None)
+    model, says = models.gpt2_trained_or_not("124M", otherwise="nano")
+    assert model.config.lab_size == "nano"
+    assert "No space left on device" in says and "random weights" in says
+
+
+# --- an interrupt, and cells out of order -----------------------------------------------------------------------
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_training_without_a_bar_that_was_interrupted_says_so(capsys):
+    def batches():
+        yield torch.zeros(1, 8, dtype=torch.int64)
+        raise KeyboardInterrupt
+
+    model = models.gpt2("nano", n_positions=8, vocab_size=16, attention="sdpa")
+    assert training.train(model, batches(), steps=3, progress=False).interrupted
+    assert capsys.readouterr().out == "Interrupted after 1 of 3 steps.\n"
+
+
+def test_a_sweep_that_was_interrupted_says_so(capsys):
+    table = benchmark.sweep({"impatient": interrupted}, [16, 32], heads=1, head_dim=16, seconds_per_point=0.01)
+    assert table.empty and "Interrupted: the table has 0 of 2 points" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_sweep_of_models_and_a_ladder_that_were_interrupted_say_so(kept, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(model_benchmark, "_attempt", interrupted)
+    folder = tmp_path / "rows" if kept else None
+    model_benchmark.sweep(["nano"], ["eager"], [8], works=["step"], batch=1, vocab_size=64, folder=folder)
+    assert f"Run this cell again {'to go on' if kept else 'for all of them'}." in capsys.readouterr().out
+    ladder.ladder(("124M",), 16.0, rungs=ladder.RUNGS[:1], folder=folder, find=interrupted)
+    said = "run this cell again to go on" if kept else "the table has those alone"
+    assert f"Interrupted after 0 of 1 rungs: {said}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("function", [lambda: training.train(None, [], steps=1), lambda: training.evaluate(None, [])])
+def test_a_model_whose_memory_was_freed_is_told(function):
+    with pytest.raises(TypeError, match="run the cell again that makes it"):
+        function()
