@@ -733,11 +733,12 @@ def test_a_write_that_fails_leaves_the_table_before(tmp_path, monkeypatch):
     measured(recorder, some_points(["naive"]), rounds=1)
     before = recorder.path.read_bytes()
 
-    def half(path, text, **_):
-        path.write_bytes(text[:10].encode())
+    def half(path, content):
+        with path.open("wb") as file:
+            file.write(content[:10])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storing.Path, "write_text", half)
+    monkeypatch.setattr(storing.Path, "write_bytes", half)
     with pytest.raises(OSError, match="No space"):
         recorder.write()
     assert recorder.path.read_bytes() == before and list(tmp_path.glob(".*")) == []
