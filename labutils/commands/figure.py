@@ -10,7 +10,8 @@ from pathlib import Path
 
 TABLES = ("attention", "ladder")
 KEY = "Source"  # a keyword that PNG knows
-DEFAULT = Path("figures/overview.png")
+NAME = "overview.png"
+HEAD_DIM = 128
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -24,23 +25,26 @@ def run(arguments: argparse.Namespace) -> int:
         if not kept.any():
             raise ValueError(f"no stored rows with head dimension {arguments.head_dim}.")
         figure = plotting.plot_overview(attention[kept], ladder)
-        metadata = {KEY: source(arguments.gpu), "Software": None}
+        drawn_from = source(arguments.gpu, head_dim=arguments.head_dim, causal=not arguments.full)
+        metadata = {KEY: drawn_from, "Software": None}
         drawn = io.BytesIO()
         figure.savefig(drawn, format="png", dpi=150, metadata=metadata)
-        files.replace(arguments.out, drawn.getvalue())
+        out = arguments.out or benchmark.RESULTS / arguments.gpu / NAME
+        files.replace(out, drawn.getvalue())
     except (OSError, ValueError) as error:
         print(f"labutils figure: {error}", file=sys.stderr)
         return 2
-    print(f"Written: {arguments.out}")
+    print(f"Written: {out}")
     return 0
 
 
-def source(gpu: str) -> str:
-    """Names the tables that a figure was drawn from, by a hash of their bytes."""
+def source(gpu: str, *, head_dim: int = HEAD_DIM, causal: bool = True) -> str:
+    """Names what a figure was drawn from: the tables, by a hash of their bytes, and which rows."""
     from labutils import benchmark
 
     content = b"".join((benchmark.RESULTS / gpu / f"{table}.csv").read_bytes() for table in TABLES)
-    return f"{gpu}: {', '.join(TABLES)}: {hashlib.sha256(content).hexdigest()[:16]}"
+    rows = f"D {head_dim}, {'causal' if causal else 'full'}"
+    return f"{gpu}: {', '.join(TABLES)}: {hashlib.sha256(content).hexdigest()[:16]}: {rows}"
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -54,8 +58,12 @@ def add(commands: argparse._SubParsersAction) -> None:
         ),
         allow_abbrev=False,
     )
-    parser.add_argument("--out", type=Path, default=DEFAULT, help="file to write, a PNG (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, help=f"file to write, a PNG (default: {NAME} beside the tables that it is drawn from)"
+    )
     parser.add_argument("--gpu", default="nvidia_h200", help="a folder of stored results (default: %(default)s)")
-    parser.add_argument("--head-dim", type=int, default=128, metavar="D", help="head dimension (default: %(default)s)")
+    parser.add_argument(
+        "--head-dim", type=int, default=HEAD_DIM, metavar="D", help="head dimension (default: %(default)s)"
+    )
     parser.add_argument("--full", action="store_true", help="attention without a mask (default: causal)")
     parser.set_defaults(run=run)
