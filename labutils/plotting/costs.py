@@ -101,8 +101,7 @@ def plot_roofline(
 ) -> Figure:
     """Attained TFLOP/s over arithmetic intensity, under the two ceilings measured on this machine.
 
-    A marker stands at the intensity of the IO model. The line to its right ends at the intensity with every
-    tensor
+    A marker stands at the intensity of the IO model. The line to its right ends at the intensity with every tensor
     moved once: caches serve repeated loads, so the truth lies in between.
 
     Args:
@@ -134,10 +133,10 @@ def plot_roofline(
     )
     ax.annotate(
         f"matmul, {ceilings.dtype}: {ceilings.tflops:.3g} TFLOP/s",
-        (high, ceilings.tflops),
+        (ceilings.ridge if lower else high, ceilings.tflops),  # beside its end where other ceilings run close to it
         ha="right",
-        va="top" if lower else "bottom",  # above it, the line of another ceiling may run
-        xytext=(0, -4 if lower else 4),
+        va="center" if lower else "bottom",
+        xytext=(-6, 0) if lower else (0, 4),
         textcoords="offset points",
         fontsize=9,
     )
