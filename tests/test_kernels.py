@@ -387,6 +387,14 @@ def test_tensors_of_more_than_two_to_the_31_elements(case):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_tiles_of_16_rows_through_descriptors(head_dim):
+    """A crash here breaks the GPU's context: `tune` tries such configurations, one after the other in one process."""
+    config = LaunchConfig(16, 64, 4, 3 if head_dim < 256 else 2, tma=True)
+    check(*make(256, 256, head_dim=head_dim, dtype=torch.float16), causal=False, config=config, v1=False)
+
+
+@pytest.mark.gpu
 def test_a_configuration_too_large_for_the_gpu_is_named():
     q, k, v = make(256, 256, head_dim=128, dtype=torch.float16)
     with pytest.raises(RuntimeError, match="too small for LaunchConfig"):

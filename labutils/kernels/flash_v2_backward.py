@@ -309,7 +309,9 @@ def start(
         D=head_dim, BLOCK_D=block_d, TMA=tma,
     )  # fmt: skip
     c = config("dkdv")
-    tma = c.tma and not packed and descriptors_fit(q, dout)
+    # The copy engine writes to multiples of 128 bytes. Triton puts the buffers of a loop one behind the other, so that
+    # the second one of fewer than 32 numbers of L or Δ would begin elsewhere.
+    tma = c.tma and not packed and c.block_m >= 32 and descriptors_fit(q, dout)
     launched["dkdv"] = launch(
         _dkdv_kernel, (cdiv(n_k, c.block_n) * batch * heads_kv,), c,
         describe(q, c.block_m, block_d) if tma else q, k, v, describe(dout, c.block_m, block_d) if tma else dout,
