@@ -104,6 +104,11 @@ def test_full_waves():
     check(figure)
     assert "132 multiprocessors" in texts(figure)
 
+    both = pd.concat([lines.assign(label=f"our Triton v2, {kind}") for kind in ("measured", "predicted")])
+    drawn = plotting.plot_fill(both, 132, "Some GPU").axes[0].lines[:2]
+    assert {line.get_color() for line in drawn} == {plotting.COLORS["triton_v2"]}
+    assert len({line.get_linestyle() for line in drawn}) == 2
+
 
 def test_a_roofline_with_further_ceilings_and_decoding():
     stored = benchmark.reference_results().query("head_dim == 64 and not causal")

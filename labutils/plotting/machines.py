@@ -20,6 +20,7 @@ from labutils.plotting.style import (
     GREY,
     LABELS,
     ORANGE,
+    OTHER_COLORS,
     PURPLE,
     SKY,
     VERMILLION,
@@ -286,13 +287,17 @@ def plot_fill(lines: pd.DataFrame, processors: int, machine: str) -> Figure:
     """Throughput over the number of programs: full waves, and the one that is not.
 
     Args:
-        lines: `programs`, `tflops` and `label`, one line for each label.
+        lines: `programs`, `tflops` and `label`, one line for each label, in the colour of the implementation whose
+            name the label begins with.
         processors: SMs of the GPU.
         machine: that was measured, or predicted.
     """
     fig, ax = plt.subplots(figsize=(WIDTH, 3.6))
-    styles = ((BLUE, "-"), (VERMILLION, "--"), (GREEN, "-."), (ORANGE, ":"))
-    for (label, rows), (color, line) in zip(lines.groupby("label", sort=False), styles, strict=False):
+    for i, (label, rows) in enumerate(lines.groupby("label", sort=False)):
+        # an implementation keeps its colour, measured or predicted; the kind of line tells these apart
+        of = [COLORS[name] for name, known in LABELS.items() if str(label).startswith(known)]
+        color = of[0] if of else OTHER_COLORS[i % len(OTHER_COLORS)]
+        line = ("-", "--", "-.", ":")[i % 4]
         ax.plot(rows["programs"], rows["tflops"], color=color, linestyle=line, label=label)
     for waves in range(1, int(lines["programs"].max() // processors) + 1):
         ax.axvline(waves * processors, color="#BBBBBB", linewidth=0.8, zorder=0)

@@ -36,6 +36,7 @@ COLORS: dict[str, str] = {
     "tiled_v2": "#7A3300",
     "notebook_v1": "#FFD48A",  # lighter shades of ORANGE and VERMILLION: the kernels that notebook 02 writes
     "notebook_v2": "#F4A582",
+    "eager": BLACK,  # transformers' name for naive attention
     "sdpa": BLUE,
 }
 """Colour of each implementation."""
@@ -54,6 +55,7 @@ LABELS: dict[str, str] = {
     "tiled_v2": "v2 loops in PyTorch",
     "notebook_v1": "v1 of this notebook",
     "notebook_v2": "v2 of this notebook",
+    "eager": "eager",
     "sdpa": "SDPA",
 }
 """What an implementation is called in a legend."""
@@ -72,6 +74,7 @@ MARKERS: dict[str, str] = {
     "tiled_v2": ">",
     "notebook_v1": "p",
     "notebook_v2": "d",
+    "eager": "o",
     "sdpa": "D",
 }
 """Marker of each implementation."""
