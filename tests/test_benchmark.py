@@ -413,6 +413,21 @@ def test_flash_needs_no_square_matrix():
     assert row.peak_mib < 0.2 * 2 * 2048 * 2048 * runtime.dtype.itemsize / 2**20
 
 
+def test_a_sweep_takes_the_warm_up_that_it_is_told(monkeypatch):
+    told = []
+
+    def watched(fn, **kwargs):
+        told.append((kwargs["seconds"], kwargs["warm_up"]))
+        return time_call(fn, **kwargs)
+
+    time_call = benchmark.points.time_call
+    monkeypatch.setattr(benchmark.points, "time_call", watched)
+    shape = dict(heads=1, head_dim=16, passes=("fwd", "bwd"), seconds_per_point=0.02, progress=False)
+    benchmark.sweep(["naive"], [16], warm_up=0.003, **shape)
+    benchmark.sweep(["naive"], [16], **shape)
+    assert told == [(0.02, 0.003)] * 2 + [(0.02, None)] * 2
+
+
 def test_a_sweep_leaves_the_global_generator_alone():
     before = torch.random.get_rng_state()
     benchmark.sweep(["naive"], [16], heads=1, head_dim=16, **QUICK)

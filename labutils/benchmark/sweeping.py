@@ -240,6 +240,7 @@ def sweep(
     passes: Sequence[str] = ("fwd",),
     tokens: int | None = None,
     seconds_per_point: float = 0.3,
+    warm_up: float | None = None,
     error_seconds: float = 2.0,
     rounds: int = 1,
     progress: bool = True,
@@ -256,6 +257,7 @@ def sweep(
         tokens: keeps B * N at this number: the batch of each point is tokens // N, at least 1, and `batch` is
             not used.
         seconds_per_point: time spent on the repeats of one point.
+        warm_up: seconds before the repeats, in each round (see `measuring.time_call`).
         error_seconds: what the float64 oracle may take for one length; where it takes longer `max_error` is
             NaN.
         rounds: how often the whole sweep is gone through; `seconds_per_point` is shared among the rounds.
@@ -288,8 +290,8 @@ def sweep(
     interrupted = False
     with progress_bar(pending(points, rows, rounds), progress) as bar:
         steps = measure(
-            points, functions, rows, rounds=rounds, seconds_per_point=seconds_per_point, error_seconds=error_seconds,
-            describe=bar.set_description_str,
+            points, functions, rows, rounds=rounds, seconds_per_point=seconds_per_point, warm_up=warm_up,
+            error_seconds=error_seconds, describe=bar.set_description_str,
         )  # fmt: skip
         try:
             for done in steps:
