@@ -1,6 +1,6 @@
 """A launch in which every address is looked at, in this process and in one of its own."""
 
-import subprocess
+import sys
 
 import pytest
 import torch
@@ -29,9 +29,41 @@ def test_a_read_past_the_end_is_told_with_its_program(monkeypatch, interpreted):
         assert bounds.out_of_bounds(copy_rows_kernel, (4,), x, torch.empty_like(x), 10, 10, BLOCK=16) is None
 
 
-def test_a_launch_that_fails_for_another_reason_is_an_error(monkeypatch):
+@pytest.fixture
+def apart(monkeypatch):
+    """Launches in a process of their own, which the test begins without."""
     monkeypatch.setattr(runtime, "interpreted", False)
-    failed = subprocess.CompletedProcess([], 1, stdout="", stderr="ValueError: no such constant")
-    monkeypatch.setattr(subprocess, "run", lambda *a, **kw: failed)
-    with pytest.raises(RuntimeError, match="in its own process:\nValueError: no such constant"):
-        bounds.out_of_bounds(copy_rows_kernel, (1,), torch.zeros(1))
+    monkeypatch.setattr(bounds, "_child", None)
+    yield
+    if bounds._child is not None:
+        bounds._child.kill()
+        bounds._child.wait()
+
+
+def launch(**constants):
+    x = torch.zeros(1, 10)
+    return bounds.out_of_bounds(copy_rows_kernel, (1,), x, torch.empty_like(x), 10, 10, **constants)
+
+
+def test_one_process_does_all_launches_also_after_one_that_fails(apart):
+    assert launch(BLOCK=16) is None
+    child = bounds._child
+    with pytest.raises(RuntimeError, match=r"in its own process:\n(.|\n)*BLOCK"):
+        launch()  # without its constant
+    assert launch(BLOCK=16) is None
+    assert bounds._child is child
+
+
+def test_a_process_that_ends_is_an_error_and_the_next_launch_starts_another(apart, monkeypatch, tmp_path):
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho no such interpreter\n", encoding="utf-8")
+    broken.chmod(0o755)
+    with monkeypatch.context() as context:
+        context.setattr(sys, "executable", str(broken))
+        with pytest.raises(RuntimeError, match="the process of the launch ended:\nno such interpreter"):
+            launch(BLOCK=16)
+    assert bounds._child is None
+    assert launch(BLOCK=16) is None
+    bounds._child.kill()
+    bounds._child.wait()
+    assert launch(BLOCK=16) is None
