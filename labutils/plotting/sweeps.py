@@ -176,16 +176,17 @@ def _slope_guides(ax: Axes, df: pd.DataFrame, which: str) -> None:
     for power, name in ((1, "∝ N"), (2, "∝ N²")):
         ends = [at, at * (last / first) ** (power - constant)]
         name += " for each sequence" if constant else ""
+        above = constant and power == 2  # under the rising line so long a text would cross it
         ax.plot([first, last], ends, linestyle=":", linewidth=1.2, color="#777777")
         ax.annotate(
             name,
             (last, ends[1]),
             fontsize=9,
             color="#555555",
-            xytext=(0, -14 if constant and power == 2 else -5),  # its long text would cross the line
+            xytext=(0, 4 if above else -5),
             textcoords="offset points",
             ha="right",
-            va="top",
+            va="bottom" if above else "top",
         )
 
 
