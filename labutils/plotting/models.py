@@ -57,7 +57,7 @@ def plot_models(table: pd.DataFrame, work: str = "step", quantity: str = "tokens
         if quantity == "ms":
             ax.set_yscale("log")
         else:
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(0, ax.get_ylim()[1] * 1.05)  # room for the highest marker
             ax.yaxis.set_major_formatter(
                 FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 1000 else f"{value:.4g}")
             )
