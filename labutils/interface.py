@@ -304,6 +304,27 @@ def flash_attn_with_kvcache(
         RuntimeError: a GPU too old or too small; in the backward, that there is none.
     """
     q, k, v = _cast(q, k, v)
+    others = (k, v, rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad, block_table, alibi_slopes)
+    if (
+        type(cache_seqlens) is type(num_splits) is int
+        and type(window_size) is tuple
+        and all(other is None for other in others)
+        and prepared.may_be_short(q, k_cache, v_cache)
+        and not _needs_gradient(q, k_cache, v_cache)
+        and k_cache.dim() == 4
+        and 0 <= cache_seqlens <= k_cache.shape[1]
+    ):
+
+        def prepare() -> Options:
+            checks.tensors(q, k_cache, v_cache, names=("k_cache", "v_cache"))
+            checks.cache(q, k_cache, v_cache, None, None, (None, None), cache_seqlens, num_splits)
+            _enough_rows(q, k_cache)
+            window = checks.window(window_size, causal)
+            return Options(checks.scale(softmax_scale, q.shape[-1]), window, checks.cap(softcap))
+
+        options = (softmax_scale, causal, window_size, softcap)
+        out, lse = prepared.decoding(q, k_cache, v_cache, cache_seqlens, options, num_splits, prepare)
+        return (out, lse) if return_softmax_lse else out
     paged = block_table is not None
     checks.tensors(q, k_cache, v_cache, paged=paged, names=("k_cache", "v_cache"))
     checks.cache(q, k_cache, v_cache, k, v, (rotary_cos, rotary_sin), cache_seqlens, num_splits)
@@ -317,10 +338,8 @@ def flash_attn_with_kvcache(
         cache_seqlens=cache_seqlens if isinstance(cache_seqlens, torch.Tensor) else None,
         cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad,
     )  # fmt: skip
-    if not paged and batch_idx is None and batch > k_cache.shape[0]:
-        raise ValueError(
-            f"q has batch size {batch}, the cache {k_cache.shape[0]} rows: pass a larger cache, or cache_batch_idx."
-        )
+    if not paged and batch_idx is None:
+        _enough_rows(q, k_cache)
     direct = prepared.may_be_short(q, k_cache, v_cache) and not _needs_gradient(q, k_cache, v_cache, k, v)
     run = operators.attend_with_cache if direct else operators.flash_attention_with_cache
     if direct and k is not None:
@@ -334,6 +353,13 @@ def flash_attn_with_kvcache(
         bool(rotary_interleaved), checks.slopes(alibi_slopes, batch, q.shape[-2], q.device), num_splits,
     )  # fmt: skip
     return (out, lse) if return_softmax_lse else out
+
+
+def _enough_rows(q: torch.Tensor, k_cache: torch.Tensor) -> None:
+    if len(q) > len(k_cache):
+        raise ValueError(
+            f"q has batch size {len(q)}, the cache {len(k_cache)} rows: pass a larger cache, or cache_batch_idx."
+        )
 
 
 def _unpack(name: str, packed: torch.Tensor, parts: int, dimensions: int) -> tuple[torch.Tensor, ...]:

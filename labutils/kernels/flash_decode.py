@@ -11,14 +11,16 @@ Source: arXiv 2311.01282 names the technique; the merge is the associativity of 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from labutils.kernels.flash_v2 import Options, attend
-from labutils.kernels.launch import SEQUENCE_LENGTHS, SMALLEST_BLOCK, LaunchConfig, launch, pick_config
+from labutils.kernels.launch import SEQUENCE_LENGTHS, SMALLEST_BLOCK, LaunchConfig, Launched, launch, pick_config
 from labutils.kernels.launch_table import cdiv, next_power_of_2
 from labutils.kernels.scores import LN_2, LOG2_E, columns_of
 from labutils.kernels.tiles import load_tile, row_pointers, source, store_tile
@@ -187,6 +189,43 @@ def choose_splits(programs: int, tiles: int, slots: int) -> int:
     return min(range(1, max(1, min(tiles, MOST_SPLITS)) + 1), key=cost)
 
 
+class Plan(NamedTuple):
+    """What of a decoding does not depend on how many keys there are.
+
+    Attributes:
+        right: the window's right bound, None where the last key is within reach of the first query already.
+        config: the launch configuration. programs: without a split. slots: as in `choose_splits`.
+    """
+
+    right: int | None
+    config: LaunchConfig
+    programs: int
+    slots: int
+
+    @staticmethod
+    def of(q: torch.Tensor, heads_kv: int, right: int | None, n_k: int, config: LaunchConfig | None = None) -> Plan:
+        """For queries (B, N_q, H, D) against up to `n_k` keys, which only the interpreter asks for."""
+        batch, n_q, heads, head_dim = q.shape
+        rows = n_q * heads // heads_kv
+        if right is not None and right >= n_q - 1:
+            right = None  # causal decoding of one token
+        if config is None:
+            kernel = "decode" if rows < 128 else "forward"  # a long prompt against the cache is no decoding
+            config = pick_config(kernel, head_dim, q.dtype, right is not None, q.device, longest=max(rows, n_k))
+            config = cut_to_rows(config, rows)
+        slots = _multiprocessors(q.device.index or 0) if q.is_cuda else 1
+        return Plan(right, config, batch * heads_kv * cdiv(rows, config.block_m), slots)
+
+    def splits(self, n_k: int) -> int:
+        """In how many parts to split so many keys."""
+        return choose_splits(self.programs, cdiv(n_k, self.config.block_n), self.slots)
+
+
+def rows_of_merge(splits: int) -> int:
+    """The block in which the merge holds the parts of a row."""
+    return max(SMALLEST_BLOCK, next_power_of_2(splits))
+
+
 def decode(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -212,23 +251,24 @@ def decode(
     Returns:
         out (B, N_q, H, D) in the dtype of q, lse (B, H, N_q) float32.
     """
-    batch, n_q, heads, head_dim = q.shape
-    heads_kv = k_cache.shape[2]
-    group = heads // heads_kv
     n_k = cache.seqlen + n_new  # of the longest sequence
-    left, right = options.window
-    if right is not None and right >= n_q - 1:
-        right = None  # the last key is within reach of the first query already: causal decoding of one token
-    if config is None:
-        rows = n_q * group
-        kernel = "decode" if rows < 128 else "forward"  # a long prompt against the cache is no decoding
-        config = pick_config(kernel, head_dim, q.dtype, right is not None, q.device, longest=max(rows, n_k))
-        config = cut_to_rows(config, rows)
-    programs = batch * heads_kv * cdiv(n_q * group, config.block_m)
-    if splits == 0:
-        slots = _multiprocessors(q.device.index or 0) if q.is_cuda else 1
-        splits = choose_splits(programs, cdiv(n_k, config.block_n), slots)
+    plan = Plan.of(q, k_cache.shape[2], options.window[1], n_k, config)
+    return start(q, k_cache, v_cache, cache, options, plan, n_new, splits or plan.splits(n_k))[:2]
 
+
+def start(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    cache: Cache,
+    options: Options,
+    plan: Plan,
+    n_new: int,
+    splits: int,
+) -> tuple[torch.Tensor, torch.Tensor, list[Callable[[], Launched] | None]]:
+    """`decode` by a plan in so many parts, and what it launched, to be launched again: decoding, and any merge."""
+    batch, n_q, heads, head_dim = q.shape
+    heads_kv, config = k_cache.shape[2], plan.config
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(batch, heads, n_q, dtype=torch.float32, device=q.device)
     if splits == 1:
@@ -237,21 +277,21 @@ def decode(
         parts = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((splits, batch, n_q, heads), dtype=torch.float32, device=q.device)
     slopes = options.alibi_slopes
-    launch(
-        _decode_kernel, (programs * splits,), config,
+    launched = [launch(
+        _decode_kernel, (plan.programs * splits,), config,
         q, k_cache, v_cache, parts, part_lse, *cache.arguments(),
         slopes, None if slopes is None else slopes.stride(0) if slopes.dim() == 2 else 0,
-        options.softmax_scale, options.softcap, left, right, heads_kv, splits, n_q, cache.seqlen, n_new,
-        *q.stride(), *k_cache.stride(), *v_cache.stride(), *parts.stride(),
+        options.softmax_scale, options.softcap, options.window[0], plan.right, heads_kv, splits,
+        n_q, cache.seqlen, n_new, *q.stride(), *k_cache.stride(), *v_cache.stride(), *parts.stride(),
         part_lse.stride(0), part_lse.stride(1), part_lse.stride(3), part_lse.stride(2),
-        D=head_dim, BLOCK_D=config.block_d(head_dim), GROUP=group, PAGE=cache.page(k_cache),
-    )  # fmt: skip
+        D=head_dim, BLOCK_D=config.block_d(head_dim), GROUP=heads // heads_kv, PAGE=cache.page(k_cache),
+    )]  # fmt: skip
     if splits > 1:
-        block_s = max(SMALLEST_BLOCK, next_power_of_2(splits))
+        block_s = rows_of_merge(splits)
         warps = 4 if block_s * head_dim <= 8192 else 16
-        launch(
+        launched.append(launch(
             _merge_kernel, (batch * n_q * heads,), LaunchConfig(SMALLEST_BLOCK, SMALLEST_BLOCK, warps, 1),
             parts, part_lse, out, lse, heads, n_q, splits, parts.stride(0), head_dim, part_lse.stride(0), 1,
             D=head_dim, BLOCK_D=config.block_d(head_dim), BLOCK_S=block_s,
-        )  # fmt: skip
-    return out, lse
+        ))  # fmt: skip
+    return out, lse, launched

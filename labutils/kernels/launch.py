@@ -136,24 +136,30 @@ class Launched:
             else:
                 self._arguments.append(argument)
 
-    def again(self, *addresses: int) -> None:
+    def again(
+        self, *addresses: int, grid: tuple[int, int, int] | None = None, place: int = 0, numbers: Sequence[int] = ()
+    ) -> None:
         """Launches on the current stream of the current device.
 
         Args:
             addresses: `data_ptr()` of the kernel's first tensors, in its order, aligned as the first time; the others
                 are where they were.
+            grid: another one. place, numbers: other numbers from this argument on, of a kernel that takes no
+                descriptors; each must be one for which Triton compiles the same as for the first one.
         """
+        grid = grid or self._grid
         arguments = self._arguments.copy()
+        arguments[place : place + len(numbers)] = numbers
         for address, (place, map_of) in zip(addresses, self._tensors, strict=False):
             arguments[place] = address if map_of is None else map_of(address)
         active = driver.active
         stream = active.get_current_stream(active.get_current_device())
         enter, leave, about = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, None
         if _is_set(enter) or _is_set(leave):  # a profiler of Triton's
-            about = self._kernel.launch_metadata(self._grid, stream)
+            about = self._kernel.launch_metadata(grid, stream)
         else:
             enter = leave = None
-        self._run(*self._grid, stream, self._function, self._metadata, about, enter, leave, *arguments)
+        self._run(*grid, stream, self._function, self._metadata, about, enter, leave, *arguments)
 
 
 def _is_set(hook) -> bool:

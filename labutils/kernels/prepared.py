@@ -10,12 +10,13 @@ the pointers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from labutils import runtime
-from labutils.kernels import flash_v2, flash_v2_backward
+from labutils.kernels import flash_decode, flash_v2, flash_v2_backward
 from labutils.kernels.flash_v2 import Options
 from labutils.kernels.launch import Launched
 
@@ -50,19 +51,46 @@ def attention(
         q.shape, k.shape, v.shape, q.stride(), k.stride(), v.stride(), q.dtype, k.dtype, v.dtype,
         q.device, k.device, v.device, q.data_ptr() % 16, k.data_ptr() % 16, v.data_ptr() % 16, options,
     )  # fmt: skip
-    try:
-        form = _forms.get(key)
-    except TypeError:  # a list where a number belongs has no hash
-        prepare()  # says which
-        raise
-    if form is None:
-        form = _Form(prepare())
-        while len(_forms) >= MOST_FORMS:
-            del _forms[next(iter(_forms))]
-        _forms[key] = form
+    form = _form(key, lambda: _Form(prepare()))
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _FlashAttention.apply(q, k, v, form)
     return form.forward(q, k, v)
+
+
+def decoding(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    seqlen: int,
+    options: tuple,
+    splits: int,
+    prepare: Callable[[], Options],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse of queries against the first `seqlen` rows of a cache, one for each sequence; no backward.
+
+    While a cache grows, its length is another for every token, and so are the strides of one that is made anew for
+    each: neither is part of the form.
+    """
+    key = (
+        "decoding", q.shape, k.shape[0], k.shape[2:], k.shape == v.shape, q.stride(), q.dtype, k.dtype, v.dtype,
+        q.device, k.device, v.device, q.data_ptr() % 16, k.data_ptr() % 16, v.data_ptr() % 16, options, splits,
+    )  # fmt: skip
+    return _form(key, lambda: _Decoding(q, k, seqlen, prepare(), splits)).forward(q, k, v, seqlen)
+
+
+def _form(key: tuple, make: Callable[[], Any]) -> Any:
+    """What is known under this key, or is from now on."""
+    try:
+        form = _forms.get(key)
+    except TypeError:  # a list where a number belongs has no hash
+        make()  # says which
+        raise
+    if form is None:
+        form = make()
+        while len(_forms) >= MOST_FORMS:
+            del _forms[next(iter(_forms))]
+        _forms[key] = form
+    return form
 
 
 class _Form:
@@ -70,16 +98,21 @@ class _Form:
 
     def __init__(self, options: Options):
         self.options = options
+        self.seen = False
         self.launched: Launched | None = None
         self.backwards: dict[tuple, _Backward] = {}
 
     def forward(self, q, k, v):
-        """The first time through Triton's JIT, which compiles where that is needed."""
+        """The first two times through Triton's JIT, which compiles where that is needed.
+
+        Many a form is not seen again; what launches it anew takes as long to make as a launch, and is not made for it.
+        """
         if self.launched is None:
             out, lse, launched = flash_v2.start(q, k, v, self.options)
-            if launched is not None:  # it is for an empty grid
+            if self.seen and launched is not None:  # it is for an empty grid
                 self.out, self.lse = (out.shape, out.stride()), (lse.shape, lse.stride())
                 self.launched = launched()
+            self.seen = True
             return out, lse
         out = q.new_empty_strided(*self.out)  # in half the time of new_empty
         lse = q.new_empty_strided(*self.lse, dtype=torch.float32)
@@ -122,7 +155,60 @@ class _Backward:
         return dq, dk, dv
 
 
-_forms: dict[tuple, _Form] = {}
+_SPLITS = flash_decode._decode_kernel.arg_names.index("SPLITS")
+_MERGED = flash_decode._merge_kernel.arg_names.index("SPLITS")
+
+
+class _Decoding:
+    """Decoding of which all but the addresses, the length and the strides of the cache is known. It holds no tensor."""
+
+    def __init__(self, q: torch.Tensor, k: torch.Tensor, seqlen: int, options: Options, splits: int):
+        self.options, self.splits = options, splits
+        self.plan = flash_decode.Plan.of(q, k.shape[2], options.window[1], seqlen)
+        batch, n_q, heads, head_dim = q.shape
+        self.out = q.shape, (n_q * heads * head_dim, heads * head_dim, head_dim, 1)
+        self.lse = (batch, heads, n_q), (heads * n_q, n_q, 1)
+        # Of one part of the keys; the first stride is that from part to part.
+        self.parts = (
+            (q.shape, (batch * n_q * heads * head_dim, *self.out[1])),
+            ((batch, n_q, heads), (batch * n_q * heads, n_q * heads, heads, 1)),
+        )
+        self.known: dict[tuple, list[Launched]] = {}
+
+    def forward(self, q, k, v, seqlen):
+        """Through Triton's JIT where another kernel is needed than those that are known."""
+        splits = self.splits or self.plan.splits(seqlen)
+        strides = (*k.stride(), *v.stride())
+        # Triton compiles anew for a stride that is 1, a multiple of 16 or too large for 32 bits.
+        kinds = [(stride == 1, stride % 16, stride >> 31) for stride in strides]
+        key = (splits == 1 or flash_decode.rows_of_merge(splits), seqlen >> 31, *kinds)
+        known = self.known.get(key)
+        if known is None:
+            cache = flash_decode.Cache(None, seqlen)
+            out, lse, launched = flash_decode.start(q, k, v, cache, self.options, self.plan, 0, splits)
+            if all(launched):  # it is for an empty grid
+                self.known[key] = [each() for each in launched]
+            return out, lse
+        out = q.new_empty_strided(*self.out)  # in half the time of new_empty
+        lse = q.new_empty_strided(*self.lse, dtype=torch.float32)
+        parts, part_lse = out, lse
+        if splits > 1:
+            parts, part_lse = (
+                q.new_empty_strided((splits, *part[0]), part[1], dtype=torch.float32) for part in self.parts
+            )
+        known[0].again(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), parts.data_ptr(), part_lse.data_ptr(),
+            grid=(self.plan.programs * splits, 1, 1), place=_SPLITS,
+            numbers=(splits, q.shape[1], seqlen, 0, *q.stride(), *strides),
+        )  # fmt: skip
+        if splits > 1:
+            known[1].again(
+                parts.data_ptr(), part_lse.data_ptr(), out.data_ptr(), lse.data_ptr(), place=_MERGED, numbers=(splits,)
+            )
+        return out, lse
+
+
+_forms: dict[tuple, _Form | _Decoding] = {}
 
 
 class _FlashAttention(torch.autograd.Function):
