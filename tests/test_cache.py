@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from labutils import interface, runtime
-from labutils.kernels import launch
+from labutils.kernels import flash_decode, launch, prepared
+from labutils.kernels.flash_v2 import Options
 from labutils.reference import check_attention, exact_attention
 
 DEVICE = runtime.device
@@ -574,6 +575,61 @@ def test_wrong_input_is_named(case):
         assert torch.equal(bits(now), bits(before)), "refused, but not before the cache was written to"
 
 
+@pytest.fixture
+def short(monkeypatch):
+    """The short way, which is for GPUs otherwise: forms are made, but the interpreter launches nothing again."""
+    monkeypatch.setattr(prepared, "may_be_short", lambda *tensors: True)
+    monkeypatch.setattr(prepared, "_forms", {})
+
+
+@pytest.mark.parametrize("case", WRONG_INPUTS)
+def test_wrong_input_is_named_on_the_short_way(case, short):
+    test_wrong_input_is_named(case)
+
+
+WRONG_DECODING = {
+    "scale zero": (ValueError, "softmax_scale=0.0", dict(softmax_scale=0.0)),
+    "scale a list": (TypeError, "softmax_scale is a list", dict(softmax_scale=[0.5])),
+    "window a number": (ValueError, "window_size=8", dict(window_size=8)),
+    "window too far to the left": (ValueError, "window_size=.-2, 0", dict(window_size=(-2, 0))),
+    "softcap negative": (ValueError, "softcap=-1", dict(softcap=-1.0)),
+    "splits negative": (ValueError, "num_splits=-1", dict(num_splits=-1)),
+    "splits true": (ValueError, "num_splits=True", dict(num_splits=True)),
+    "length negative": (ValueError, "cache_seqlens=.-1.*0 or more", dict(cache_seqlens=-1)),
+    "length beyond the cache": (ValueError, "room for 48 keys.*holds 49", dict(cache_seqlens=49)),
+    "length true": (TypeError, "cache_seqlens is a bool", dict(cache_seqlens=True)),
+    "a cache of three dimensions": (ValueError, "k_cache has shape", dict(k_cache=torch.zeros(2, 48, 16))),
+    "v of another length": (ValueError, "k_cache has shape.*v_cache", dict(v_cache=torch.zeros(2, 47, 1, 16))),
+    "one row too few": (
+        ValueError, "batch size 2, the cache 1 rows",
+        dict(k_cache=torch.zeros(1, 48, 1, 16), v_cache=torch.zeros(1, 48, 1, 16)),
+    ),
+    "another dtype": (TypeError, "dtypes", dict(k_cache=torch.zeros(2, 48, 1, 16).half())),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG_DECODING)
+def test_wrong_decoding_is_named_whatever_was_seen_before(case, short):
+    error, message, changes = WRONG_DECODING[case]
+    call = make((9, 5), garbage=0.0) | dict(cache_seqlens=9)
+    changes = {name: value.to(DEVICE) if torch.is_tensor(value) else value for name, value in changes.items()}
+    for num_splits in (0, 1):
+        interface.flash_attn_with_kvcache(**call, num_splits=num_splits)
+    assert len(prepared._forms) == 2
+    for _ in range(2):
+        with pytest.raises(error, match=message):
+            interface.flash_attn_with_kvcache(**call | changes)
+
+
+def test_a_growing_cache_is_of_one_form(short):
+    for n in (1, 2, 15, 16, 17, 40, 48):
+        call = make((n, n), heads=4, heads_kv=2, causal=True)
+        check(call | dict(cache_seqlens=n))
+    assert len(prepared._forms) == 1
+    check(call | dict(cache_seqlens=20, softcap=2.0))
+    assert len(prepared._forms) == 2
+
+
 @pytest.mark.parametrize("options", [{}, PAGED, ROTARY, NO_NEW])
 def test_what_the_wrong_inputs_are_made_from_is_right(options):
     check(make(**WRONG_BASE | options))
@@ -654,6 +710,30 @@ def test_same_bits_in_100_runs(page, n_q):
         again = interface.flash_attn_with_kvcache(**call, return_softmax_lse=True)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
         assert all(torch.equal(bits(call[name]), bits(t)) for name, t in written.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_splits", [0, 1, 5])
+@pytest.mark.parametrize(("n_q", "head_dim"), [(1, 64), (1, 59), (3, 40), (2, 128)])
+@pytest.mark.parametrize("anew", [False, True], ids=["one cache", "a cache for each token"])
+def test_the_bits_do_not_depend_on_what_was_seen_before(anew, n_q, head_dim, num_splits, monkeypatch):
+    """A growing cache, at addresses of any alignment, beside the same call from scratch."""
+    monkeypatch.setattr(prepared, "_forms", {})
+    heads, heads_kv, most = 8, 2, 1300
+    memory = torch.randn(2, 2 * heads_kv * most * head_dim + 8, device=DEVICE).half()
+    for i, n in enumerate([*range(3, 20), 127, 128, 129, 500, 1024, *range(1200, 1216), 1300, 7]):
+        off = (0, 0, 0, 1, 4)[i % 5]
+        rows = n if anew else most
+        k, v = (part[off : off + 2 * heads_kv * rows * head_dim] for part in memory)
+        k, v = (t.view(2, heads_kv, rows, head_dim).transpose(1, 2) for t in (k, v))
+        q = torch.randn(2, n_q, heads, head_dim, device=DEVICE).half()
+        call = dict(cache_seqlens=n, causal=True, num_splits=num_splits, return_softmax_lse=True)
+        ours = interface.flash_attn_with_kvcache(q, k, v, **call)
+        options = Options(head_dim**-0.5, (None, 0))
+        scratch = flash_decode.decode(q, k, v, flash_decode.Cache(None, n), options, splits=num_splits)
+        for a, b in zip(ours, scratch, strict=True):
+            assert torch.equal(a, b), f"{n} keys, {off} elements behind an aligned address"
+    assert any(form.known for form in prepared._forms.values())
 
 
 @pytest.mark.gpu

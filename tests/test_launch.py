@@ -6,10 +6,13 @@ import pytest
 import torch
 import triton
 from triton import knobs
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.compiler import BaseBackend
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
-from labutils.kernels import flash_v2, flash_v2_backward, launch_table, prepared
+from labutils import checks
+from labutils.kernels import flash_decode, flash_v2, flash_v2_backward, launch_table, prepared
 from labutils.kernels.launch import LaunchConfig, Launched, describe
 
 SIGNATURE = {
@@ -112,6 +115,17 @@ def test_addresses_that_are_not_given_stay(gpu):
     assert addresses(first)[0] in list(flat(as_numbers(gpu.launched[2])))
 
 
+def test_another_grid_and_other_numbers(gpu):
+    """Numbers stand where they are told to, for this launch alone."""
+    kernel, tensor = gpu.kernel(None), torch.zeros(3)
+    kernel.run.launch = lambda *args: gpu.launched.append(args)
+    launched = Launched(kernel, GRID, (tensor, 2, 30, 40, 0.5))
+    launched.again(grid=(9, 1, 1), place=2, numbers=(31, 41))
+    launched.again()
+    for args, grid, numbers in zip(gpu.launched, [(9, 1, 1), GRID], [(31, 41), (30, 40)], strict=True):
+        assert args[:3] == grid and args[-1] == (tensor.data_ptr(), 2, *numbers, 0.5)
+
+
 def test_triton_s_profilers_are_told(gpu, monkeypatch):
     launched = Launched(gpu.kernel(), GRID, arguments())
     launched.again()
@@ -132,7 +146,9 @@ def test_a_form_gives_new_outputs_to_the_same_launch(monkeypatch):
     monkeypatch.setattr(flash_v2, "start", lambda q, k, v, options: (out, lse, lambda: launched))
     form = prepared._Form(flash_v2.Options(0.125))
     q, k, v = torch.randn(3, 2, 3, 96, 32).half().transpose(2, 3).unbind()  # not contiguous: out is, all the same
-    assert form.forward(q, k, v) == (out, lse) and given == []
+    for _ in range(2):
+        assert form.launched is None
+        assert form.forward(q, k, v) == (out, lse) and given == []
     new_out, new_lse = form.forward(k, v, q)
     assert given == [(k.data_ptr(), v.data_ptr(), q.data_ptr(), new_out.data_ptr(), new_lse.data_ptr())]
     for new, old in ((new_out, out), (new_lse, lse)):
@@ -230,6 +246,125 @@ def test_a_backward_done_again_gives_the_kernels_what_the_long_way_gives_them(gp
     for name, wanted in (("dq", "q k v o do lse lse2 delta dq"), ("dkdv", "q k v do lse2 delta dk dv")):
         assert [value for value in long[name] if value in wanted.split()] == wanted.split()
         assert not any(isinstance(value, int) and value > AN_ADDRESS for value in long[name])  # no address is unknown
+
+
+NOT_SPECIALISED = ("N_Q", "N_K", "N_NEW", "SPLITS")
+
+
+def compiled_for(names, args):
+    """What Triton makes of the arguments: calls that differ in this need another kernel."""
+    return [
+        native_specialize_impl(BaseBackend, arg, False, name not in NOT_SPECIALISED, name not in NOT_SPECIALISED)
+        for name, arg in zip(names, args, strict=True)
+    ]
+
+
+@pytest.fixture
+def decodings(gpu, monkeypatch):
+    """Notes (kernel, what it was compiled for, grid, arguments by name) of each launch; splits as if for a GPU."""
+
+    def launch(kernel, grid, config, *args, **constants):
+        constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+        constants = {name: size for name, size in constants.items() if name in kernel.arg_names}
+        named = dict(zip(kernel.arg_names, args, strict=False)) | constants
+        arguments = [named[name] for name in kernel.arg_names]
+        what = (
+            kernel.__name__,
+            config.num_warps,
+            config.num_stages,
+            compiled_for(kernel.arg_names, arguments),
+            constants,
+        )
+
+        def note(*args):
+            gpu.launched.append((what, args[:3], dict(zip(kernel.arg_names, as_numbers(args[-1]), strict=True))))
+
+        fake = gpu.kernel(None)
+        fake.run.launch = note
+        fake.run(*grid, 1, 1, STREAM, fake.function, fake.packed_metadata, None, None, None, *arguments)
+        return lambda: Launched(fake, (*grid, 1, 1), arguments)
+
+    monkeypatch.setattr(flash_decode, "launch", launch)
+    monkeypatch.setattr(flash_decode, "pick_config", lambda *_, **__: LaunchConfig(16, 16, 4, 3))
+    monkeypatch.setattr(flash_decode, "choose_splits", lambda programs, tiles, slots: max(1, min(tiles - 1, 128)))
+    monkeypatch.setattr(prepared, "_forms", {})
+    return gpu.launched
+
+
+def aligned(shape, dtype=torch.float16, off=0):
+    """Zeros `off` bytes behind an address that is a multiple of 16."""
+    memory = torch.zeros(shape.numel() * dtype.itemsize + 32, dtype=torch.uint8)
+    start = -memory.data_ptr() % 16 + off
+    return memory[start : start + shape.numel() * dtype.itemsize].view(dtype).view(shape)
+
+
+def rows_first(n, heads, head_dim, dtype=torch.float16, off=0):
+    """A cache as models make it for each token anew: (B, H_kv, N, D) in memory."""
+    return aligned(torch.Size((2, heads, n, head_dim)), dtype, off).transpose(1, 2)
+
+
+def heads_first(n, heads, head_dim, dtype=torch.float16, off=0):
+    return aligned(torch.Size((2, n, heads, head_dim)), dtype, off)
+
+
+PLAIN = dict(options=(0.125, True, (-1, -1), 0.0), head_dim=16, n_q=1, splits=0)
+DECODINGS = {
+    "a cache made anew for each token": PLAIN,
+    "its strides now and then multiples of 16": PLAIN | dict(head_dim=5),
+    "rows before heads": PLAIN | dict(cache=heads_first),
+    "a large cache that fills": PLAIN | dict(cache=heads_first, capacity=400),
+    "dimensions apart": PLAIN | dict(cache=lambda *args, **kwargs: rows_first(*args, **kwargs).mT.contiguous().mT),
+    "three queries": PLAIN | dict(n_q=3),
+    "a window": PLAIN | dict(n_q=3, options=(0.125, True, (20, 0), 0.0)),
+    "softcap and scale": PLAIN | dict(options=(0.5, False, (-1, -1), 3.0)),
+    "splits as asked for": PLAIN | dict(splits=7),
+    "one part": PLAIN | dict(splits=1),
+    "k misaligned": PLAIN | dict(off_k=4),
+    "v misaligned": PLAIN | dict(off_v=2),
+    "q misaligned": PLAIN | dict(off_q=8),
+    "float32": PLAIN | dict(dtype=torch.float32),
+    "one head": PLAIN | dict(heads=1),
+}
+
+
+def decoding_of(case, n):
+    case = dict(heads=2, dtype=torch.float16, cache=rows_first, off_q=0, off_k=0, off_v=0, capacity=n) | case
+    heads, head_dim, dtype = case["heads"], case["head_dim"], case["dtype"]
+    q = aligned(torch.Size((2, case["n_q"], 2 * heads, head_dim)), dtype, case["off_q"])
+    k, v = (case["cache"](case["capacity"], heads, head_dim, dtype, off=case[off]) for off in ("off_k", "off_v"))
+    scale, causal, window, softcap = case["options"]
+    options = flash_v2.Options(scale, checks.window(window, causal), checks.cap(softcap))
+    return q, k, v, options, case["options"], case["splits"]
+
+
+def test_decoding_launches_what_the_long_way_launches(decodings):
+    """For growing lengths and all kinds of calls in turn: kernel, what it was compiled for, grid, every argument."""
+
+    def launches(run, *known):
+        decodings.clear()
+        out, lse = run()
+        known = {t.data_ptr(): name for t, name in zip((*known, out, lse), ("q", "k", "v", "out", "lse"), strict=True)}
+        seen = []
+        for what, grid, named in decodings:
+            for name, value in named.items():
+                if isinstance(value, int) and value > AN_ADDRESS:
+                    named[name] = known.setdefault(value, name)  # the parts: by what the first kernel calls them
+            seen.append((what, grid, named))
+        return seen, [(t.shape, t.stride(), t.dtype) for t in (out, lse)]
+
+    short = 0
+    for n in (*range(1, 40), 255, 256, 257, 300, 302, 304, 37, 5):
+        for name, case in DECODINGS.items():
+            q, k, v, options, key, splits = decoding_of(case, n)
+            cache = flash_decode.Cache(None, n)
+            long = launches(lambda: flash_decode.decode(q, k, v, cache, options, splits=splits), q, k, v)  # noqa: B023
+            before = sum(len(form.known) for form in prepared._forms.values())
+            ours = launches(lambda: prepared.decoding(q, k, v, n, key, splits, lambda: options), q, k, v)  # noqa: B023
+            assert ours == long, f"{name}, {n} keys"
+            short += before == sum(len(form.known) for form in prepared._forms.values())
+    layouts = sum("cache" in case for case in DECODINGS.values())
+    assert len(prepared._forms) == len(DECODINGS) - layouts  # how the cache lies in memory is no part of a form
+    assert short > 0.8 * 46 * len(DECODINGS)
 
 
 def test_sizes_of_grids_and_blocks_are_triton_s():
