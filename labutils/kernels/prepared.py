@@ -1,10 +1,10 @@
-"""The short way through forward and backward: for a call of a form seen before, no checks and no specialisation.
+"""The short way through forward, backward and decoding: for a call of a form seen before, no checks and no specialisation.
 
 A launch through Triton's JIT looks at each of some forty arguments to find out which specialisation of the kernel it
 needs, and a PyTorch operator passes through a dispatcher. Together that costs more host time than all of PyTorch's own
 attention. What decides about it is known after the first call: shapes, strides, dtypes, alignment and options. They are
 the key under which the compiled kernels, their grids and their arguments are kept; the next call of that form fills in
-the pointers.
+the pointers. Decoding also fills in the length of its cache and what follows from it, which change with every token.
 """
 
 from __future__ import annotations
