@@ -1,4 +1,4 @@
-"""The short way through forward, backward and decoding: for a call of a form seen before, no checks and no specialisation.
+"""The short way through forward, backward and decoding: for a call of a form seen before, no checks, no specialisation.
 
 A launch through Triton's JIT looks at each of some forty arguments to find out which specialisation of the kernel it
 needs, and a PyTorch operator passes through a dispatcher. Together that costs more host time than all of PyTorch's own
