@@ -8,6 +8,7 @@ measured.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 STEP = 1024
 """Lengths are tried in multiples of this many tokens."""
 
-USABLE = 0.86
+USABLE = 0.88
 """Of the memory that the allocator may have: about so much is in tensors where the longest sequence trains. The rest
 lies in fragments. A guess that is right to an eighth takes two tries: one length that fits and one that does not."""
 
@@ -70,13 +71,20 @@ RUNGS: tuple[Rung, ...] = (
 """Each rung but the first two keeps what those below it do."""
 
 
+@functools.lru_cache(maxsize=128)
+def _rehearsed(size: str, seqlen: int, **options: Any) -> dict[str, float]:
+    """A rehearsal takes seconds, and a search that ends at a length that was rehearsed before asks for it again."""
+    return rehearsal.rehearse_by_kind(size, seqlen, **options)
+
+
 def predict_by_kind(size: str, rung: Rung, seqlen: int, *, vocab_size: int = 50257) -> dict[str, float]:
     """GiB of each kind at the peak, by rehearsal."""
     attention = "eager" if rung.attention == "eager" else "labutils"
     dtype = torch.bfloat16 if rung.low else None  # float16 takes as much
-    return rehearsal.rehearse_by_kind(
+    kinds = _rehearsed(
         size, seqlen, vocab_size=vocab_size, attention=attention, autocast_dtype=dtype, **rung.options, **rung.model
     )
+    return dict(kinds)
 
 
 def predict(size: str, rung: Rung, seqlen: int, *, vocab_size: int = 50257) -> float:
@@ -84,15 +92,19 @@ def predict(size: str, rung: Rung, seqlen: int, *, vocab_size: int = 50257) -> f
     return sum(predict_by_kind(size, rung, seqlen, vocab_size=vocab_size).values())
 
 
-def predicted_longest(size: str, rung: Rung, gib: float, *, vocab_size: int = 50257) -> int:
+def predicted_longest(size: str, rung: Rung, gib: float, *, most: int = 2**17, vocab_size: int = 50257) -> int:
     """The longest sequence, in multiples of `STEP`, whose predicted peak stays below `gib`; 0 if there is none.
 
     The peak is a sum of a constant, a part that grows with N and, for eager attention alone, one that grows with N².
     Two lengths are rehearsed, three for eager attention, and the line or parabola through them is solved for `gib`.
+    With a chunked loss these are `most`, which is the answer where it stays below, and half of it: such peaks lie in
+    the backward pass of a block from some length on, and a line through shorter ones would miss that.
     """
     lengths = [2 * STEP, 8 * STEP, 16 * STEP] if rung.attention == "eager" else [8 * STEP, 32 * STEP]
-    if "chunked_loss" in rung.options:  # from where on the peak lies in the backward pass of a block
-        lengths = [32 * STEP, 64 * STEP]
+    if "chunked_loss" in rung.options:
+        if most < 2 * STEP or predict(size, rung, most, vocab_size=vocab_size) < gib:
+            return most // STEP * STEP
+        lengths = [most // 2, most]
     peaks = [predict(size, rung, n, vocab_size=vocab_size) for n in lengths]
     (a, b), (x, y) = peaks[:2], lengths[:2]
     slope = (b - a) / (y - x)
@@ -179,7 +191,7 @@ def longest(
     if guess is None:
         with training.memory_cap(cap_gib) as cap:
             room = cap.allocator_gib
-        guess = predicted_longest(size, rung, USABLE * room) or STEP
+        guess = predicted_longest(size, rung, USABLE * room, most=most) or STEP
     best: dict[str, Any] | None = None
     failed: list[int] = []
     row: dict[str, Any] = {}

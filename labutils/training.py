@@ -429,7 +429,8 @@ def try_step(
         "status": "oom",
     }
     model = history = None
-    free_memory()
+    if cap_gib is None:
+        free_memory()  # a cap begins with this, too
     with memory_cap(cap_gib) if cap_gib is not None else nullcontext():
         try:
             with torch.device(runtime.device):  # drawing a large model's weights on the CPU takes longer than its steps
@@ -582,7 +583,7 @@ def _load_libraries() -> None:
         square @ square
     torch.cuda.synchronize()
     del square
-    free_memory()
+    torch.cuda.empty_cache()  # no more: collecting garbage takes a tenth of a second or more
 
 
 def _context_bytes() -> int:

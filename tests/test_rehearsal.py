@@ -56,6 +56,36 @@ def test_the_predicted_longest_is_where_the_peak_reaches_the_limit(square, monke
     assert ladder.predicted_longest("tiny", ladder.RUNGS[0], 1.0) == 0
 
 
+def test_with_a_chunked_loss_the_longest_that_is_asked_for_is_rehearsed_first(monkeypatch):
+    rehearsed = []
+
+    def peak(size, rung, n, *, vocab_size):
+        rehearsed.append(n // ladder.STEP)
+        return 2.0 + max(0.01 * n / ladder.STEP, 0.1 * n / ladder.STEP - 2)  # it turns at 22 · STEP
+
+    monkeypatch.setattr(ladder, "predict", peak)
+    rung, most = RUNGS["+ chunked loss"], 64 * ladder.STEP
+    assert ladder.predicted_longest("tiny", rung, 6.5, most=most) == most and rehearsed == [64]
+    assert ladder.predicted_longest("tiny", rung, 5.05, most=most) == 50 * ladder.STEP
+    assert max(rehearsed) == 64
+    assert ladder.predicted_longest("tiny", rung, 5.0, most=ladder.STEP) == ladder.STEP
+
+
+def test_a_rehearsal_is_made_once(monkeypatch):
+    calls = []
+
+    def rehearse(size, seqlen, **options):
+        calls.append(seqlen)
+        return {"MLP": 1.0}
+
+    monkeypatch.setattr(rehearsal, "rehearse_by_kind", rehearse)
+    for vocab_size in (123, 123, 124):
+        kinds = ladder.predict_by_kind("made up", RUNGS["+ chunked loss"], 2048, vocab_size=vocab_size)
+        assert kinds == {"MLP": 1.0}
+        kinds["MLP"] = 2.0  # the caller's own
+    assert calls == [2048, 2048]
+
+
 @pytest.mark.parametrize("true", [500, 1024, 7000, 70_000, 131_072, 10**6])
 @pytest.mark.parametrize("guess", [1024, 65_536, 131_072])
 def test_the_search_ends_at_the_longest(true, guess):
