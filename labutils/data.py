@@ -140,7 +140,7 @@ def python_sessions(packages: Sequence[str] = ("numpy", "pandas"), *, min_charac
 
     Docstrings show sessions: what is typed after ">>>", and what Python replies. The sessions of one source file,
     in the order in which they stand, are one document; later turns use the names of earlier ones. numpy and pandas
-    have 900,000 characters of them. Their prose and code are left out, so that nothing here is in
+    have more than half a million characters of them. Their prose and code are left out, so that nothing here is in
     `python_sources` as well.
 
     Args:
@@ -167,7 +167,7 @@ def python_sessions(packages: Sequence[str] = ("numpy", "pandas"), *, min_charac
             except ValueError:  # a prompt that is not one, in a string about prompts
                 continue
             turns = (
-                f">>> {example.source.rstrip().replace(chr(10), chr(10) + '... ')}\n{example.want}"
+                f">>> {example.source.rstrip().replace(chr(10), chr(10) + '... ')}\n{_reply(example.want)}"
                 for example in examples
             )
             session = "".join(turns)
@@ -178,6 +178,15 @@ def python_sessions(packages: Sequence[str] = ("numpy", "pandas"), *, min_charac
             f"no session of {min_characters} characters in {', '.join(packages)}: lower min_characters, or name others"
         )
     return list(documents)
+
+
+def _reply(want: str) -> str:
+    """What the interpreter answered: doctest reads on to the next empty line, which may lie behind the docstring."""
+    end = min((at for at in (want.find('"""'), want.find("'''")) if at >= 0), default=None)
+    if end is None:
+        return want
+    answer = want[:end].rstrip()
+    return answer + "\n" if answer else ""
 
 
 def split(documents: Sequence[str], held_out: float = 0.1, *, seed: int = 0) -> tuple[list[str], list[str]]:

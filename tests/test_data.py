@@ -171,6 +171,9 @@ def test_sessions_are_dialogues_of_their_own():
     turns = sum(text.count("\n>>> ") for text in sessions)
     assert turns > 1000
     assert len(set(sessions)) == len(sessions)
+    # no session reads on behind the docstring that it stands in
+    replies = [line for text in sessions for line in text.splitlines() if not line.startswith((">>> ", "... "))]
+    assert not any('"""' in line or line.lstrip().startswith(("def ", "return _wrapfunc")) for line in replies)
     with pytest.raises(FileNotFoundError, match="not installed"):
         data.python_sessions(("no_such_package",))
     with pytest.raises(FileNotFoundError, match="no session"):
