@@ -74,7 +74,13 @@ def add(commands: argparse._SubParsersAction) -> None:
         ),
         allow_abbrev=False,
     )
-    what = parser.add_argument_group("what is measured")
+    _add_what_is_measured(parser.add_argument_group("what is measured"))
+    _add_how_long(parser.add_argument_group("how long"))
+    _add_where_it_goes(parser.add_argument_group("where it goes"))
+    parser.set_defaults(run=run)
+
+
+def _add_what_is_measured(what: argparse._ArgumentGroup) -> None:
     what.add_argument(
         "--impls",
         type=_listed(str, NAMES),
@@ -129,7 +135,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         default=["fwd"],
         help="fwd, bwd or fwd,bwd; bwd times the backward pass alone (default: fwd)",
     )
-    how = parser.add_argument_group("how long")
+
+
+def _add_how_long(how: argparse._ArgumentGroup) -> None:
     how.add_argument(
         "--seconds",
         type=seconds,
@@ -149,7 +157,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         default=2.0,
         help="for the float64 result of one shape; 0 measures no error (default: %(default)s)",
     )
-    where = parser.add_argument_group("where it goes")
+
+
+def _add_where_it_goes(where: argparse._ArgumentGroup) -> None:
     where.add_argument(
         "--out", type=Path, default=Path("bench-results"), help="folder for tables and figures (default: %(default)s)"
     )
@@ -181,7 +191,6 @@ def add(commands: argparse._SubParsersAction) -> None:
         f"differ by more than {100 * LIMIT:.0f} percent, or where the reported spread, the larger spread_ms of "
         f"the two, covers the difference of less than {100 * COVERED:.0f} percent of them",
     )
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
