@@ -503,78 +503,12 @@ def _one_tiling(call, generator, n_q, n_k, blocks, causal, dtype=torch.float32) 
     exact, exact_lse = (t.squeeze() for t in exact_attention(*batched, causal=causal, return_lse=True))
     low, low_lse = (t.squeeze() for t in naive_attention(*batched, causal=causal, return_lse=True))
 
-    wrong: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    full = torch.ones(n_q, n_k, dtype=torch.bool)
-    mask = causal_mask(n_q, n_k) if causal else full
-    floats = [t.float() for t in (q, k, v)]
-    scale = 16**-0.5
-    wrong["O was not rescaled when the maximum grew: multiply it by e^(m - m_new), as l."] = tiles_without(
-        q, k, v, blocks[1], causal=causal, rescale_o=False
-    )
-    wrong["l was not rescaled when the maximum grew: multiply it by e^(m - m_new), as O."] = tiles_without(
-        q, k, v, blocks[1], causal=causal, rescale_l=False
-    )
-    wrong["Neither l nor O was rescaled when the maximum grew: multiply both by e^(m - m_new)."] = tiles_without(
-        q, k, v, blocks[1], causal=causal, rescale_l=False, rescale_o=False
-    )
-    wrong["The factor 1 / √D is missing."] = head_attention(*floats, scale=1.0, mask=mask)
-    wrong["The scores were multiplied by 1 / √D twice."] = head_attention(*floats, scale=scale**2, mask=mask)
-    wrong["The scores were multiplied by √D: divide by it."] = head_attention(*floats, scale=1 / scale, mask=mask)
-    wrong["Powers of 2: without a factor log2(e) in the scale the exponentials are to base e."] = head_attention(
-        *floats, scale=scale * math.log(2), mask=mask
-    )
-    wrong["P was multiplied by K: the output is P V."] = head_attention(floats[0], floats[1], floats[1], mask=mask)
-    wrong["The output was divided by l in each step, and not multiplied by the old l before the next one."] = (
-        _divided_in_each_step(*floats, blocks[1], mask)
-    )
-    undivided = head_attention(*floats, mask=mask)
-    wrong["That is the sum, not yet divided by l."] = (
-        undivided[0] * (undivided[1] - _row_max(q, k, scale, mask)).exp().float()[:, None],
-        undivided[1],
-    )
-    if n_q % blocks[0]:
-        short = undivided[0].clone()
-        short[n_q // blocks[0] * blocks[0] :] = 0
-        wrong["The last rows were left out, those that fill no whole block: loop to N_q with a step of block_m."] = (
-            short,
-            undivided[1],
-        )
+    mask = causal_mask(n_q, n_k) if causal else torch.ones(n_q, n_k, dtype=torch.bool)
+    wrong = _tiling_mistakes(q, k, v, blocks, causal, mask)
     if causal:
-        wrong["The causal mask is missing: row i may see column j where j <= i + N_k - N_q."] = head_attention(*floats)
-        # aligned to the top left: another number of rows or columns shifts nothing
-        top_left = torch.ones(n_q, n_k, dtype=torch.bool).tril()
-        if n_q != n_k:
-            wrong[
-                "The mask is aligned to the top left. The last query sees the last key: j <= i + N_k - N_q (bottom"
-                " right)."
-            ] = head_attention(*floats, mask=top_left)
-        strict = torch.ones(n_q, n_k, dtype=torch.bool).tril(n_k - n_q - 1)
-        wrong["The diagonal itself is masked: row i may see column i + N_k - N_q, too."] = head_attention(
-            *floats, mask=strict
-        )
-        tile = torch.arange(n_q)[:, None] % blocks[0] >= torch.arange(n_k)[None, :] % blocks[1]
-        wrong[
-            "The mask was built from places within the tile: add i and j, where the tile begins, to rows and columns."
-        ] = head_attention(*floats, mask=tile)
-        if n_q > n_k:
-            mean = head_attention(*floats, mask=mask)[0]
-            mean[: n_q - n_k] = floats[2].mean(dim=0)
-            wrong[
-                "Rows that see no key got the mean of V: a large negative number in place of -inf gives every key the"
-                " same weight."
-            ] = (mean, exact_lse.float())
-            blind = (q.float() @ k.float().mT * scale).masked_fill(~mask, -math.inf).softmax(dim=-1) @ v.float()
-            wrong[
-                "NaN in rows that see no key (N_q > N_k): -inf - (-inf), and then 0 / 0. Their output is 0, their lse"
-                " -inf."
-            ] = (blind, blind[:, 0] + exact_lse.float())
-    kept = n_k // blocks[1] * blocks[1]
-    if kept < n_k:
-        rest = mask.clone()
-        rest[:, kept:] = False
-        wrong["The last columns were left out, those that fill no whole block: loop to N_k with a step of block_n."] = (
-            head_attention(*floats, mask=rest)
-        )
+        wrong |= _mask_mistakes(q, k, v, blocks, mask, exact_lse)
+    wrong |= _tail_mistakes(q, k, v, blocks, mask)
+    largest = _row_max(q, k, q.shape[-1] ** -0.5, mask)
 
     def row(index):
         return f"row {index[0]} (block {index[0] // blocks[0]} of queries)" + (
@@ -604,8 +538,8 @@ def _one_tiling(call, generator, n_q, n_k, blocks, causal, dtype=torch.float32) 
             place=row,
             mistakes={text: value for text, (_, value) in wrong.items()}
             | {
-                "That is l: the log-sum-exp is m + log(l).": (exact_lse - _row_max(q, k, scale, mask)).exp(),
-                "That is log(l): m is missing, lse = m + log(l).": exact_lse - _row_max(q, k, scale, mask),
+                "That is l: the log-sum-exp is m + log(l).": (exact_lse - largest).exp(),
+                "That is log(l): m is missing, lse = m + log(l).": exact_lse - largest,
                 "That is in base 2: the log-sum-exp is a natural logarithm.": exact_lse / math.log(2),
             },
         )
@@ -616,6 +550,100 @@ def _one_tiling(call, generator, n_q, n_k, blocks, causal, dtype=torch.float32) 
                 " inputs are: convert the tiles with .float(), and the result back at the end."
             ) from None
         raise
+
+
+_Mistakes = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""(out, lse) that each mistake returns, by what is said of it. Of q, k and v of one head, (N, D); block_m and block_n;
+and a mask (N_q, N_k) that is True where a query sees a key."""
+
+
+def _tiling_mistakes(q, k, v, blocks, causal, mask) -> _Mistakes:
+    """Mistakes in the recurrence of m, l and O, in the scale, and in the last division."""
+    wrong: _Mistakes = {}
+    floats = [t.float() for t in (q, k, v)]
+    scale = q.shape[-1] ** -0.5
+    wrong["O was not rescaled when the maximum grew: multiply it by e^(m - m_new), as l."] = tiles_without(
+        q, k, v, blocks[1], causal=causal, rescale_o=False
+    )
+    wrong["l was not rescaled when the maximum grew: multiply it by e^(m - m_new), as O."] = tiles_without(
+        q, k, v, blocks[1], causal=causal, rescale_l=False
+    )
+    wrong["Neither l nor O was rescaled when the maximum grew: multiply both by e^(m - m_new)."] = tiles_without(
+        q, k, v, blocks[1], causal=causal, rescale_l=False, rescale_o=False
+    )
+    wrong["The factor 1 / √D is missing."] = head_attention(*floats, scale=1.0, mask=mask)
+    wrong["The scores were multiplied by 1 / √D twice."] = head_attention(*floats, scale=scale**2, mask=mask)
+    wrong["The scores were multiplied by √D: divide by it."] = head_attention(*floats, scale=1 / scale, mask=mask)
+    wrong["Powers of 2: without a factor log2(e) in the scale the exponentials are to base e."] = head_attention(
+        *floats, scale=scale * math.log(2), mask=mask
+    )
+    wrong["P was multiplied by K: the output is P V."] = head_attention(floats[0], floats[1], floats[1], mask=mask)
+    wrong["The output was divided by l in each step, and not multiplied by the old l before the next one."] = (
+        _divided_in_each_step(*floats, blocks[1], mask)
+    )
+    undivided = head_attention(*floats, mask=mask)
+    wrong["That is the sum, not yet divided by l."] = (
+        undivided[0] * (undivided[1] - _row_max(q, k, scale, mask)).exp().float()[:, None],
+        undivided[1],
+    )
+    return wrong
+
+
+def _mask_mistakes(q, k, v, blocks, mask, exact_lse) -> _Mistakes:
+    """Mistakes in the causal mask, and in rows that it leaves without a key."""
+    wrong: _Mistakes = {}
+    floats = [t.float() for t in (q, k, v)]
+    scale = q.shape[-1] ** -0.5
+    n_q, n_k = mask.shape
+    wrong["The causal mask is missing: row i may see column j where j <= i + N_k - N_q."] = head_attention(*floats)
+    # aligned to the top left: another number of rows or columns shifts nothing
+    top_left = torch.ones(n_q, n_k, dtype=torch.bool).tril()
+    if n_q != n_k:
+        wrong[
+            "The mask is aligned to the top left. The last query sees the last key: j <= i + N_k - N_q (bottom right)."
+        ] = head_attention(*floats, mask=top_left)
+    strict = torch.ones(n_q, n_k, dtype=torch.bool).tril(n_k - n_q - 1)
+    wrong["The diagonal itself is masked: row i may see column i + N_k - N_q, too."] = head_attention(
+        *floats, mask=strict
+    )
+    tile = torch.arange(n_q)[:, None] % blocks[0] >= torch.arange(n_k)[None, :] % blocks[1]
+    wrong[
+        "The mask was built from places within the tile: add i and j, where the tile begins, to rows and columns."
+    ] = head_attention(*floats, mask=tile)
+    if n_q > n_k:
+        mean = head_attention(*floats, mask=mask)[0]
+        mean[: n_q - n_k] = floats[2].mean(dim=0)
+        wrong[
+            "Rows that see no key got the mean of V: a large negative number in place of -inf gives every key the"
+            " same weight."
+        ] = (mean, exact_lse.float())
+        blind = (q.float() @ k.float().mT * scale).masked_fill(~mask, -math.inf).softmax(dim=-1) @ v.float()
+        wrong[
+            "NaN in rows that see no key (N_q > N_k): -inf - (-inf), and then 0 / 0. Their output is 0, their lse -inf."
+        ] = (blind, blind[:, 0] + exact_lse.float())
+    return wrong
+
+
+def _tail_mistakes(q, k, v, blocks, mask) -> _Mistakes:
+    """Rows or columns left out at the end, where they fill no whole block."""
+    wrong: _Mistakes = {}
+    floats = [t.float() for t in (q, k, v)]
+    n_q, n_k = mask.shape
+    if n_q % blocks[0]:
+        out, lse = head_attention(*floats, mask=mask)
+        out[n_q // blocks[0] * blocks[0] :] = 0
+        wrong["The last rows were left out, those that fill no whole block: loop to N_q with a step of block_m."] = (
+            out,
+            lse,
+        )
+    kept = n_k // blocks[1] * blocks[1]
+    if kept < n_k:
+        rest = mask.clone()
+        rest[:, kept:] = False
+        wrong["The last columns were left out, those that fill no whole block: loop to N_k with a step of block_n."] = (
+            head_attention(*floats, mask=rest)
+        )
+    return wrong
 
 
 def _divided_in_each_step(q, k, v, block, mask) -> tuple[torch.Tensor, torch.Tensor]:

@@ -339,42 +339,8 @@ def _one_loss(call, generator, n, chunk, scale) -> None:
     loss = tensor(results[0], (), "loss")
     d_hidden, d_weight = tensor(results[1], hidden.shape, "d_hidden"), tensor(results[2], weight.shape, "d_weight")
 
-    def exactly(dtype):
-        logits = hidden.to(dtype) @ weight.to(dtype).T
-        losses = logits.logsumexp(dim=-1) - logits.gather(1, targets[:, None])[:, 0]
-        g = logits.softmax(dim=-1)
-        g[torch.arange(n), targets] -= 1
-        return losses, g / n, logits.softmax(dim=-1)
-
-    losses, g, _ = exactly(torch.float64)
-    low_losses, low_g, p = exactly(torch.float32)
-    h, w = hidden.double(), weight.double()
-    pieces = list(range(0, n, chunk))
-    last, whole = pieces[-1], n // chunk * chunk
-    share = torch.tensor([min(chunk, n - i // chunk * chunk) for i in range(n)]).double()[:, None]
-    naive = (hidden @ weight.T).exp()
-    wrong_loss = {
-        "e^logit overflowed: use torch.logsumexp, or take the maximum out.": (
-            (naive.sum(dim=-1).log() - (hidden @ weight.T).gather(1, targets[:, None])[:, 0]).mean()
-        ),
-        (
-            "The mean of the chunks' means: the last chunk is shorter, and its tokens count for more. Sum, and "
-            "divide by N once."
-        ): (torch.stack([losses[i : i + chunk].mean() for i in pieces]).mean()),
-        "That is the sum over the tokens: the loss is their mean.": losses.sum(),
-        "That is the loss of the last chunk alone: add the chunks up.": losses[last:].sum() / n,
-        "That is the mean over the last chunk alone.": losses[last:].mean(),
-        "The sign is wrong: the loss is logsumexp(logits) - logits[target].": -losses.mean(),
-        "In base 2: the loss is made of natural logarithms.": losses.mean() / math.log(2),
-        "The logit of the target has not been subtracted.": (
-            (hidden.double() @ weight.double().T).logsumexp(dim=-1).mean()
-        ),
-    }
-    if whole < n and whole:
-        wrong_loss["The last chunk, which is shorter, was left out, and the rest divided by its own number."] = losses[
-            :whole
-        ].mean()
-        wrong_loss["The last chunk, which is shorter, was left out: its tokens add nothing."] = losses[:whole].sum() / n
+    losses, g = _losses(hidden.double(), weight.double(), targets)
+    low_losses, low_g = _losses(hidden, weight, targets)
     same_tensor(
         loss,
         losses.mean(),
@@ -382,38 +348,12 @@ def _one_loss(call, generator, n, chunk, scale) -> None:
         name="loss",
         requirement=f"The loss is not right for {case}.",
         place=lambda index: "the mean over all tokens",
-        mistakes=wrong_loss,
+        mistakes=_loss_mistakes(hidden, weight, targets, chunk, losses),
     )
-    minus = "Subtract 1 at the target: the gradient by the logits is softmax - onehot."
-    mean = "That is the gradient of the sum: the loss is a mean, so divide by N."
-    by_chunk = "Divided by the length of the chunk: divide by N, the number of all tokens."
+    of_hidden, of_weight = _gradient_mistakes(hidden, weight, targets, chunk, g)
     for name, got, exact, low, wrong in (
-        (
-            "d_hidden",
-            d_hidden,
-            g @ w,
-            low_g @ weight,
-            {
-                minus: p.double() / n @ w,
-                mean: g * n @ w,
-                by_chunk: g * n / share @ w,
-                "The sign is wrong: the gradient by the logits is softmax - onehot.": -g @ w,
-            },
-        ),
-        (
-            "d_weight",
-            d_weight,
-            g.T @ h,
-            low_g.T @ hidden,
-            {
-                minus: p.double().T / n @ h,
-                mean: (g * n).T @ h,
-                by_chunk: (g * n / share).T @ h,
-                "That is the last chunk's gradient alone: each chunk adds to d_weight (+=).": g[last:].T @ h[last:],
-                "The last chunk, which is shorter, is missing in it.": g[:whole].T @ h[:whole],
-                "The sign is wrong: the gradient by the logits is softmax - onehot.": -g.T @ h,
-            },
-        ),
+        ("d_hidden", d_hidden, g @ weight.double(), low_g @ weight, of_hidden),
+        ("d_weight", d_weight, g.T @ hidden.double(), low_g.T @ hidden, of_weight),
     ):
         same_tensor(
             got,
@@ -433,3 +373,69 @@ def _one_loss(call, generator, n, chunk, scale) -> None:
             factor=3.0,
             atol=1e-5 * (1.0 if scale == 1.0 else 100.0),  # logits near 200 are known to 1e-5
         )
+
+
+def _losses(hidden, weight, targets) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of each token, (N,), and the gradient of their mean by the logits, (N, V), in the inputs' dtype."""
+    logits = hidden @ weight.T
+    losses = logits.logsumexp(dim=-1) - logits.gather(1, targets[:, None])[:, 0]
+    g = logits.softmax(dim=-1)
+    g[torch.arange(len(g)), targets] -= 1
+    return losses, g / len(g)
+
+
+def _loss_mistakes(hidden, weight, targets, chunk, losses) -> dict[str, torch.Tensor]:
+    """What the classic mistakes return as the loss, by what is said of them; `losses` are the exact ones, (N,)."""
+    n = len(losses)
+    pieces = list(range(0, n, chunk))
+    last, whole = pieces[-1], n // chunk * chunk
+    naive = (hidden @ weight.T).exp()
+    wrong = {
+        "e^logit overflowed: use torch.logsumexp, or take the maximum out.": (
+            (naive.sum(dim=-1).log() - (hidden @ weight.T).gather(1, targets[:, None])[:, 0]).mean()
+        ),
+        (
+            "The mean of the chunks' means: the last chunk is shorter, and its tokens count for more. Sum, and "
+            "divide by N once."
+        ): (torch.stack([losses[i : i + chunk].mean() for i in pieces]).mean()),
+        "That is the sum over the tokens: the loss is their mean.": losses.sum(),
+        "That is the loss of the last chunk alone: add the chunks up.": losses[last:].sum() / n,
+        "That is the mean over the last chunk alone.": losses[last:].mean(),
+        "The sign is wrong: the loss is logsumexp(logits) - logits[target].": -losses.mean(),
+        "In base 2: the loss is made of natural logarithms.": losses.mean() / math.log(2),
+        "The logit of the target has not been subtracted.": (
+            (hidden.double() @ weight.double().T).logsumexp(dim=-1).mean()
+        ),
+    }
+    if whole < n and whole:
+        wrong["The last chunk, which is shorter, was left out, and the rest divided by its own number."] = losses[
+            :whole
+        ].mean()
+        wrong["The last chunk, which is shorter, was left out: its tokens add nothing."] = losses[:whole].sum() / n
+    return wrong
+
+
+def _gradient_mistakes(hidden, weight, targets, chunk, g) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The same of d_hidden, and of d_weight; `g` is the exact gradient by the logits, (N, V)."""
+    n, h, w = len(g), hidden.double(), weight.double()
+    last, whole = (n - 1) // chunk * chunk, n // chunk * chunk
+    p = (hidden @ weight.T).softmax(dim=-1)
+    share = torch.tensor([min(chunk, n - i // chunk * chunk) for i in range(n)]).double()[:, None]
+    minus = "Subtract 1 at the target: the gradient by the logits is softmax - onehot."
+    mean = "That is the gradient of the sum: the loss is a mean, so divide by N."
+    by_chunk = "Divided by the length of the chunk: divide by N, the number of all tokens."
+    of_hidden = {
+        minus: p.double() / n @ w,
+        mean: g * n @ w,
+        by_chunk: g * n / share @ w,
+        "The sign is wrong: the gradient by the logits is softmax - onehot.": -g @ w,
+    }
+    of_weight = {
+        minus: p.double().T / n @ h,
+        mean: (g * n).T @ h,
+        by_chunk: (g * n / share).T @ h,
+        "That is the last chunk's gradient alone: each chunk adds to d_weight (+=).": g[last:].T @ h[last:],
+        "The last chunk, which is shorter, is missing in it.": g[:whole].T @ h[:whole],
+        "The sign is wrong: the gradient by the logits is softmax - onehot.": -g.T @ h,
+    }
+    return of_hidden, of_weight
