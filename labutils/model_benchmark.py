@@ -145,35 +145,12 @@ def sweep(
     interrupted = False
     try:
         for size in sizes:
-            model: list[GPT2LMHeadModel] = []  # made when something has to be measured
+            subject = _Subject(size, lengths[-1] + _WARM_UP_TOKENS + _DECODED, vocab_size)
             for job, b in jobs:
                 named = [w for w in works if w in (TRAINING if job == "training" else INFERENCE)]
                 for attention in attentions:
-                    exhausted: int | None = None
-                    refused: dict[str, dict[str, Any]] | None = None  # what cannot run at one length cannot at another
-                    for n in lengths:
-                        bar.set_description_str(f"{size} {job} {attention} B={b} N={n:,}")
-                        points = [(size, work, IMPL.get(attention, attention), b, n) for work in named]
-                        if not all(point in rows.found for point in points):
-                            if exhausted is not None:
-                                reason = f"not tried: it ran out of memory at N = {exhausted:,}"
-                                found = dict.fromkeys(named, {"status": "oom", "reason": reason})
-                            elif refused is not None:
-                                found = refused
-                            else:
-                                if not model:
-                                    model.append(_make(size, lengths[-1] + _WARM_UP_TOKENS + _DECODED, vocab_size))
-                                    others = _allocated() - _bytes_of(model[0])
-                                _let_go_of_the_last_point(model[0], others)
-                                found = _attempt(model[0], job, attention, b, n, named)
-                                if found[named[0]]["status"] == "unsupported":
-                                    refused = found
-                            rows.add({point: found[work] for point, work in zip(points, named, strict=True)})
-                        if any(rows.found[point]["status"] == "oom" for point in points):
-                            exhausted = n if exhausted is None else exhausted
-                        bar.update()
-            model.clear()
-            free_memory()
+                    _measure_lengths(subject, rows, job, attention, b, lengths, named, bar)
+            subject.let_go()
     except KeyboardInterrupt:
         interrupted = True
     finally:
@@ -234,6 +211,54 @@ def side_by_side(table: pd.DataFrame, work: str, value: str = "ms") -> pd.DataFr
 # ---------------------------------------------------------------------------------------------------------------------
 # One measurement
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Subject:
+    """The model of one size: made when something has to be measured, and then used for all of that size."""
+
+    def __init__(self, size: str, positions: int, vocab_size: int) -> None:
+        self.size, self.positions, self.vocab_size = size, positions, vocab_size
+        self.model: GPT2LMHeadModel | None = None
+        self.others = 0  # bytes on the GPU that are not the model's
+
+    def attempt(self, job: str, attention: str, batch: int, n: int, works: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """`_attempt` of this model, with the memory that was free before the last point."""
+        if self.model is None:
+            self.model = _make(self.size, self.positions, self.vocab_size)
+            self.others = _allocated() - _bytes_of(self.model)
+        _let_go_of_the_last_point(self.model, self.others)
+        return _attempt(self.model, job, attention, batch, n, works)
+
+    def let_go(self) -> None:
+        """Frees the model."""
+        self.model = None
+        free_memory()
+
+
+def _measure_lengths(
+    subject: _Subject, rows: _Rows, job: str, attention: str, batch: int, lengths: Sequence[int], works: Sequence[str],
+    bar: tqdm,
+) -> None:  # fmt: skip
+    """Puts a row for each work and length into `rows`, of those that it lacks; the bar moves by one for each length."""
+    exhausted: int | None = None
+    refused: dict[str, dict[str, Any]] | None = None  # what cannot run at one length cannot at another
+    for n in lengths:
+        bar.set_description_str(f"{subject.size} {job} {attention} B={batch} N={n:,}")
+        points = [(subject.size, work, IMPL.get(attention, attention), batch, n) for work in works]
+        if not all(point in rows.found for point in points):
+            if exhausted is not None:
+                reason = f"not tried: it ran out of memory at N = {exhausted:,}"
+                found = dict.fromkeys(works, {"status": "oom", "reason": reason})
+            elif refused is not None:
+                found = refused
+            else:
+                found = subject.attempt(job, attention, batch, n, works)
+                if found[works[0]]["status"] == "unsupported":
+                    refused = found
+            rows.add({point: found[work] for point, work in zip(points, works, strict=True)})
+        if any(rows.found[point]["status"] == "oom" for point in points):
+            exhausted = n if exhausted is None else exhausted
+        bar.update()
 
 
 def _make(size: str, positions: int, vocab_size: int) -> GPT2LMHeadModel:
