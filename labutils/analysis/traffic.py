@@ -202,6 +202,55 @@ class Traffic:
         )
 
 
+class _Accesses:
+    """Says of each access of the launch at hand whose tensor it touches, and adds its bytes to the traffic."""
+
+    def __init__(self, traffic: Traffic, check_bounds: bool) -> None:
+        self.traffic, self.check_bounds = traffic, check_bounds
+        self.kernel = ""
+        self.extents: list[_Extent] = []
+
+    def before_launch(self, executor: Any, args: tuple, kwargs: dict) -> None:
+        """Notes the kernel's name and where its tensors lie."""
+        self.kernel = executor.fn.__name__
+        self.extents.clear()
+        for name, value in [*zip(executor.arg_names, args, strict=False), *kwargs.items()]:
+            value = getattr(value, "base", None) if hasattr(value, "block_shape") else value  # a tensor descriptor
+            if isinstance(value, torch.Tensor):
+                self.extents.append(_extent(name.removesuffix("_ptr").lower(), value))
+
+    def add(self, kinds: tuple[str, ...], pointers: Any, mask: Any) -> None:
+        """Counts one access by a program: as "load", as "store" or as both.
+
+        Raises:
+            IndexError: it lies outside every tensor, and bounds are checked.
+        """
+        import numpy as np
+        from triton.runtime.interpreter import interpreter_builder
+
+        addresses = np.asarray(pointers.data)
+        if mask is not None:
+            addresses = addresses[np.broadcast_to(np.asarray(mask.data, dtype=bool), addresses.shape)]
+        if addresses.size == 0:
+            return
+        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+        first, end = int(addresses.min()), int(addresses.max()) + size
+        within = [e for e in self.extents if e.first <= first and end <= e.end]
+        if len(within) > 1:  # views of one storage, such as those of a fused QKV
+            within = [e for e in within if e.holds(int(addresses.flat[0]))]
+        name = "|".join(dict.fromkeys(e.name for e in within))  # one tensor given twice: "k|v"
+        if not name:
+            if self.check_bounds:
+                program = tuple(interpreter_builder.grid_idx)
+                raise IndexError(
+                    f"{self.kernel}, program {program}: a {' and '.join(kinds)} of {addresses.size} elements "
+                    f"touches addresses {_outside(addresses, size, self.extents)}. Is a mask missing?"
+                )
+            name = "?"
+        for kind in kinds:
+            self.traffic.bytes[self.kernel, name, kind] += addresses.size * size
+
+
 @contextmanager
 def count_traffic(check_bounds: bool = True) -> Iterator[Traffic]:
     """Counts the global-memory bytes of every Triton kernel launched in the block, per tensor.
@@ -227,45 +276,10 @@ def count_traffic(check_bounds: bool = True) -> Iterator[Traffic]:
             "traffic is counted in Triton's interpreter, and this process compiles its kernels for the GPU: "
             "use counted_traffic(), which counts in a process of its own, or start with LABUTILS_DEVICE=cpu."
         )
-    import numpy as np
     import triton.runtime.interpreter as interpreter
 
     traffic = Traffic()
-    kernel = ""
-    extents: list[_Extent] = []
-
-    def before_launch(executor: Any, args: tuple, kwargs: dict) -> None:
-        nonlocal kernel
-        kernel = executor.fn.__name__
-        extents.clear()
-        for name, value in [*zip(executor.arg_names, args, strict=False), *kwargs.items()]:
-            value = getattr(value, "base", None) if hasattr(value, "block_shape") else value  # a tensor descriptor
-            if isinstance(value, torch.Tensor):
-                extents.append(_extent(name.removesuffix("_ptr").lower(), value))
-
-    def add(kinds: tuple[str, ...], pointers: Any, mask: Any) -> None:
-        addresses = np.asarray(pointers.data)
-        if mask is not None:
-            addresses = addresses[np.broadcast_to(np.asarray(mask.data, dtype=bool), addresses.shape)]
-        if addresses.size == 0:
-            return
-        size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
-        first, end = int(addresses.min()), int(addresses.max()) + size
-        within = [e for e in extents if e.first <= first and end <= e.end]
-        if len(within) > 1:  # views of one storage, such as those of a fused QKV
-            within = [e for e in within if e.holds(int(addresses.flat[0]))]
-        name = "|".join(dict.fromkeys(e.name for e in within))  # one tensor given twice: "k|v"
-        if not name:
-            if check_bounds:
-                program = tuple(interpreter.interpreter_builder.grid_idx)
-                raise IndexError(
-                    f"{kernel}, program {program}: a {' and '.join(kinds)} of {addresses.size} elements "
-                    f"touches addresses {_outside(addresses, size, extents)}. Is a mask missing?"
-                )
-            name = "?"
-        for kind in kinds:
-            traffic.bytes[kernel, name, kind] += addresses.size * size
-
+    accesses = _Accesses(traffic, check_bounds)
     builder = interpreter.InterpreterBuilder
     # Plain loads and stores, and those through tensor descriptors, end in the masked ones.
     hooks: dict[str, tuple[tuple[str, ...], int, int | None]] = {  # method -> kinds, position of pointers and of mask
@@ -283,7 +297,7 @@ def count_traffic(check_bounds: bool = True) -> Iterator[Traffic]:
             mask = None
             if mask_at is not None:
                 mask = args[mask_at] if len(args) > mask_at else kwargs.get("mask")
-            add(kinds, args[at], mask)
+            accesses.add(kinds, args[at], mask)
             return plain[name](self, *args, **kwargs)
 
         return method
@@ -291,7 +305,7 @@ def count_traffic(check_bounds: bool = True) -> Iterator[Traffic]:
     for name in hooks:
         setattr(builder, name, hooked(name))
     try:
-        with watch_interpreter(before_launch):
+        with watch_interpreter(accesses.before_launch):
             yield traffic
     except interpreter.InterpreterError as error:
         if isinstance(error.__cause__, IndexError):
