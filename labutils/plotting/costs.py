@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -114,6 +115,36 @@ def plot_roofline(
     lowest = [ceilings.ridge, *points["intensity"], *(() if decoding is None else decoding["intensity"])]
     low = min(lowest) / 4
     high = max([points["intensity_compulsory"].max() if len(points) else ceilings.ridge, ceilings.ridge]) * 2
+    _draw_ceilings(ax, ceilings, lower or {}, low, high)
+    if decoding is not None:
+        ax.plot(
+            decoding["intensity"],
+            decoding["tflops"],
+            linestyle="none",
+            marker="s",
+            markerfacecolor="none",
+            markeredgecolor=BLACK,
+            label=f"decoding, B = {', '.join(map(str, decoding['batch']))}",
+        )
+    lengths = sorted(set(points["seqlen"]))
+    _draw_points(ax, points, lengths)
+    ax.set(xscale="log", yscale="log", xlabel="arithmetic intensity (FLOP/byte)", ylabel="TFLOP/s")
+    ax.margins(y=0.12)
+    ax.set_title(f"Left of the ridge memory is the bound, right of it arithmetic: {ceilings.machine}")
+    legend_above(fig, ax)
+    span = (
+        f", larger for longer sequences (N = {short_size(lengths[0])} to {short_size(lengths[-1])})" if lengths else ""
+    )
+    footnote(
+        fig,
+        f"Markers: intensity by the IO model{span}. Lines: up to the intensity with every tensor moved once, "
+        "as a cache that serves all repeated loads would have it.",
+    )
+    return fig
+
+
+def _draw_ceilings(ax: Axes, ceilings: Ceilings, lower: Mapping[str, float], low: float, high: float) -> None:
+    """The roof from intensity `low` to `high` (FLOP/byte), its ridge, and further ceilings (TFLOP/s), each labelled."""
     ax.plot(
         [low, ceilings.ridge, high],
         [ceilings.roof(low), ceilings.tflops, ceilings.tflops],
@@ -150,7 +181,7 @@ def plot_roofline(
         fontsize=9,
         va="center",
     )
-    for i, (name, tflops) in enumerate((lower or {}).items()):
+    for i, (name, tflops) in enumerate(lower.items()):
         ax.hlines(tflops, 1e3 * tflops / ceilings.gb_per_s, high, color="#777777", linestyle=("--", "-.", ":")[i % 3])
         ax.annotate(
             f"{name}: {tflops:,.0f} TFLOP/s",
@@ -162,17 +193,10 @@ def plot_roofline(
             fontsize=8,
             color="#555555",
         )
-    if decoding is not None:
-        ax.plot(
-            decoding["intensity"],
-            decoding["tflops"],
-            linestyle="none",
-            marker="s",
-            markerfacecolor="none",
-            markeredgecolor=BLACK,
-            label=f"decoding, B = {', '.join(map(str, decoding['batch']))}",
-        )
-    lengths = sorted(set(points["seqlen"]))
+
+
+def _draw_points(ax: Axes, points: pd.DataFrame, lengths: list[int]) -> None:
+    """A marker for each row of `analysis.roofline_points`, larger for longer sequences, and its line to the right."""
     for i, (name, group) in enumerate(points.groupby("impl", sort=False)):
         look = look_of(name, i)
         for row in group.itertuples():
@@ -188,19 +212,6 @@ def plot_roofline(
             size = 5 + 6 * (lengths.index(row.seqlen) + 1) / len(lengths)
             ax.plot([row.intensity], [row.tflops], **marker | {"markersize": size})
             marker["label"] = None  # one entry in the legend, of the largest
-    ax.set(xscale="log", yscale="log", xlabel="arithmetic intensity (FLOP/byte)", ylabel="TFLOP/s")
-    ax.margins(y=0.12)
-    ax.set_title(f"Left of the ridge memory is the bound, right of it arithmetic: {ceilings.machine}")
-    legend_above(fig, ax)
-    span = (
-        f", larger for longer sequences (N = {short_size(lengths[0])} to {short_size(lengths[-1])})" if lengths else ""
-    )
-    footnote(
-        fig,
-        f"Markers: intensity by the IO model{span}. Lines: up to the intensity with every tensor moved once, "
-        "as a cache that serves all repeated loads would have it.",
-    )
-    return fig
 
 
 def _shorten(name: str, width: int = 44) -> str:
