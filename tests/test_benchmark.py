@@ -77,7 +77,7 @@ def test_what_failed_at_one_batch_is_tried_at_a_smaller_one():
 
     planned = sweeping.plan(["greedy"], [16, 32, 64, 128], batches=(4, 1), heads=1, head_dims=(16,))
     rows = {}
-    list(sweeping.measure(planned, {"greedy": greedy}, rows, seconds_per_point=0.0))
+    list(sweeping.measure_rounds(planned, {"greedy": greedy}, rows, seconds_per_point=0.0))
     found = {(p.batch, p.seqlen): (row["status"], row["reason"].split(":")[0]) for p, row in rows.items()}
     tried, not_tried = ("oom", "OutOfMemoryError"), ("oom", "not tried")
     assert found == {
@@ -661,7 +661,7 @@ def some_points(impls=("naive", "sdpa_math"), seqlens=(16, 32), **options):
 
 def measured(recorder, planned, rounds=2, stop_after=None):
     """Measures and writes; returns how many steps that took."""
-    steps = sweeping.measure(
+    steps = sweeping.measure_rounds(
         planned, benchmark.IMPLEMENTATIONS, recorder.rows, rounds=rounds, seconds_per_point=0.0, warm_up=0.0
     )
     for count, _ in enumerate(steps, 1):
@@ -774,7 +774,7 @@ def test_a_failure_is_kept_and_not_tried_again(tmp_path):
 
 def test_a_stored_table_of_old_can_be_resumed():
     """Rows without rounds count as one round; their columns survive."""
-    rows = storing.rows_of(benchmark.reference_results(dtype=None))
+    rows = storing.rows_by_point(benchmark.reference_results(dtype=None))
     assert len(rows) == len(benchmark.reference_results(dtype=None))
     assert sweeping.pending(rows, rows, 1) == 0
     ok = sum(row["status"] == "ok" for row in rows.values())

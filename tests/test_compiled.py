@@ -76,7 +76,7 @@ def requests(capability: tuple[int, int]) -> list[Request]:
 def costs() -> dict[Request, list[Resources]]:
     """What each request launches: of the table's entries, and of those that tests compare with something."""
     wanted = [request for capability in GPUS for request in requests(capability)] + BFLOAT16 + FLOAT16 + COMPLETE
-    return dict(zip(wanted, compiled.measure(wanted, processes=PROCESSES)))
+    return dict(zip(wanted, compiled.resources_of(wanted, processes=PROCESSES)))
 
 
 @pytest.mark.parametrize("capability", GPUS, ids=lambda c: f"{c[0]}.{c[1]}")
@@ -114,7 +114,7 @@ def test_each_kernel_of_the_table_is_compiled_as_the_table_has_it(costs):
 def test_a_configuration_can_be_too_large():
     large = LaunchConfig(128, 128, 8, 3)
     wanted = [Request("forward", 128, torch.float16, capability, config=large) for capability in ((9, 0), (8, 9))]
-    [[hopper], [ada]] = compiled.measure(wanted)
+    [[hopper], [ada]] = compiled.resources_of(wanted)
     assert hopper.fits
     assert not ada.fits
     assert ada.shared_bytes > 99 * 1024
@@ -127,7 +127,7 @@ def test_bfloat16_takes_what_float16_takes(costs):
 
 def test_the_short_way_gives_what_a_complete_compilation_gives(costs):
     short = [cost for request in COMPLETE for cost in costs[request]]
-    complete = [cost for found in compiled.measure(COMPLETE, binaries=True) for cost in found]
+    complete = [cost for found in compiled.resources_of(COMPLETE, binaries=True) for cost in found]
     assert len(short) == len(complete) == 3
     assert short[0].tensor_columns > 0
     for one, other in zip(short, complete):
@@ -161,7 +161,7 @@ def test_blocks_per_sm(capability, warps, shared_kib, columns, registers, blocks
 
 def test_what_cannot_be_compiled_is_named():
     with pytest.raises(RuntimeError, match="too little shared memory for the kernel 'dkdv'") as raised:
-        compiled.measure([Request("backward", 256, torch.float32, (7, 5))])
+        compiled.resources_of([Request("backward", 256, torch.float32, (7, 5))])
     assert "program='backward', head_dim=256" in str(raised.value)
     with pytest.raises(ValueError, match="'nothing' is not known: one of v1, forward"):
         Request("nothing", 64, torch.float16, (8, 0))

@@ -115,7 +115,7 @@ def test_a_compiler_whose_cache_cannot_be_written_says_what_to_do(tmp_path, monk
     (tmp_path / "file").touch()
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
     with pytest.raises(RuntimeError, match="set TRITON_CACHE_DIR to a folder"):
-        compiled.measure([compiled.Request("v1", 64, torch.float16, (8, 0), False)], binaries=True)
+        compiled.resources_of([compiled.Request("v1", 64, torch.float16, (8, 0), False)], binaries=True)
 
 
 # --- no network -------------------------------------------------------------------------------------------------

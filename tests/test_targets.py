@@ -54,7 +54,7 @@ def host(ratio=1.4):
 
 
 def judged(**changes):
-    found = targets.judge(**{"table": table(), "features": features(), "host": host()} | changes)
+    found = targets.assess(**{"table": table(), "features": features(), "host": host()} | changes)
     return {finding.what: finding for finding in found}
 
 
@@ -123,7 +123,7 @@ def test_plain_sources_have_no_feature_left():
 
 def test_features_switched_off_leave_next_to_nothing_in_the_machine_code():
     ours = compiled.Request("forward", 64, torch.float16, (9, 0))  # causal: without a mask the two are the same
-    [one], [twin] = compiled.measure([ours, replace(ours, plain=True)], binaries=True)
+    [one], [twin] = compiled.resources_of([ours, replace(ours, plain=True)], binaries=True)
     assert 100 < twin.instructions <= one.instructions <= 1.02 * twin.instructions
     assert one.registers == pytest.approx(twin.registers, abs=8)
     assert (one.spilled_bytes, one.shared_bytes) == (twin.spilled_bytes, twin.shared_bytes)
@@ -232,9 +232,9 @@ def test_what_was_not_measured_is_not_met_and_says_so():
 
 def test_rows_beside_the_grid_are_left_out_and_doubles_refused():
     more = pd.concat([table(), table(lambda point: 1e-9).assign(batch=3), table(lambda point: 1e-9).assign(seqlen=512)])
-    assert targets.judge(more, features(), host()) == targets.judge(table(), features(), host())
+    assert targets.assess(more, features(), host()) == targets.assess(table(), features(), host())
     with pytest.raises(ValueError, match="triton_v2, fwd: a point is there twice"):
-        targets.judge(pd.concat([table(), table()]))
+        targets.assess(pd.concat([table(), table()]))
 
 
 def test_a_row_of_features():
@@ -245,7 +245,7 @@ def test_a_row_of_features():
 
 def test_the_stored_rows_of_the_h200():
     stored = benchmark.reference_results(dtype=None)
-    findings = {finding.what: finding for finding in targets.judge(stored)}
+    findings = {finding.what: finding for finding in targets.assess(stored)}
     for which, name in (("fwd", "forward"), ("bwd", "backward")):
         ratios = []
         for d in (64, 128):
@@ -287,7 +287,7 @@ def gpu(monkeypatch):
 
     monkeypatch.setattr(runtime, "device", torch.device("cuda"))
     monkeypatch.setattr(environment, "environment", lambda: dict(ENVIRONMENT))
-    monkeypatch.setattr(sweeping, "measure", measure)
+    monkeypatch.setattr(sweeping, "measure_rounds", measure)
     monkeypatch.setattr(targets, "host_times", lambda: host().to_dict("records"))
     monkeypatch.setattr(targets, "without_features", lambda **_: iter(features().to_dict("records")))
     return state

@@ -16,7 +16,7 @@ from labutils import environment, interface, runtime
 from labutils.__main__ import main, parser
 from labutils.benchmark import tuning
 from labutils.benchmark.measuring import Timing
-from labutils.benchmark.tuning import Row, choose, contenders, tune
+from labutils.benchmark.tuning import Row, contenders, decide, tune
 from labutils.commands import tune as command
 from labutils.environment import differences
 from labutils.kernels import candidates, compiled, launch, launch_table
@@ -85,7 +85,7 @@ def test_the_shipped_entry_stays_unless_a_candidate_beats_it_by_more_than_the_sp
             row(CONFIGS[1], 1 / faster, 1 / faster, spread=spread if wide == 1 else 0.0),
             row(CONFIGS[2], 2.0),
         ]
-        found = choose(rows)
+        found = decide(rows)
         assert found.replaced == replaced
         assert found.best is rows[1 if faster > 1 else 0]
         stays = "the shipped entry is the fastest" if faster < 1 else "the shipped entry stays"
@@ -94,10 +94,10 @@ def test_the_shipped_entry_stays_unless_a_candidate_beats_it_by_more_than_the_sp
 
 def test_a_shipped_entry_that_does_not_run_is_replaced_and_one_round_wins_nothing():
     rows = [row(SHIPPED, reason="RuntimeError: too large"), row(CONFIGS[1], 1.0, 1.0), row(CONFIGS[2], 0.9)]
-    found = choose(rows)
+    found = decide(rows)
     assert found.replaced and found.best is rows[1] and "too large" in str(found)
     with pytest.raises(RuntimeError, match="no candidate runs here. The shipped entry: RuntimeError: too large"):
-        choose(rows[:1])
+        decide(rows[:1])
 
 
 def test_only_what_is_near_the_best_is_timed_again():

@@ -102,7 +102,7 @@ def compile_launches(
         `blocks_per_sm` and `occupancy` (0 where it does not fit), `triton`, the version that compiled.
 
     Raises:
-        RuntimeError: see `compiled.measure`.
+        RuntimeError: see `compiled.resources_of`.
     """
     rows = []
     for part in _parts(list(launches), 4 * processes):
@@ -124,8 +124,9 @@ def _compile(launches: list[Launch], processes: int) -> list[dict]:
         compiled.Request(x.program, x.head_dim, torch.float16, x.capability, x.causal, config=x.config)
         for x in launches
     ]
+    answers = compiled.resources_of(requests, binaries=True, processes=processes)
     rows = []
-    for launch, found in zip(launches, compiled.measure(requests, binaries=True, processes=processes), strict=True):
+    for launch, found in zip(launches, answers, strict=True):
         for cost in found:
             if cost.kernel.endswith("_merge_kernel"):  # the end of decoding: it has no blocks to choose
                 continue

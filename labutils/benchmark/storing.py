@@ -288,7 +288,7 @@ class Recorder:
                     "not mix two. Measure in that environment again, name another folder with --out, or delete that "
                     "file."
                 )
-            self.rows = rows_of(stored)
+            self.rows = rows_by_point(stored)
             before = stored.attrs["environment"].get("settings")
             if before is None and self.rows:
                 self.settings_known = False
@@ -327,7 +327,7 @@ def other_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
     ]
 
 
-def rows_of(df: pd.DataFrame) -> dict[Point, dict]:
+def rows_by_point(df: pd.DataFrame) -> dict[Point, dict]:
     """The rows of an attention table by their points, as a sweep keeps them."""
     rows = {}
     for record in df.to_dict("records"):

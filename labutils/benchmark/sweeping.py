@@ -80,7 +80,7 @@ def plan(
     ]  # fmt: skip
 
 
-def measure(
+def measure_rounds(
     points: Sequence[Point],
     implementations: Mapping[str, Attention],
     rows: dict[Point, dict],
@@ -171,7 +171,7 @@ def _stopped(where: str, lost: DeviceLost | str) -> DeviceLost:
 
 
 def pending(points: Iterable[Point], rows: Mapping[Point, Mapping], rounds: int) -> int:
-    """How many rounds of points `measure` has before it."""
+    """How many rounds of points `measure_rounds` has before it."""
     return sum(_lacks(rows.get(point), number) for point in points for number in range(rounds))
 
 
@@ -289,7 +289,7 @@ def sweep(
     rows: dict[Point, dict] = {}
     interrupted = False
     with progress_bar(pending(points, rows, rounds), progress) as bar:
-        steps = measure(
+        steps = measure_rounds(
             points, functions, rows, rounds=rounds, seconds_per_point=seconds_per_point, warm_up=warm_up,
             error_seconds=error_seconds, describe=bar.set_description_str,
         )  # fmt: skip

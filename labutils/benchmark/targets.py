@@ -1,7 +1,7 @@
 """What the kernels are held to, measured in one run and compared with what is required.
 
-`points` is what must be measured, with `sweeping.measure`; `without_features` and `host_times` measure what a sweep
-does not. `judge` compares and takes tables from anywhere, so that stored ones can be judged as well.
+`points` is what must be measured, with `sweeping.measure_rounds`; `without_features` and `host_times` measure what a
+sweep does not. `assess` takes tables from anywhere, so that stored ones can be judged as well.
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ def _geomean(values: Iterable[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values)))
 
 
-def judge(
+def assess(
     table: pd.DataFrame,
     features: pd.DataFrame | None = None,
     host: pd.DataFrame | None = None,

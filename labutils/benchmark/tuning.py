@@ -100,7 +100,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Decision:
     """What a place gets.
 
     Attributes:
@@ -131,7 +131,7 @@ class Choice:
         return f"{facts}: {'it takes its place' if self.replaced else 'the shipped entry stays'}"
 
 
-def choose(rows: Sequence[Row]) -> Choice:
+def decide(rows: Sequence[Row]) -> Decision:
     """The fastest of one place's rows, of which the first is the shipped entry's.
 
     The shipped entry stays unless a candidate is faster by more than the larger spread of the two.
@@ -150,11 +150,11 @@ def choose(rows: Sequence[Row]) -> Choice:
     most = max(len(row.rounds) for row in timed)
     best = min((row for row in timed if len(row.rounds) == most), key=lambda row: row.ms)
     if shipped.reason:
-        return Choice(best, shipped, replaced=True)
+        return Decision(best, shipped, replaced=True)
     if not shipped.rounds:
         raise ValueError(f"{shipped.place}: the shipped entry was not timed, and so nothing can be said of the others.")
-    choice = Choice(best, shipped, replaced=False)
-    return Choice(best, shipped, replaced=best is not shipped and choice.gain > choice.spread)
+    decision = Decision(best, shipped, replaced=False)
+    return Decision(best, shipped, replaced=best is not shipped and decision.gain > decision.spread)
 
 
 def contenders(rows: Sequence[Row]) -> list[Row]:
@@ -178,7 +178,7 @@ def tune(
     save: Callable[[], None] = lambda: None,
     describe: Callable[[str], None] = lambda text: None,
     advance: Callable[[int], None] = lambda count: None,
-    chosen: Callable[[Choice], None] = lambda choice: None,
+    decided: Callable[[Decision], None] = lambda decision: None,
 ) -> None:
     """Times what `tuned` lacks, and puts winners into `tuned.entries`.
 
@@ -189,7 +189,8 @@ def tune(
         compile: for a place, its candidates, the shipped entry first, with what the compiler says of them.
         rounds: how often those near the best are timed.
         save: called after each step: what an interrupt leaves is whole.
-        describe: told what is being done. advance: how many candidates are done with. chosen: told of each winner.
+        describe: told what is being done. advance: how many candidates are done with.
+        decided: told what each place gets.
 
     Raises:
         RuntimeError: at some place no candidate runs.
@@ -229,13 +230,13 @@ def tune(
                     row.reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                     row.rounds, row.spreads = [], []
                 keep()
-        choice = choose(mine)
+        decision = decide(mine)
         tuned.entries.pop(place, None)
-        if choice.replaced:
-            tuned.entries[place] = choice.best.config
+        if decision.replaced:
+            tuned.entries[place] = decision.best.config
         keep()
         advance(len(mine) - finished)
-        chosen(choice)
+        decided(decision)
     tuned.finished = True
     keep()
 

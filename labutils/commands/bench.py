@@ -234,7 +234,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     interrupted, lost = False, None
     with sweeping.progress_bar(steps) as bar:
         try:
-            for done in sweeping.measure(
+            for done in sweeping.measure_rounds(
                 points, benchmark.IMPLEMENTATIONS, recorder.rows, rounds=arguments.rounds,
                 seconds_per_point=arguments.seconds, warm_up=getattr(arguments, "warm_up", None),
                 error_seconds=arguments.error_seconds, describe=bar.set_description_str,

@@ -120,7 +120,7 @@ def _shapes(arguments: argparse.Namespace) -> int:
     recorder = benchmark.Recorder(arguments.work, environment.environment(), resume=arguments.resume)
     with sweeping.progress_bar(sweeping.pending(points, recorder.rows, 1)) as bar:
         try:
-            for done in sweeping.measure(
+            for done in sweeping.measure_rounds(
                 points, benchmark.IMPLEMENTATIONS, recorder.rows, seconds_per_point=arguments.seconds,
                 error_seconds=0.0, describe=bar.set_description_str,
             ):  # fmt: skip

@@ -95,7 +95,7 @@ def _measure(arguments: argparse.Namespace, recorder: Any) -> int:
                 times = pd.DataFrame(targets.host_times(), columns=targets.HOST_COLUMNS)
                 files.replace(host_file, times.to_csv(index=False))
             bar.update(1)
-            for done in sweeping.measure(
+            for done in sweeping.measure_rounds(
                 points, targets.implementations(), recorder.rows, rounds=arguments.rounds,
                 seconds_per_point=arguments.seconds, error_seconds=0.0, describe=bar.set_description_str,
             ):  # fmt: skip
@@ -134,7 +134,7 @@ def _judge(folder: Path, table: Any, features: Any, host: Any, *, write: bool) -
     from labutils.benchmark import targets
 
     made_by = table.attrs["environment"]
-    findings = targets.judge(table, features, host)
+    findings = targets.assess(table, features, host)
     print(f"{table.attrs['machine']}, torch {made_by['torch']}, triton {made_by['triton']}, {made_by['date']}\n")
     print(targets.describe(findings))
     if write:

@@ -201,7 +201,7 @@ def _tune(arguments: argparse.Namespace, places: Sequence[Place], file: Path) ->
                 lambda place: candidates.compile_candidates(place, runtime.capability, processes=processes),
                 rounds=arguments.rounds, save=lambda: launch_table.write(file, tables),
                 describe=bar.set_description_str, advance=bar.update,
-                chosen=lambda choice: bar.write(f"{choice.best.place}: {choice}", file=sys.stdout),
+                decided=lambda decision: bar.write(f"{decision.best.place}: {decision}", file=sys.stdout),
             )  # fmt: skip
         except KeyboardInterrupt:
             launch_table.write(file, tables)

@@ -131,7 +131,7 @@ def compile_candidates(
     for start in range(0, len(configs), _TOGETHER * processes):
         some = configs[start : start + _TOGETHER * processes]
         requests = [_request(place, capability, config) for config in some]
-        for config, resources in zip(some, compiled.measure(requests, binaries=True, processes=processes)):
+        for config, resources in zip(some, compiled.resources_of(requests, binaries=True, processes=processes)):
             [one] = [cost for cost in resources if cost.kernel == NAMES[place.kernel]]
             found.append(Compiled(config, one, _reason(one)))
         done(len(some))

@@ -6,7 +6,7 @@ its `jit_cache_hook`; there the launch ends, and the kernel is compiled for the 
 kernels that a user's call launches on that GPU, in the configuration that the launch table has for it.
 
     from labutils.kernels import compiled
-    [[forward]] = compiled.measure([compiled.Request("forward", 64, torch.float16, (8, 6))], binaries=True)
+    [[forward]] = compiled.resources_of([compiled.Request("forward", 64, torch.float16, (8, 6))], binaries=True)
     forward.shared_bytes, forward.registers, forward.blocks_per_sm
 """
 
@@ -42,7 +42,7 @@ TENSOR_MEMORY_COLUMNS = 512  # of one SM of compute capability 10.0
 
 
 @dataclass(frozen=True)
-class Gpu:
+class Chip:
     """Limits of one compute capability.
 
     Attributes:
@@ -61,13 +61,13 @@ class Gpu:
 
 # Source: `arch_traits` in NVIDIA's CCCL, libcudacxx/include/cuda/__device/arch_traits.h.
 GPUS = {
-    (7, 5): Gpu("T4, RTX 2080", 64, 64, 32, 16),
-    (8, 0): Gpu("A100, A30", 163, 164, 64, 32),
-    (8, 6): Gpu("RTX 3060, A10", 99, 100, 48, 16),
-    (8, 9): Gpu("RTX 4090, L4", 99, 100, 48, 24),
-    (9, 0): Gpu("H100, H200", 227, 228, 64, 32),
-    (10, 0): Gpu("B200", 227, 228, 64, 32),
-    (12, 0): Gpu("RTX 5090", 99, 100, 48, 24),
+    (7, 5): Chip("T4, RTX 2080", 64, 64, 32, 16),
+    (8, 0): Chip("A100, A30", 163, 164, 64, 32),
+    (8, 6): Chip("RTX 3060, A10", 99, 100, 48, 16),
+    (8, 9): Chip("RTX 4090, L4", 99, 100, 48, 24),
+    (9, 0): Chip("H100, H200", 227, 228, 64, 32),
+    (10, 0): Chip("B200", 227, 228, 64, 32),
+    (12, 0): Chip("RTX 5090", 99, 100, 48, 24),
 }
 
 
@@ -377,7 +377,7 @@ def _ask_child(requests: list[Request], binaries: bool) -> list[list[Resources]]
     return pickle.loads(child.stdout)
 
 
-def measure(requests: Iterable[Request], *, binaries: bool = False, processes: int = 1) -> list[list[Resources]]:
+def resources_of(requests: Iterable[Request], *, binaries: bool = False, processes: int = 1) -> list[list[Resources]]:
     """Compiles what each request launches.
 
     Args:
