@@ -1,7 +1,7 @@
 """The package behind the four notebooks: attention kernels, their oracles, and the tools that measure and draw them.
 
-Import it before triton: on a machine without a GPU, `labutils.runtime` switches Triton's interpreter on, and
-Triton reads that switch only once, when it is imported.
+Import it before triton: on a machine without a GPU, `labutils.runtime` switches Triton's interpreter on, and Triton
+reads that switch only once, when it is imported.
 """
 
 import sys

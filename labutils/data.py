@@ -1,8 +1,8 @@
 """Long real texts that every installation carries, a tokenizer trained on them, and packing to long sequences.
 
-Nothing is downloaded. `python_reference` reads the language reference that `help("for")` shows, `python_sources`
-the standard library's own files, and `python_sessions` the dialogues with the interpreter in the documentation of
-numpy and pandas. All are the same on every run with the same versions.
+Nothing is downloaded. `python_reference` reads the language reference that `help("for")` shows, `python_sources` the
+standard library's own files, and `python_sessions` the dialogues with the interpreter in the documentation of numpy and
+pandas. All are the same on every run with the same versions.
 """
 
 from __future__ import annotations
@@ -70,10 +70,10 @@ class PackStats:
 def python_reference() -> list[str]:
     """The Python language reference, one document per topic, ordered by the topic's name.
 
-    The topics come from `pydoc_data.topics`, 465,000 characters on Python 3.11, more or fewer on others. Some
-    of them quote others ("compound" holds most of "if", "for" and "while"), so a paragraph of 80 characters
-    or more is kept only in the longest topic that has it: a split by document leaks nothing. 375,000
-    characters remain. `"\\n\\n".join(python_reference())` is the whole as one long document.
+    The topics come from `pydoc_data.topics`, 465,000 characters on Python 3.11, more or fewer on others. Some of them
+    quote others ("compound" holds most of "if", "for" and "while"), so a paragraph of 80 characters or more is kept
+    only in the longest topic that has it: a split by document leaks nothing. 375,000 characters remain.
+    `"\\n\\n".join(python_reference())` is the whole as one long document.
 
     Returns:
         Texts of 500 characters or more.
@@ -103,8 +103,8 @@ def python_sources(*, min_characters: int = 1, max_total: int | None = None) -> 
 
     Args:
         min_characters: only files at least this long (long documents are what long contexts are for).
-        max_total: stop before the first file with which the texts would exceed this many characters together;
-            None takes all (about 11 million characters).
+        max_total: stop before the first file with which the texts would exceed this many characters together; None
+            takes all (about 11 million characters).
 
     Raises:
         FileNotFoundError: this Python has no readable standard library sources (a zipped or stripped one).
@@ -194,9 +194,9 @@ def split(documents: Sequence[str], held_out: float = 0.1, *, seed: int = 0) -> 
 
     Args:
         documents: at least two texts, no two of them equal.
-        held_out: the share of all characters to hold out, 0 < held_out < 1. Documents are drawn in random
-            order until they reach it, so the share is met up to one document's length; a document that alone
-            is more than twice the share is drawn only if nothing else is left.
+        held_out: the share of all characters to hold out, 0 < held_out < 1. Documents are drawn in random order until
+            they reach it, so the share is met up to one document's length; a document that alone is more than twice the
+            share is drawn only if nothing else is left.
         seed: of the draw; the same seed gives the same split.
 
     Returns:
@@ -236,8 +236,8 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = 4096) -> Tokenizer:
 
     Args:
         texts: what to learn the merges from (train texts, not held-out ones).
-        vocab_size: number of entries wanted, at least 257. A short text may offer fewer: the size to give a
-            model is `tokenizer.get_vocab_size()`.
+        vocab_size: number of entries wanted, at least 257. A short text may offer fewer: the size to give a model is
+            `tokenizer.get_vocab_size()`.
 
     Raises:
         ValueError: no text, or `vocab_size` below 257.
@@ -266,9 +266,9 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = 4096) -> Tokenizer:
 def pack(documents: Sequence[str], tokenizer: Tokenizer, seqlen: int) -> tuple[torch.Tensor, PackStats]:
     """Join the documents, each followed by an end-of-text token, and cut the stream into equal sequences.
 
-    Nothing is padded, and nothing dropped but the tail that does not fill a sequence. A sequence may hold the
-    end of one document and the start of the next; attention sees across that border unless `document_borders`
-    keeps it from doing so.
+    Nothing is padded, and nothing dropped but the tail that does not fill a sequence. A sequence may hold the end of
+    one document and the start of the next; attention sees across that border unless `document_borders` keeps it from
+    doing so.
 
     Args:
         documents: texts, kept in this order.

@@ -99,8 +99,8 @@ class Backend:
         name: as in tables and figures, see `TITLES`.
         available: it ran on tensors of `PROBE_SHAPE` and its result obeyed the error rule of `reference`.
         reason: how it ran, or why it cannot.
-        runs_on: "gpu" (a compiled GPU kernel), "cpu" (a compiled CPU kernel), "interpreter" (a Triton kernel
-            in Triton's interpreter), or "" where it is not available.
+        runs_on: "gpu" (a compiled GPU kernel), "cpu" (a compiled CPU kernel), "interpreter" (a Triton kernel in
+            Triton's interpreter), or "" where it is not available.
     """
 
     name: str
@@ -316,12 +316,11 @@ _RUNNERS: dict[str, Attention] = {
 
 
 def backends(*, compile_flex: bool | None = None) -> list[Backend]:
-    """Every attention backend, tried on this machine. The first call in a process does the work, later ones
-    remember.
+    """Every attention backend, tried on this machine. The first call in a process does the work, later ones remember.
 
     Args:
-        compile_flex: whether to compile FlexAttention. Not given: only with a GPU. For a CPU its C++ code
-            alone takes longer to compile than all the rest of the report together.
+        compile_flex: whether to compile FlexAttention. Not given: only with a GPU. For a CPU its C++ code alone takes
+            longer to compile than all the rest of the report together.
     """
     if compile_flex is None:
         compile_flex = runtime.device.type == "cuda"

@@ -1,8 +1,8 @@
 """GPT-2 on the lab's attention: registered with transformers, made without a download; chunked loss.
 
-transformers calls an attention function by its name (`attn_implementation`), and a second function of the
-same name prepares the mask. Both have to be registered: with the first alone, padding masks are dropped
-without a word. `GPT2Config(use_flash_attn=True)` is accepted, stored and ignored; the name is what counts.
+transformers calls an attention function by its name (`attn_implementation`), and a second function of the same name
+prepares the mask. Both have to be registered: with the first alone, padding masks are dropped without a word.
+`GPT2Config(use_flash_attn=True)` is accepted, stored and ignored; the name is what counts.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def register_attention(name: str = "labutils") -> str:
     Registers the attention function and its mask function. Doing it twice changes nothing.
 
     Args:
-        name: the name to register. transformers takes any name with "flash" in it for the flash-attn package
-            and prepares other inputs for it, so that such a name is refused, as are the names it uses itself.
+        name: the name to register. transformers takes any name with "flash" in it for the flash-attn package and
+            prepares other inputs for it, so that such a name is refused, as are the names it uses itself.
 
     Returns:
         `name`, to be passed on: `from_pretrained(..., attn_implementation=register_attention())`.
@@ -93,8 +93,8 @@ def padding_mask(
         None where every key is visible, else a bool (B, N) with N <= N_k: later keys are not there yet.
 
     Raises:
-        NotImplementedError: a mask the kernel cannot express: packed sequences given by `position_ids` that
-            start again within a row, sliding or chunked windows, mask functions of one's own.
+        NotImplementedError: a mask the kernel cannot express: packed sequences given by `position_ids` that start again
+            within a row, sliding or chunked windows, mask functions of one's own.
         ValueError: `attention_mask` does not reach up to the last query.
     """
     from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
@@ -147,8 +147,8 @@ def attention_forward(
         attention_mask: None, or the bool (B, N) of `padding_mask`.
         scaling: softmax scale; None is 1/sqrt(D).
         dropout: probability of leaving a weight out; transformers passes 0 to a model that is not training.
-        is_causal: overrides `module.is_causal`. Causal masks are aligned bottom right: the last query is the
-            last key's, which is what a KV cache needs.
+        is_causal: overrides `module.is_causal`. Causal masks are aligned bottom right: the last query is the last
+            key's, which is what a KV cache needs.
         kwargs: further arguments of other models; those that change the result are refused. `cu_seq_lens_q`,
             `cu_seq_lens_k`, `max_length_q` and `max_length_k` keep packed documents apart.
 
@@ -156,8 +156,8 @@ def attention_forward(
         ((B, N_q, H, D), None): padded queries give 0. There are no attention weights to return.
 
     Raises:
-        NotImplementedError: `output_attentions=True`, a mask of another kind, a window, softcap,
-            sinks or a position bias.
+        NotImplementedError: `output_attentions=True`, a mask of another kind, a window, softcap, sinks or a position
+            bias.
     """
     for unsupported in ("sliding_window", "softcap", "s_aux", "position_bias", "head_mask"):
         if kwargs.get(unsupported) is not None:
@@ -234,8 +234,8 @@ def _padded_attention(q, k, v, mask, dropout, scaling, causal):
 def _weights_are_collected() -> bool:
     """Whether this forward pass runs with output_attentions=True.
 
-    transformers keeps that from the attention functions and collects what they return; None, which is all
-    that we could return, would end as an empty tuple. Its collector says what the caller asked for.
+    transformers keeps that from the attention functions and collects what they return; None, which is all that we could
+    return, would end as an empty tuple. Its collector says what the caller asked for.
     """
     from transformers.utils.output_capturing import _active_collector
 
@@ -253,17 +253,17 @@ def gpt2(
 ) -> GPT2LMHeadModel:
     """A GPT-2 with random weights, made from its config: nothing is downloaded.
 
-    Weights come from torch's global generator: call `torch.manual_seed` before, and models that differ in
-    `attention` alone have equal weights. The model is on the CPU, in float32, in training mode.
+    Weights come from torch's global generator: call `torch.manual_seed` before, and models that differ in `attention`
+    alone have equal weights. The model is on the CPU, in float32, in training mode.
 
     Args:
-        size: a key of `GPT2_SIZES`: "124M", "355M", "774M", "1558M"; "tiny" (2 layers, width 128) and "nano"
-            (2 layers, width 32) for a CPU.
+        size: a key of `GPT2_SIZES`: "124M", "355M", "774M", "1558M"; "tiny" (2 layers, width 128) and "nano" (2 layers,
+            width 32) for a CPU.
         n_positions: longest sequence, N.
         vocab_size: entries of the tokenizer.
         attention: "labutils" (our kernels), "sdpa", "eager" (standard attention), or what is registered.
-        overrides: further `GPT2Config` fields. Dropout (`attn_pdrop`, `resid_pdrop`, `embd_pdrop`) is 0 where
-            it is not given, since comparisons of losses and gradients need it.
+        overrides: further `GPT2Config` fields. Dropout (`attn_pdrop`, `resid_pdrop`, `embd_pdrop`) is 0 where it is not
+            given, since comparisons of losses and gradients need it.
 
     Raises:
         ValueError: an unknown size, or an `attention` that transformers does not know.
@@ -299,8 +299,8 @@ def load_gpt2(name: str | Path = "gpt2", *, attention: str = "labutils", **overr
     Args:
         name: "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", or a folder that `save_pretrained` wrote.
         attention: as in `gpt2`.
-        overrides: config fields to change. Attention dropout is 0 where it is not given; the other dropouts
-            stay as trained (0.1, at work in training mode only).
+        overrides: config fields to change. Attention dropout is 0 where it is not given; the other dropouts stay as
+            trained (0.1, at work in training mode only).
 
     Returns:
         The model on the CPU, in evaluation mode.
@@ -394,18 +394,17 @@ def language_model_loss(
 ) -> torch.Tensor:
     """Mean cross-entropy, in nats, of each token given those before it.
 
-    The logits are the largest tensor in the training of a small model on a long sequence: N x vocabulary, in
-    float32, several copies at a time. With `chunked_loss` they exist for that many positions at once, and are
-    computed again in the backward: the same loss and gradients up to rounding, for one more product with the
-    output matrix.
+    The logits are the largest tensor in the training of a small model on a long sequence: N x vocabulary, in float32,
+    several copies at a time. With `chunked_loss` they exist for that many positions at once, and are computed again in
+    the backward: the same loss and gradients up to rounding, for one more product with the output matrix.
 
     Args:
         model: a GPT-2 language model.
         tokens: int64 (B, N), input and target at once; position i predicts token i + 1.
         chunked_loss: positions per chunk, counted over the batch, or None for the model's own loss.
         end_of_text: the token that ends a document in packed sequences. Where it is given, documents are kept apart:
-            attention stays within them, positions begin at 0 in each, and no document's first token is predicted
-            from the one before. Our attention gets the borders ("varlen"); others a mask of N x N bits.
+            attention stays within them, positions begin at 0 in each, and no document's first token is predicted from
+            the one before. Our attention gets the borders ("varlen"); others a mask of N x N bits.
 
     Returns:
         float32 scalar, the mean over B * (N - 1) predictions, less those across borders.

@@ -235,8 +235,8 @@ def fall(losses: torch.Tensor, early: tuple[int, int], late: tuple[int, int]) ->
 def long_documents(texts: Iterable[str], tokenizer: Any, length: int) -> torch.Tensor:
     """The first `length` tokens of each document that has so many: int64 (S, length).
 
-    Loss by position needs text of one document from its beginning: in packed sequences position 4,000 of a row may
-    be the first line of a file.
+    Loss by position needs text of one document from its beginning: in packed sequences position 4,000 of a row may be
+    the first line of a file.
 
     Raises:
         ValueError: no document is that long.

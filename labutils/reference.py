@@ -1,7 +1,7 @@
 """Attention in plain PyTorch: the oracles that kernels are judged by, and the steps from softmax to tiled attention.
 
-Everything here is written to be read and to be right, not to be fast. Shapes are flash-attn's: q (B, N_q, H, D),
-k and v (B, N_k, H_kv, D) with H_kv a divisor of H, out (B, N_q, H, D), lse (B, H, N_q).
+Everything here is written to be read and to be right, not to be fast. Shapes are flash-attn's: q (B, N_q, H, D), k and
+v (B, N_k, H_kv, D) with H_kv a divisor of H, out (B, N_q, H, D), lse (B, H, N_q).
 
 The rule by which a result is right (`judge`, `check_attention`, `check_gradients`) is that of flash-attn's own tests:
 its error against exact attention may be at most twice the error that the textbook formula makes in the same dtype.

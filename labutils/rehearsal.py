@@ -101,8 +101,7 @@ def rehearse_by_kind(
     """What is alive on a GPU at the peak of a training step, in GiB by kind (`labutils.ledger.KINDS`), without one.
 
     Args:
-        size, vocab_size, attention, overrides: as for `labutils.models.gpt2`; `n_positions` is `seqlen` unless
-            given.
+        size, vocab_size, attention, overrides: as for `labutils.models.gpt2`; `n_positions` is `seqlen` unless given.
         seqlen: N.
         batch: B.
         autocast_dtype, checkpointing, chunked_loss, optimizer: as for `labutils.training.train`.

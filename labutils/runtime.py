@@ -158,9 +158,9 @@ def sizes(
 ) -> list[int]:
     """Of the wanted sequence lengths, those that this machine finishes, all together, in about `seconds`.
 
-    A sweep asks for every length that it would like and gets what fits; the estimate is of naive attention's
-    N x N work. It knows orders of magnitude alone, and it leaves GPU memory out of account on purpose: running out of
-    memory there is a result worth a row.
+    A sweep asks for every length that it would like and gets what fits; the estimate is of naive attention's N x N
+    work. It knows orders of magnitude alone, and it leaves GPU memory out of account on purpose: running out of memory
+    there is a result worth a row.
 
     Args:
         wanted: sequence lengths N.

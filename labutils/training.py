@@ -1,7 +1,7 @@
 """The training loop, in one piece to read from top to bottom, and the memory cap that imitates a smaller GPU.
 
-`train` runs a model over batches and returns what it measured. `try_step` trains a few steps and says whether
-they fit, as a row of training.csv. `memory_cap` makes a large GPU behave like one with 16 GB.
+`train` runs a model over batches and returns what it measured. `try_step` trains a few steps and says whether they fit,
+as a row of training.csv. `memory_cap` makes a large GPU behave like one with 16 GB.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ class History:
     """What `train` measured.
 
     Attributes:
-        frame: one row per logged step, with the columns `COLUMNS`. `loss` in nats per token, `tokens_per_s`
-            since the row before, `grad_norm` before clipping, peaks in GiB since the start (NaN on a CPU). `loss_scale`
-            is the factor of float16's loss after the step (1 without scaling), `skipped` counts the steps so far that
-            were left out because scaled gradients overflowed: `grad_norm` is infinite or NaN there.
+        frame: one row per logged step, with the columns `COLUMNS`. `loss` in nats per token, `tokens_per_s` since the
+            row before, `grad_norm` before clipping, peaks in GiB since the start (NaN on a CPU). `loss_scale` is the
+            factor of float16's loss after the step (1 without scaling), `skipped` counts the steps so far that were
+            left out because scaled gradients overflowed: `grad_norm` is infinite or NaN there.
         status: "done", "interrupted" (by the user) or "out of data" (the batches ended before the steps did).
         steps: optimizer steps that were finished.
         seconds: wall-clock time of the whole run.
@@ -102,8 +102,8 @@ def train(
 ) -> History:
     """Train a language model with AdamW, on the device that it is on.
 
-    Interrupting it (the stop button, Ctrl-C) ends the loop after the operation at hand; the model keeps what
-    it has learnt, and the history so far is returned, marked "interrupted".
+    Interrupting it (the stop button, Ctrl-C) ends the loop after the operation at hand; the model keeps what it has
+    learnt, and the history so far is returned, marked "interrupted".
 
     Args:
         model: a GPT-2 of `labutils.models.gpt2`.
@@ -123,8 +123,8 @@ def train(
         optimizer: "adamw" with its state beside the model; "offloaded" with its state, and its work, on the CPU.
         log_every: steps per row of the history; the last step always has one.
         progress: show a progress bar.
-        checkpoint: where the state of the run is kept, and where it goes on from; None keeps nothing. `steps`
-            counts from the start of the run, and so does the history. Needs batches of `labutils.data.batches`.
+        checkpoint: where the state of the run is kept, and where it goes on from; None keeps nothing. `steps` counts
+            from the start of the run, and so does the history. Needs batches of `labutils.data.batches`.
         stop: asked before each step; True ends the loop between two steps, with a checkpoint, as "interrupted".
         on_row: given each row of the history when it is made.
 
@@ -323,12 +323,12 @@ class Cap:
 def memory_cap(gib: float) -> Iterator[Cap]:
     """Within this context, the GPU has `gib` GiB: what does not fit raises torch.OutOfMemoryError.
 
-    The limit is set with `torch.cuda.set_per_process_memory_fraction`, which counts what PyTorch's allocator
-    reserves and nothing else. A real card of that size also holds the CUDA context: the driver's own data,
-    loaded kernels, cuBLAS. So the context is measured first, as the memory in use on the device
-    (`torch.cuda.mem_get_info`) minus what the allocator holds, and taken off the limit. Other programs'
-    memory on the same GPU is counted with it, which errs to the strict side. Kernels loaded later make the
-    context grow: it is measured again at the end, and a warning says so if the sum went over the cap.
+    The limit is set with `torch.cuda.set_per_process_memory_fraction`, which counts what PyTorch's allocator reserves
+    and nothing else. A real card of that size also holds the CUDA context: the driver's own data, loaded kernels,
+    cuBLAS. So the context is measured first, as the memory in use on the device (`torch.cuda.mem_get_info`) minus what
+    the allocator holds, and taken off the limit. Other programs' memory on the same GPU is counted with it, which errs
+    to the strict side. Kernels loaded later make the context grow: it is measured again at the end, and a warning says
+    so if the sum went over the cap.
 
     A "16 GB" card has between 14.6 and 16.0 GiB (16e9 bytes are 14.9 GiB).
 
@@ -397,8 +397,8 @@ def try_step(
         seqlen: N.
         batch: B.
         cap_gib: train under `memory_cap(cap_gib)`; None sets no cap.
-        batches: int64 (batch, seqlen) each, `steps` of them at least; None draws random tokens, which take
-            the same time and memory as text (their loss says nothing).
+        batches: int64 (batch, seqlen) each, `steps` of them at least; None draws random tokens, which take the same
+            time and memory as text (their loss says nothing).
         steps: the first steps of a run are slower and do not yet hold the optimizer's state: 3 or more.
         impl: the name of the row; by default from the model: "triton_v2" for "labutils", "naive" for "eager".
         checkpointing: as for `train`.

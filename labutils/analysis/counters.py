@@ -365,10 +365,10 @@ def measure_traffic(table: pd.DataFrame, *, keep: Path | None = None) -> tuple[p
         keep: a file to which ncu's own text is copied.
 
     Returns:
-        The same rows, with `measured_bytes` (read from and written to DRAM, together), both parts of it, the
-        bytes asked of L2 by the SMs, the bytes that L1 received, and sectors per request. `sdpa_flash` and
-        `naive` are sums over all kernels of a call; the others are the one kernel that the IO model describes.
-        And the table of `by_launch`.
+        The same rows, with `measured_bytes` (read from and written to DRAM, together), both parts of it, the bytes
+        asked of L2 by the SMs, the bytes that L1 received, and sectors per request. `sdpa_flash` and `naive` are sums
+        over all kernels of a call; the others are the one kernel that the IO model describes. And the table of
+        `by_launch`.
 
     Raises:
         RuntimeError: see `run_under_ncu`.

@@ -147,10 +147,10 @@ def roofline_points(df: pd.DataFrame, ceilings: Ceilings, *, block_m: int = 128,
         block_m, block_n: the blocks assumed in the IO model of the tiled implementations.
 
     Returns:
-        impl, seqlen, causal, tflops, flops, model_bytes, intensity (FLOP/byte by the IO model),
-        intensity_compulsory (with every tensor moved once: what a cache that serves all repeated loads would
-        make of it), roof_tflops (the roof at `intensity`), share (of that roof) and bound ("memory" or
-        "compute"). A share above 1 says that a cache served loads which the model sends to memory.
+        impl, seqlen, causal, tflops, flops, model_bytes, intensity (FLOP/byte by the IO model), intensity_compulsory
+        (with every tensor moved once: what a cache that serves all repeated loads would make of it), roof_tflops (the
+        roof at `intensity`), share (of that roof) and bound ("memory" or "compute"). A share above 1 says that a cache
+        served loads which the model sends to memory.
     """
     rows = []
     for row in df[(df["pass"] == "fwd") & (df["status"] == "ok")].itertuples():

@@ -59,19 +59,19 @@ def io_bytes(
 
     Args:
         impl: "naive": standard attention, which writes S, reads it, writes P and reads that (FlashAttention,
-            Algorithm 0; a mask saves it nothing). "v1": K/V blocks outside, O (float32), l and m read and
-            written in each inner step (Algorithm 1). "v2": Q blocks outside, everything else stays on chip
-            (FlashAttention-2, Algorithm 1). "dq" and "dkdv": the two kernels of labutils' backward pass of v2. The
-            first has a block of Q, O and dO for each program and streams K and V; it also writes L log2 e and Δ, a
-            float32 each for a row, for the second, which has a block of K and V and streams Q, dO and these two.
+            Algorithm 0; a mask saves it nothing). "v1": K/V blocks outside, O (float32), l and m read and written in
+            each inner step (Algorithm 1). "v2": Q blocks outside, everything else stays on chip (FlashAttention-2,
+            Algorithm 1). "dq" and "dkdv": the two kernels of labutils' backward pass of v2. The first has a block of Q,
+            O and dO for each program and streams K and V; it also writes L log2 e and Δ, a float32 each for a row, for
+            the second, which has a block of K and V and streams Q, dO and these two.
         batch, heads, seqlen, head_dim, seqlen_k: B, H, N_q, D and N_k (N_q where not given).
         block_m, block_n: rows of a block of Q and of K/V; needed for all but "naive".
         dtype_bytes: size of an element of q, k, v (and of S and P in "naive").
         causal: all but "naive" leave out the tiles that are masked as a whole; what they load is loaded whole.
         per_tensor: bytes by tensor, {"q": {"load": ..., "store": ...}, ...}; False: their sum.
 
-    Every load counts, whether or not a cache could serve it: this is what the kernel asks for. Bytes that
-    PyTorch moves around the kernel (zeroing O, l and m for v1, casting v1's O) are not in it.
+    Every load counts, whether or not a cache could serve it: this is what the kernel asks for. Bytes that PyTorch moves
+    around the kernel (zeroing O, l and m for v1, casting v1's O) are not in it.
 
     Raises:
         ValueError: unknown `impl`, or block sizes missing.
@@ -259,16 +259,15 @@ def count_traffic(check_bounds: bool = True) -> Iterator[Traffic]:
             kernel[grid](q, k, v, ...)
         traffic.per_tensor()["k"]["load"]
 
-    Tensors carry the names of the kernel's parameters without a trailing `_ptr`, in lower case. Lanes that a
-    mask switches off are not counted. An atomic counts as a load and a store.
+    Tensors carry the names of the kernel's parameters without a trailing `_ptr`, in lower case. Lanes that a mask
+    switches off are not counted. An atomic counts as a load and a store.
 
     Args:
-        check_bounds: raise IndexError, with kernel and program, where a lane that is not masked lies outside
-            every tensor of the launch. On a GPU such an access goes wrong in silence, or ends the process.
+        check_bounds: raise IndexError, with kernel and program, where a lane that is not masked lies outside every
+            tensor of the launch. On a GPU such an access goes wrong in silence, or ends the process.
 
     Raises:
-        RuntimeError: kernels are compiled in this process, so there is nothing to count (see
-            `counted_traffic`).
+        RuntimeError: kernels are compiled in this process, so there is nothing to count (see `counted_traffic`).
         IndexError: see `check_bounds`.
     """
     if not runtime.interpreted:
@@ -350,9 +349,8 @@ def counted_traffic(
         dtype: of q, k and v.
         causal: see `io_bytes`.
 
-    In this process where kernels are interpreted anyway, else in a child process that has the interpreter
-    switched on. Takes about 5 ms for each tile of block_m x block_n scores, and a few seconds to start the
-    child.
+    In this process where kernels are interpreted anyway, else in a child process that has the interpreter switched on.
+    Takes about 5 ms for each tile of block_m x block_n scores, and a few seconds to start the child.
 
     Raises:
         ValueError: an unknown kernel.

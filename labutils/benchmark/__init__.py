@@ -1,8 +1,8 @@
 """Measures attention: time, peak memory and error of every implementation, failures included, as a table.
 
-`sweep` is the one function that measures; it returns a DataFrame with a row for each point, also for those
-that ran out of memory or cannot run, with the reason. `reference_results` reads such a table as it was stored
-on a named GPU. `time_call` and `peak_memory_mib` measure one function.
+`sweep` is the one function that measures; it returns a DataFrame with a row for each point, also for those that ran out
+of memory or cannot run, with the reason. `reference_results` reads such a table as it was stored on a named GPU.
+`time_call` and `peak_memory_mib` measure one function.
 
 The parts: `implementations` has what is compared, `measuring` measures one call, `points` one point of a sweep,
 `sweeping` all of them in rounds, `variations` one shape and its variants, `storing` keeps and reads tables, `decoding`

@@ -224,8 +224,8 @@ def torch_profiler(**options: Any) -> torch.profiler.profile:
 def peak_memory_mib(fn: Callable[[], Any]) -> float:
     """Peak memory of `fn()` in MiB, over what was allocated before the call; its result is included.
 
-    On a GPU the allocator's own maximum. On the CPU the sum of the allocations and releases that
-    torch.profiler records, in their order; memory that a library takes past PyTorch's allocator is not seen.
+    On a GPU the allocator's own maximum. On the CPU the sum of the allocations and releases that torch.profiler
+    records, in their order; memory that a library takes past PyTorch's allocator is not seen.
     """
     if runtime.device.type == "cuda":
         torch.cuda.synchronize()
@@ -257,11 +257,10 @@ def peak_memory_mib(fn: Callable[[], Any]) -> float:
 
 @contextmanager
 def watch_interpreter(before_launch: Callable[[Any, tuple, dict], None]) -> Iterator[None]:
-    """Calls `before_launch(executor, args, kwargs)` before each kernel that the interpreter runs in the
-    block.
+    """Calls `before_launch(executor, args, kwargs)` before each kernel that the interpreter runs in the block.
 
-    `executor` is Triton's GridExecutor: `executor.fn` is the Python function of the kernel. On a GPU, where
-    kernels are compiled, nothing is ever called.
+    `executor` is Triton's GridExecutor: `executor.fn` is the Python function of the kernel. On a GPU, where kernels are
+    compiled, nothing is ever called.
     """
     if not runtime.interpreted:
         yield

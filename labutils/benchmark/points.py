@@ -56,8 +56,7 @@ class Point(NamedTuple):
 
 
 class Oracle:
-    """Exact output and gradients of one set of inputs, found when first asked for and shared by all
-    implementations.
+    """Exact output and gradients of one set of inputs, found when first asked for and shared by all implementations.
 
     k and v may have fewer heads than q and dout. Works through heads and blocks of rows, so that no N x N matrix in
     float64 ever exists, and gives up (None) after `seconds`.
@@ -117,8 +116,7 @@ class Oracle:
 
 
 def _max_error(results: Sequence[torch.Tensor], exact: Sequence[torch.Tensor] | None) -> float:
-    """max |result - exact| over all tensors; inf where a result is not a number; NaN where there is no
-    oracle."""
+    """max |result - exact| over all tensors; inf where a result is not a number; NaN where there is no oracle."""
     if exact is None:
         return math.nan
     errors = [(r.detach().double() - e).abs().max().item() for r, e in zip(results, exact, strict=True)]

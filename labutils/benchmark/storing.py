@@ -83,8 +83,7 @@ def save_results(df: pd.DataFrame, directory: str | Path, environment: Any, *, t
     Args:
         df: a table with the columns of `SCHEMAS[table]` first.
         directory: made where it does not exist; one directory for each GPU.
-        environment: a mapping, or an object with `as_dict()` (`environment.environment()`); it needs a key
-            "gpu".
+        environment: a mapping, or an object with `as_dict()` (`environment.environment()`); it needs a key "gpu".
         table: a key of `SCHEMAS`.
 
     `environment.json` holds an entry for each table, since tables of one GPU are measured at different times.
@@ -393,8 +392,7 @@ def compare(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
 
 
 def speedup(df: pd.DataFrame, over: str = "naive") -> pd.DataFrame:
-    """The table with a column `speedup`: time of `over` by time of the row, at the same pass, dtype and
-    shape.
+    """The table with a column `speedup`: time of `over` by time of the row, at the same pass, dtype and shape.
 
     NaN where either did not run.
 

@@ -76,8 +76,8 @@ def lab_command(folder: Path, extra: Sequence[str] = ()) -> list[str]:
 def environment_for_kernels() -> dict[str, str]:
     """This process's environment, without the interpreter's switch where importing labutils has set it here.
 
-    Each kernel imports labutils and sets it for itself. Inherited, it would hide that a notebook imports
-    triton before labutils, and the notebook would fail on the next machine.
+    Each kernel imports labutils and sets it for itself. Inherited, it would hide that a notebook imports triton before
+    labutils, and the notebook would fail on the next machine.
     """
     import torch
 

@@ -356,8 +356,8 @@ def same_tensor(
         got: the result. exact: float64. low: the textbook formula in the dtype of `got`; all of one shape.
         name: what the tensor is called. requirement: the sentence that it breaks.
         place: from an index to words: "row 3 of head 1".
-        mistakes: message -> what that mistake would have returned. The nearest is named, where it explains the
-            result to within `closeness` times what the rule allows.
+        mistakes: message -> what that mistake would have returned. The nearest is named, where it explains the result
+            to within `closeness` times what the rule allows.
         factor, atol: of the rule; a larger `atol` where right formulas differ in how they condition the problem.
     """
     verdict = judge(got, exact, low, factor=factor, atol=atol, name=name)

@@ -1,8 +1,8 @@
 """What a student has solved, kept in a small file of their own.
 
-The file is `LABUTILS_STATE` where that is set, else `labutils/progress.json` under `XDG_STATE_HOME`
-(`~/.local/state` where that is not set). It belongs to the student: grading never reads it. Where it cannot be written,
-as with a read-only home, the exercises work all the same, and say once that nothing is kept.
+The file is `LABUTILS_STATE` where that is set, else `labutils/progress.json` under `XDG_STATE_HOME` (`~/.local/state`
+where that is not set). It belongs to the student: grading never reads it. Where it cannot be written, as with a
+read-only home, the exercises work all the same, and say once that nothing is kept.
 """
 
 from __future__ import annotations

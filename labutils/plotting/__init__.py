@@ -1,13 +1,12 @@
 """Every figure of the lab: functions that take the tables of other modules, and return a matplotlib Figure.
 
-In a notebook let a call be the last line of its cell: the figure shows itself, once. An implementation has
-one colour and one marker in all figures (`COLORS`, `MARKERS`); the markers tell them apart where colours do
-not.
+In a notebook let a call be the last line of its cell: the figure shows itself, once. An implementation has one colour
+and one marker in all figures (`COLORS`, `MARKERS`); the markers tell them apart where colours do not.
 
-The parts: `style` has what all figures share, `sweeps` draws measurements over the sequence length, `algorithm`
-how attention is computed, `causal` what a causal mask leaves of it, `costs` bytes, roofline and profiles, `machines`
-what a GPU makes of a kernel, `training` losses and memory, `models` the times of a whole model, `contexts` what long
-contexts cost and buy, `overview` the README's figure.
+The parts: `style` has what all figures share, `sweeps` draws measurements over the sequence length, `algorithm` how
+attention is computed, `causal` what a causal mask leaves of it, `costs` bytes, roofline and profiles, `machines` what a
+GPU makes of a kernel, `training` losses and memory, `models` the times of a whole model, `contexts` what long contexts
+cost and buy, `overview` the README's figure.
 """
 
 from labutils.plotting.algorithm import (

@@ -19,8 +19,7 @@ from labutils.plotting.style import BLACK, BLUE, ORANGE, SKY, VERMILLION, WIDE, 
 
 @styled
 def plot_online_softmax(trace: Sequence[Mapping[str, Any]], x: torch.Tensor) -> Figure:
-    """The running maximum m and sum l of the online softmax, block after block, under the scores they come
-    from.
+    """The running maximum m and sum l of the online softmax, block after block, under the scores they come from.
 
     Args:
         trace: of `reference.online_softmax_trace(x, block)`.
@@ -79,8 +78,8 @@ def plot_tile_order(
 
     Args:
         n_q, n_k: N_q and N_k. block_m, block_n: rows and columns of a tile.
-        order: "v1" (K/V blocks outside: column by column, by one program), "v2" (Q blocks outside: each row
-            of tiles is a program of its own) or "both".
+        order: "v1" (K/V blocks outside: column by column, by one program), "v2" (Q blocks outside: each row of tiles is
+            a program of its own) or "both".
         causal: tiles above the diagonal are left out.
 
     Raises:
@@ -191,8 +190,7 @@ def plot_mask(mask: torch.Tensor, title: str | None = None) -> Figure:
 
 @styled
 def plot_memory_hierarchy() -> Figure:
-    """A sketch of the two memories of a GPU, and of what standard attention and FlashAttention send between
-    them.
+    """A sketch of the two memories of a GPU, and of what standard attention and FlashAttention send between them.
 
     The sizes and speeds are those of an A100 in figure 1 of arXiv 2205.14135.
     """

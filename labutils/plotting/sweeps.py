@@ -206,8 +206,7 @@ def plot_time(
 
     Args:
         df: a table of `benchmark.sweep`, at one dtype and shape.
-        reference: a stored table (`benchmark.reference_results`), drawn dashed at the same head dimension and
-            mask.
+        reference: a stored table (`benchmark.reference_results`), drawn dashed at the same head dimension and mask.
         which: "fwd" or "bwd".
         quantity: "ms", or "tflops" for throughput.
 
@@ -224,8 +223,7 @@ def plot_time(
 
 @styled
 def plot_memory(df: pd.DataFrame, reference: pd.DataFrame | None = None, *, which: str = "fwd") -> Figure:
-    """Peak memory over sequence length, with the slopes of N and N² beside it. Arguments as in
-    `plot_time`."""
+    """Peak memory over sequence length, with the slopes of N and N² beside it. Arguments as in `plot_time`."""
     fig, ax = plt.subplots(figsize=(WIDTH, 4.6))
     _slope_guides(ax, df, which)
     _draw_quantity(ax, df, "peak_mib", which, reference)
