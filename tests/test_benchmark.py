@@ -544,7 +544,6 @@ def test_the_stored_attention_table_is_read_in_one_dtype(tmp_path, monkeypatch):
         for dtype in (torch.float16, torch.bfloat16)
     ]
     benchmark.save_results(pd.concat(sweeps), tmp_path / "gpu", {"gpu": "G"})
-    assert benchmark.stored_gpus() == ["gpu"]
     default = benchmark.reference_results("gpu")
     assert list(default["dtype"]) == ["bfloat16"] * 2 and list(default.index) == [0, 1]
     assert default.attrs["machine"] == "G"
@@ -559,8 +558,7 @@ MADE_BY = "gpu capability memory_gib driver cuda torch triton transformers flash
 
 
 def test_results_are_stored():
-    assert [path.parent.name for path in STORED if path.stem == "attention"] == benchmark.stored_gpus()
-    assert "nvidia_h200" in benchmark.stored_gpus()
+    assert benchmark.RESULTS / "nvidia_h200" / "attention.csv" in STORED
 
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -154,15 +154,6 @@ def test_reference_curves_are_dashed_and_labelled_with_their_card():
         plotting.plot_time(table(), table(head_dim=128))
 
 
-def test_the_three_panels():
-    figure = plotting.plot_sweep(table(), table("NVIDIA H200"))
-    check(figure)
-    assert [ax.get_ylabel() for ax in figure.axes] == [
-        "time (ms)", "peak memory over the inputs (MiB)", "max |out − exact|",
-    ]  # fmt: skip
-    assert len(legend(figure)) == 6
-
-
 def test_a_table_of_several_sweeps_is_refused():
     with pytest.raises(ValueError, match="more than once at N = 512"):
         plotting.plot_time(pd.concat([table(), table(dtype="bfloat16")]))
@@ -175,7 +166,8 @@ def test_a_real_sweep_can_be_drawn():
         ["naive", "sdpa_flash", "flash_attn", "triton_v2"], [16, 32], heads=1, head_dim=16, seconds_per_point=0,
         passes=("fwd", "bwd"), progress=False,
     )  # fmt: skip
-    check(plotting.plot_sweep(df, which="bwd"))
+    for plot in (plotting.plot_time, plotting.plot_memory, plotting.plot_error):
+        check(plot(df, which="bwd"))
 
 
 @pytest.mark.parametrize("order", ["v1", "v2", "both"])

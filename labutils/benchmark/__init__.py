@@ -32,12 +32,10 @@ from labutils.benchmark.storing import (
     Recorder,
     check_schema,
     compare,
-    find_results,
     read_results,
     reference_results,
     save_results,
     speedup,
-    stored_gpus,
 )
 from labutils.benchmark.sweeping import sweep
 from labutils.benchmark.variations import vary
@@ -58,14 +56,12 @@ __all__ = [
     "compare",
     "decode_bandwidth",
     "dtype_name",
-    "find_results",
     "overhead_bound",
     "peak_memory_mib",
     "read_results",
     "reference_results",
     "save_results",
     "speedup",
-    "stored_gpus",
     "sweep",
     "time_call",
     "time_issuing",

@@ -187,22 +187,6 @@ def reference_results(
     return rows
 
 
-def find_results(table: str, gpu: str = "nvidia_h200") -> pd.DataFrame | None:
-    """All rows of a stored table, or None where none is stored: for text that says which of both it is.
-
-    Raises:
-        ValueError: `table` is not a key of `SCHEMAS`, or the file does not have its columns.
-    """
-    if table not in SCHEMAS:
-        raise ValueError(f"table={table!r} is not known: {', '.join(SCHEMAS)}.")
-    return reference_results(gpu, table, dtype=None) if (RESULTS / gpu / f"{table}.csv").exists() else None
-
-
-def stored_gpus() -> list[str]:
-    """The names that `reference_results` takes: GPUs of which attention was measured."""
-    return sorted(p.parent.name for p in RESULTS.glob("*/attention.csv"))
-
-
 def _check_rows(df: pd.DataFrame) -> None:
     """Raises ValueError, with the line, at a row of an attention table that no sweep wrote, or that repeats one."""
     seen: dict[tuple, int] = {}

@@ -30,7 +30,7 @@ from labutils.plotting.machines import (
 from labutils.plotting.models import plot_models
 from labutils.plotting.overview import plot_overview
 from labutils.plotting.style import COLORS, LABELS, MARKERS, TENSOR_COLORS
-from labutils.plotting.sweeps import plot_error, plot_memory, plot_sweep, plot_time
+from labutils.plotting.sweeps import plot_error, plot_memory, plot_time
 from labutils.plotting.training import plot_memory_bars, plot_training
 
 __all__ = [
@@ -58,7 +58,6 @@ __all__ = [
     "plot_prediction",
     "plot_profile",
     "plot_roofline",
-    "plot_sweep",
     "plot_tile_kinds",
     "plot_tile_order",
     "plot_time",

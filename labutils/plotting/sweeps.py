@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 from labutils.plotting.style import (
     LABELS,
-    WIDE,
     WIDTH,
     footnote,
     legend_above,
@@ -242,18 +241,4 @@ def plot_error(df: pd.DataFrame, *, which: str = "fwd") -> Figure:
     ax.set_title(f"Rounding error against float64, {_pass_name(which)}, {machine_of(df)}")
     legend_above(fig, ax)
     footnote(fig, _sweep_notes(df, which, None, ["max_error"]))
-    return fig
-
-
-@styled
-def plot_sweep(df: pd.DataFrame, reference: pd.DataFrame | None = None, *, which: str = "fwd") -> Figure:
-    """Time, peak memory and error side by side, with one legend. Arguments as in `plot_time`."""
-    fig, axes = plt.subplots(1, 3, figsize=(WIDE, 4.4))
-    _slope_guides(axes[1], df, which)
-    for ax, column in zip(axes, ("ms", "peak_mib", "max_error"), strict=True):
-        stored = reference if reference is not None and column in reference and column != "max_error" else None
-        _draw_quantity(ax, df, column, which, stored)
-        ax.set_title(_QUANTITIES[column][1])
-    legend_above(fig, *axes, ncols=4)
-    footnote(fig, f"{_pass_name(which).capitalize()}. {_sweep_notes(df, which, reference, ['ms', 'peak_mib'])}")
     return fig
