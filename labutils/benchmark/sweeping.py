@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
@@ -16,6 +17,9 @@ from labutils.benchmark.implementations import Attention, chosen
 from labutils.benchmark.measuring import attention_flops, dtype_name
 from labutils.benchmark.points import DeviceLost, Oracle, Point, attempt, device_error, is_out_of_memory
 from labutils.benchmark.storing import as_table
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 
 def plan(
@@ -312,7 +316,7 @@ def sweep(
     return table
 
 
-def progress_bar(total: int, shown: bool = True):
+def progress_bar(total: int, shown: bool = True) -> tqdm:
     """The bar of a sweep, on stdout. Its description is what redraws it, once for each point: it names the point."""
     from tqdm import tqdm
 

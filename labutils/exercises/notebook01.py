@@ -435,8 +435,20 @@ def _one_combine(call, scores, values, pieces, case) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def head_attention(q, k, v, *, scale=None, mask=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one head, (N, D), with any boolean mask; zeros and -inf for rows that see nothing."""
+def head_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None = None,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse), (N_q, D) and (N_q,), of one head; zeros and -inf for rows that see nothing.
+
+    Args:
+        q, k, v: (N_q, D), (N_k, D), (N_k, D). scale: 1 / √D where not given.
+        mask: bool (N_q, N_k), True where a query sees a key; None for all.
+    """
     s = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
     if mask is not None:
         s = s.masked_fill(~mask, -math.inf)

@@ -92,22 +92,22 @@ BLOCKS = (16, 32, 64, 128)
 
 
 def best_blocks(
-    seqlen, heads, head_dim, itemsize, shared_bytes, stages, processors, *, q=1, kv=2, fill=True, order="traffic"
-) -> tuple[int, int] | None:
-    """The pair that the exercise asks for, or what one of its rules left out would give."""
+    seqlen: int, heads: int, head_dim: int, itemsize: int, shared_bytes: int, stages: int, processors: int, *,
+    q: int = 1, kv: int = 2,
+) -> tuple[int, int] | None:  # fmt: skip
+    """The (block_m, block_n) that the exercise asks for, or what one of its rules left out would give; None: none fits.
+
+    Args:
+        seqlen, heads, head_dim: N, H and D of one sequence.
+        itemsize, shared_bytes: bytes of a number, and of shared memory that a program may use.
+        stages: blocks of K and V that are held at once. processors: multiprocessors of the GPU.
+        q, kv: how many blocks of Q are counted, and how many for each stage: one of K and one of V.
+    """
     fits = [
         (m, n) for m, n in product(BLOCKS, BLOCKS) if (q * m + kv * stages * n) * head_dim * itemsize <= shared_bytes
     ]
-    if fill:
-        filling = [(m, n) for m, n in fits if heads * math.ceil(seqlen / m) >= processors]
-        fits = filling or fits
-    keys = {
-        "traffic": lambda pair: (math.ceil(seqlen / pair[0]), -pair[1], pair[0]),
-        "wide": lambda pair: (-pair[1], -pair[0]),
-        "small": lambda pair: (pair[0], pair[1]),
-        "narrow": lambda pair: (math.ceil(seqlen / pair[0]), pair[1]),
-    }
-    return min(fits, key=keys[order]) if fits else None
+    fits = [(m, n) for m, n in fits if heads * math.ceil(seqlen / m) >= processors] or fits
+    return min(fits, key=lambda pair: (math.ceil(seqlen / pair[0]), -pair[1], pair[0]), default=None)
 
 
 @exercise(
