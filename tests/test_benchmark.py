@@ -729,7 +729,7 @@ def test_a_recorder_neither_overwrites_nor_mixes(tmp_path):
     [
         (lambda text: "", "attention.csv cannot be read"),
         (lambda text: "garbage\n", "attention.csv cannot be read"),
-        (lambda text: text[: text.rindex(",float") - 1] + "\n", r"line 3 is damaged \(head_dim"),
+        (lambda text: text[: text.rindex(",", 0, text.rindex("float")) - 1] + "\n", r"line 3 is damaged \(head_dim"),
         (lambda text: text.replace(",16,", ",abc,", 1), r"line 2 is damaged \(head_dim: abc"),
         (lambda text: text.replace(",ok,", ",fine,", 1), r"line 2 is damaged \(status: fine"),
         (
