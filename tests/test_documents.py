@@ -1,0 +1,126 @@
+"""What README, CONTRIBUTING, the diary and the notebooks' text point at is there: links, names, files, commands."""
+
+import importlib
+import re
+import shlex
+import urllib.parse
+from pathlib import Path
+
+import pytest
+from notebook_format import NOTEBOOKS, ROOT, read
+
+from labutils import __main__ as command_line
+from labutils.commands import train
+
+PAGES = ("README.md", "CONTRIBUTING.md", "labutils/kernels/TUNING.md", *NOTEBOOKS)
+PACKAGE = ROOT / "labutils"
+MODULES = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+COMMANDS = {module.__name__.split(".")[-1] for module in command_line.COMMANDS}
+
+
+def text_of(page: str) -> str:
+    """A page's Markdown; of a notebook, all Markdown cells."""
+    path = ROOT / page
+    if path.suffix == ".md":
+        return path.read_text(encoding="utf-8")
+    return "\n\n".join(cell["source"] for cell in read(path)["cells"] if cell["cell_type"] == "markdown")
+
+
+def prose_of(page: str) -> str:
+    """The same without blocks of code."""
+    return re.sub(r"^```.*?^```", "", text_of(page), flags=re.S | re.M)
+
+
+def code_spans(page: str) -> list[str]:
+    """What stands between single backticks, on one line."""
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose_of(page))]
+
+
+def missing_links(text: str, folder: Path) -> list[str]:
+    """Targets of relative links and images in Markdown that are not in `folder`, headings included."""
+    wrong = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?://", target):
+            continue
+        name, _, heading = urllib.parse.unquote(target).partition("#")
+        path = folder / name if name else folder
+        if heading or not name or not path.exists() or not path.resolve().is_relative_to(ROOT):
+            wrong.append(target)  # no page links to a heading; whoever begins must look for it here
+    return wrong
+
+
+def unknown_names(spans: list[str]) -> list[str]:
+    """Spans such as `labutils.models.gpt2` or `training.train(...)` that name nothing in labutils."""
+    wrong = []
+    for span in spans:
+        found = re.match(r"(?:labutils\.)?(\w+)((?:\.\w+)*)", span)
+        if not found or re.search(r"[/\s-]|\.(csv|json|py|md|yaml|ipynb)\b", span.split("(")[0]):
+            continue
+        first, rest = found.groups()
+        if not span.startswith("labutils.") and (first not in MODULES or not rest):
+            continue
+        try:
+            thing = importlib.import_module(f"labutils.{first}")
+            for name in filter(None, rest.split(".")):
+                path = f"{getattr(thing, '__name__', '')}.{name}"
+                thing = getattr(thing, name) if hasattr(thing, name) else importlib.import_module(path)
+        except ImportError:
+            wrong.append(span)
+    return wrong
+
+
+def missing_files(spans: list[str]) -> list[str]:
+    """Spans that look like files of the repository, by their whole path or below a folder that the page is about."""
+    about = (ROOT, PACKAGE / "kernels", PACKAGE / "results" / "nvidia_h200", ROOT / "tests")
+    names = [span for span in spans if re.fullmatch(r"[\w./-]+\.(py|md|csv|json|yaml|ipynb|png)", span)]
+    names = [name for name in names if "NN" not in name]
+    return [name for name in names if not any((folder / name).exists() for folder in about)]
+
+
+def commands_in(page: str) -> list[list[str]]:
+    """Arguments of `python -m labutils` in blocks of shell and in spans; a span may begin with the command itself."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", text_of(page), re.S | re.M)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    found = []
+    for line in [*lines, *code_spans(page)]:
+        called = re.search(r"python -m labutils (\w.*)", line)
+        if called or (" " in line and line.split()[0] in COMMANDS):
+            found.append(shlex.split(called[1] if called else line, comments=True))
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    assert not missing_links(text_of(page), (ROOT / page).parent)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_and_files_are_there(page):
+    spans = code_spans(page)
+    assert not unknown_names(spans)
+    assert not missing_files(spans)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_are_understood(page, capsys):
+    for arguments in commands_in(page):
+        if arguments[0] == "train":
+            flags = {option for action in train.arguments_parser()._actions for option in action.option_strings}
+            assert {word.split("=")[0] for word in arguments[1:] if word.startswith("--")} <= flags, arguments
+            continue
+        try:
+            parsed, extra = command_line.parser().parse_known_args(arguments)
+        except SystemExit:
+            said = capsys.readouterr().err
+            # A sentence may name a command without all that it must be given.
+            assert "the following arguments are required" in said and "--" not in shlex.join(arguments), said
+            continue
+        assert not extra or getattr(parsed, "takes_extra", False), f"python -m labutils has no {shlex.join(extra)}"
+
+
+def test_what_is_not_there_is_noticed():
+    assert missing_links("[a](gone.ipynb) [b](README.md) [c](https://example.org/x)", ROOT) == ["gone.ipynb"]
+    spans = ["labutils.models.gpt2", "training.try_step(...)", "labutils.gone", "training.gone", "models.csv", "x.y"]
+    assert unknown_names(spans) == ["labutils.gone", "training.gone"]
+    assert missing_files(["models.csv", "gone.csv", "tests/conftest.py"]) == ["gone.csv"]
+    assert ["check"] in commands_in("README.md") and len(commands_in("CONTRIBUTING.md")) > 8
