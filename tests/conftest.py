@@ -19,6 +19,8 @@ from labutils.commands.lab import environment_for_kernels
 import pytest  # isort: skip
 import torch  # isort: skip
 
+ROOT = Path(__file__).resolve().parent.parent
+
 # No test may need the network; a download that somebody slips in fails at once, here as in the notebooks'
 # kernels.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -68,11 +70,21 @@ def pytest_runtest_protocol(item: pytest.Item):
             os.environ.update(ours)
 
 
+def files_in(checkout: Path) -> set[Path]:
+    """What lies in a checkout and below its labutils, apart from what is hidden and what Python compiles."""
+    inside = (path for path in (checkout / "labutils").rglob("*") if "__pycache__" not in path.parts)
+    return {path for path in checkout.iterdir() if not path.name.startswith(".")} | set(inside)
+
+
 def _run_as_shipped(run: Callable[[], None], notebook: str, state: Path) -> None:
-    """Executes a notebook, and fails unless each of its checks has run and found a stub."""
+    """Executes a notebook, and fails unless it leaves no file here and each of its checks has run and found a stub."""
     from labutils import exercises
 
+    before = files_in(ROOT)
     run()
+    made = sorted(str(path.relative_to(ROOT)) for path in files_in(ROOT) - before)
+    if "LABUTILS_SAVE_RESULTS" not in os.environ:  # it may name a folder here
+        assert not made, f"a checkout may be read-only, and {notebook} made {', '.join(made)}"
     found = json.loads(state.read_text(encoding="utf-8"))["exercises"] if state.is_file() else {}
     results = {name: found.get(name, {}).get("last", "its check did not run") for name in exercises.names(notebook[:2])}
     unexpected = {name: result for name, result in results.items() if result != "not yet"}

@@ -1,15 +1,19 @@
 """Faults of the machine and of the order of things: each ends in a clear message, or simply works."""
 
+import contextlib
 import errno
 import os
 import resource
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
+import conftest
 import pytest
 import torch
+from notebook_format import read
 
 from labutils import benchmark, files, ladder, model_benchmark, models, training
 from labutils.__main__ import main
@@ -17,6 +21,7 @@ from labutils.exercises import grading
 from labutils.kernels import compiled, launch_table
 
 ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture
@@ -104,6 +109,18 @@ def test_a_working_folder_and_a_home_that_are_read_only(tmp_path):
     assert "Traceback" not in ended.stderr
 
 
+def test_a_notebook_that_leaves_a_file_in_the_checkout_is_noticed(tmp_path, monkeypatch):
+    (tmp_path / "labutils" / "results").mkdir(parents=True)
+    monkeypatch.setattr(conftest, "ROOT", tmp_path)
+    monkeypatch.delenv("LABUTILS_SAVE_RESULTS", raising=False)
+
+    def run():
+        (tmp_path / "labutils" / "results" / "new.csv").touch()
+
+    with pytest.raises(AssertionError, match="made labutils/results/new.csv"):
+        conftest._run_as_shipped(run, "01-Setup_and_Comparison.ipynb", tmp_path / "none.json")
+
+
 def test_the_figure_command_where_nothing_can_be_written(capsys):
     if not Path("/proc/self").exists():
         pytest.skip("no /proc, in which nobody can make a file")
@@ -116,6 +133,45 @@ def test_a_compiler_whose_cache_cannot_be_written_says_what_to_do(tmp_path, monk
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "file" / "cache"))
     with pytest.raises(RuntimeError, match="set TRITON_CACHE_DIR to a folder"):
         compiled.resources_of([compiled.Request("v1", 64, torch.float16, (8, 0), False)], binaries=True)
+
+
+# --- a GPU with 8 GB --------------------------------------------------------------------------------------------
+
+
+class CardOf8GB:
+    """`training` on such a card: the plain step does not fit, whatever the cap, and the cap is what the card has."""
+
+    @staticmethod
+    def try_step(make, seqlen, *, cap_gib, steps):
+        return {"status": "oom"}
+
+    @staticmethod
+    @contextlib.contextmanager
+    def memory_cap(gib):
+        yield training._plan_cap(gib, total_bytes=8 * training.GIB, context_bytes=training.GIB // 2)
+
+
+def test_notebook_03_takes_both_remedies_on_a_gpu_with_8_gb(capsys):
+    """The cell that chooses the card, as it stands there; every later training cell takes its `remedies`."""
+    cells = read(ROOT / "03-Long_Sequence_Training.ipynb")["cells"]
+    (source,) = (cell["source"] for cell in cells if "remedies, card_gib = " in cell["source"])
+    choice = types.SimpleNamespace(attention="labutils")
+    there = {"CHOICE": choice, "ON_GPU": True, "training": CardOf8GB, "gpt2_124m": lambda *_: None}
+    exec(source, there)
+    assert there["remedies"] == {"checkpointing": True, "chunked_loss": 2048}
+    printed = capsys.readouterr().out
+    assert "8.00 GiB in all" in printed and "Remedies: checkpointing, chunked_loss" in printed
+
+
+def test_what_the_readme_says_of_8_gb_and_of_16_gb_is_what_was_measured():
+    rows = benchmark.reference_results(table="training")
+    rows = rows[(rows["impl"] == "triton_v2") & (rows["seqlen"] == 8192) & rows["cap_gib"].notna()]
+    taken = rows.set_index(["checkpointing", "chunked_loss"])["reserved_gib"]
+    assert f"which took {taken[True, True]:.1f} GiB" in README and taken[True, True] < 7
+    assert f"without remedies, which took {taken[False, False]:.1f} GiB" in README
+    ladder_rows = benchmark.reference_results(table="ladder")
+    longest = ladder_rows[ladder_rows["model"] == "124M"]["seqlen"].max()
+    assert f"{longest:,} tokens with all of them" in README
 
 
 # --- no network -------------------------------------------------------------------------------------------------
