@@ -78,7 +78,16 @@ def _rehearsed(size: str, seqlen: int, **options: Any) -> dict[str, float]:
 
 
 def predict_by_kind(size: str, rung: Rung, seqlen: int, *, vocab_size: int = 50257) -> dict[str, float]:
-    """GiB of each kind at the peak, by rehearsal."""
+    """GiB of each kind at the peak of a training step, by `labutils.rehearsal`.
+
+    Args:
+        size, vocab_size: as for `labutils.models.gpt2`.
+        rung: the remedies.
+        seqlen: N, of one sequence.
+
+    Returns:
+        A dict by `labutils.ledger.KINDS`, without those of which nothing is there.
+    """
     attention = "eager" if rung.attention == "eager" else "labutils"
     dtype = torch.bfloat16 if rung.low else None  # float16 takes as much
     kinds = _rehearsed(
@@ -88,7 +97,7 @@ def predict_by_kind(size: str, rung: Rung, seqlen: int, *, vocab_size: int = 502
 
 
 def predict(size: str, rung: Rung, seqlen: int, *, vocab_size: int = 50257) -> float:
-    """GiB allocated at the peak, by rehearsal."""
+    """GiB allocated at the peak: the sum of `predict_by_kind`, which takes the same arguments."""
     return sum(predict_by_kind(size, rung, seqlen, vocab_size=vocab_size).values())
 
 
@@ -99,6 +108,11 @@ def predicted_longest(size: str, rung: Rung, gib: float, *, most: int = 2**17, v
     Two lengths are rehearsed, three for eager attention, and the line or parabola through them is solved for `gib`.
     With a chunked loss these are `most`, which is the answer where it stays below, and half of it: such peaks lie in
     the backward pass of a block from some length on, and a line through shorter ones would miss that.
+
+    Args:
+        size, rung, vocab_size: as for `predict_by_kind`.
+        gib: what the allocator may have, in GiB.
+        most: the longest sequence that is asked for.
     """
     lengths = [2 * STEP, 8 * STEP, 16 * STEP] if rung.attention == "eager" else [8 * STEP, 32 * STEP]
     if "chunked_loss" in rung.options:

@@ -281,7 +281,13 @@ def fit(measured: pd.DataFrame, gpu: Gpu) -> dict[tuple, Fit]:
 
 
 def predict(fits: Mapping[tuple, Fit], shapes: pd.DataFrame, gpu: Gpu) -> pd.DataFrame:
-    """The table with `predicted_ms`, on a GPU; rows of a group that has no fit are left out."""
+    """The table of shapes with a column `predicted_ms`; rows of a group that has no fit are left out.
+
+    Args:
+        fits: a `Fit` for each group, the values of the columns `GROUP`.
+        shapes: rows with the columns of a measured table; times are not read.
+        gpu: whose time is predicted.
+    """
     known = [tuple(row[name] for name in GROUP) in fits for row in shapes.to_dict("records")]
     found = shapes[known].copy()
     found["predicted_ms"] = [

@@ -120,6 +120,10 @@ def decode_points(
 ) -> pd.DataFrame:
     """Decoding one token against a full cache, measured on this GPU: where it stands under the roofline.
 
+    Args:
+        batches: the values of B.
+        seqlen, heads, heads_kv, head_dim: N_k, H, H_kv and D.
+
     Returns:
         batch, seqlen, heads, heads_kv, head_dim, us (microseconds), gb_per_s (of keys and values), `flops` (4 * B * H *
         N_k * D), `intensity` (FLOP/byte: H / H_kv in 16 bits) and tflops.

@@ -133,7 +133,12 @@ def total_bytes(per_tensor: Bytes) -> int:
 
 
 def compulsory_bytes(*, batch: int, heads: int, seqlen: int, head_dim: int, dtype_bytes: int = 2) -> int:
-    """What no exact attention can avoid: q, k and v read once, o written once."""
+    """The bytes that no exact attention can avoid: q, k and v read once, o written once, each (B, N, H, D).
+
+    Args:
+        batch, heads, seqlen, head_dim: B, H, N and D.
+        dtype_bytes: of one number.
+    """
     return 4 * batch * heads * seqlen * head_dim * dtype_bytes
 
 
