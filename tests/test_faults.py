@@ -15,8 +15,10 @@ import pytest
 import torch
 from notebook_format import read
 
-from labutils import benchmark, files, ladder, model_benchmark, models, training
+from labutils import benchmark, files, ladder, model_benchmark, models, parity, training
 from labutils.__main__ import main
+from labutils.commands import study
+from labutils.commands.arguments import INTERRUPTED
 from labutils.exercises import grading
 from labutils.kernels import compiled, launch_table
 
@@ -221,6 +223,26 @@ def test_a_sweep_of_models_and_a_ladder_that_were_interrupted_say_so(kept, monke
     ladder.ladder(("124M",), 16.0, rungs=ladder.RUNGS[:1], folder=folder, find=interrupted)
     said = "run this cell again to go on" if kept else "the table has those alone"
     assert f"Interrupted after 0 of 1 rungs: {said}" in capsys.readouterr().out
+
+
+def test_a_comparison_of_losses_that_was_interrupted_gives_no_half_of_it():
+    def batches(seed):
+        yield torch.zeros(1, 8, dtype=torch.int64)
+        raise KeyboardInterrupt
+
+    def make_model(attention, seed):
+        return models.gpt2("nano", n_positions=8, vocab_size=16, attention=attention)
+
+    with pytest.raises(KeyboardInterrupt):
+        parity.loss_parity(make_model, batches, ("sdpa",), steps=3)
+
+
+@pytest.mark.parametrize("part", study.PARTS)
+def test_a_study_that_was_interrupted_says_so(part, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(study, f"_{part}", interrupted)
+    assert main(["study", part, "--out", str(tmp_path)]) == INTERRUPTED
+    assert "Interrupted: the table was not written." in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("function", [lambda: training.train(None, [], steps=1), lambda: training.evaluate(None, [])])
