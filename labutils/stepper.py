@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from labutils.plotting.style import BLUE, ORANGE, VERMILLION, WIDE, footnote, styled
+from labutils.plotting.style import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, VERMILLION, WIDE, footnote, styled
 from labutils.reference import online_softmax_trace
 
 _SEEN, _NOW, _LATER = "#D8EAF6", "#FFE9C7", "#F4F4F4"
@@ -197,11 +197,11 @@ def plot_row_errors(errors: dict[str, torch.Tensor], allowed: float, machine: st
     """
     fig, ax = plt.subplots(figsize=(WIDE, 3.9))
     floor = allowed / 1e5
-    looks = zip(("black", BLUE, VERMILLION, "#009E73", "#CC79A7"), "oDX^s", strict=True)
+    looks = zip((BLACK, BLUE, VERMILLION, GREEN, PURPLE), "oDX^s", strict=True)
     for (label, values), (color, marker) in zip(errors.items(), looks, strict=False):
         y = values.double().cpu().clamp(min=floor)
         ax.plot(range(len(y)), y, label=label, color=color, marker=marker, markersize=4.5, linestyle="none", alpha=0.85)
-    ax.axhline(allowed, color="#B00020", linestyle="--", linewidth=1.4, label="what the 2 × rule allows")
+    ax.axhline(allowed, color=RED, linestyle="--", linewidth=1.4, label="what the 2 × rule allows")
     ax.set_yscale("log")
     ax.set_xlabel("row (query) i")
     ax.set_ylabel("max |out − exact| of the row")

@@ -21,6 +21,7 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
 GREY = "#8C8C8C"
+RED = "#B00020"  # limits, and what failed or says little: no implementation has it
 
 COLORS: dict[str, str] = {
     "naive": BLACK,

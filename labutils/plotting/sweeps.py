@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from labutils.plotting.style import (
     LABELS,
+    RED,
     WIDTH,
     footnote,
     legend_above,
@@ -57,7 +58,7 @@ _RING = {
     "marker": "o",
     "markersize": 12,
     "markerfacecolor": "none",
-    "markeredgecolor": "#B00020",
+    "markeredgecolor": RED,
     "markeredgewidth": 1.3,
     "label": "bound by launch overhead",
 }
@@ -108,7 +109,7 @@ def _draw_quantity(ax: Axes, df: pd.DataFrame, column: str, which: str, referenc
     # One line of text for each length, the longest on top: neighbours on the axis are narrower than their texts.
     for line, (n, labels) in enumerate(sorted(out_of_memory.items(), reverse=True)):
         height = 0.95 - 0.07 * line
-        cross = {"marker": "x", "markersize": 8, "markeredgewidth": 2.2, "color": "#B00020", "linestyle": "none"}
+        cross = {"marker": "x", "markersize": 8, "markeredgewidth": 2.2, "color": RED, "linestyle": "none"}
         ax.plot([n], [height], **cross, transform=over_axis, clip_on=False)
         ax.annotate(
             f"out of memory: {', '.join(labels)}",
