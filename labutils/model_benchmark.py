@@ -118,7 +118,7 @@ def sweep(
         A row for each model, work, attention, batch and length, with `COLUMNS`: `impl` as in `IMPL`, `ms` (median;
         "decode": of one token), `tokens_per_s` (all sequences together), `peak_gib` (allocated, with the weights; NaN
         on a CPU), `status` ok, oom or unsupported, and the `reason`. `.attrs`: "machine" and "interrupted" (True after
-        a KeyboardInterrupt, with the rows so far).
+        a KeyboardInterrupt: points that were not reached are then rows that say so).
 
     Once an attention has run out of memory, longer lengths are rows with status oom that were not tried. What runs in
     Triton's interpreter gets status unsupported and no time.
@@ -137,8 +137,9 @@ def sweep(
         raise ValueError(f"sizes={unknown} are not known: choose from {', '.join(models.GPT2_SIZES)}.")
     for attention in {"labutils", "labutils_v1"} & set(attentions):
         models.register_attention(attention) if attention == "labutils" else register_first_version()
-    jobs = [("training", batch)] if set(works) & set(TRAINING) else []
-    jobs += [("inference", b) for b in dict.fromkeys(inference_batches)] if set(works) & set(INFERENCE) else []
+    training, inference = ([work for work in works if work in those] for those in (TRAINING, INFERENCE))
+    jobs = [("training", batch, training)] if training else []
+    jobs += [("inference", b, inference) for b in dict.fromkeys(inference_batches)] if inference else []
     rows = _Rows(folder)
     total = len(sizes) * len(jobs) * len(attentions) * len(lengths)
     bar = tqdm(total=total, file=sys.stdout, disable=not progress, mininterval=0.5)
@@ -146,8 +147,7 @@ def sweep(
     try:
         for size in sizes:
             subject = _Subject(size, lengths[-1] + _WARM_UP_TOKENS + _DECODED, vocab_size)
-            for job, b in jobs:
-                named = [w for w in works if w in (TRAINING if job == "training" else INFERENCE)]
+            for job, b, named in jobs:
                 for attention in attentions:
                     _measure_lengths(subject, rows, job, attention, b, lengths, named, bar)
             subject.let_go()
@@ -157,7 +157,11 @@ def sweep(
         bar.close()
     if interrupted:
         again = "for all of them" if folder is None else "to go on"
-        print(f"Interrupted after {bar.n} of {total} points: the table has those alone. Run this cell again {again}.")
+        print(f"Interrupted after {bar.n} of {total} points; the others say so. Run this cell again {again}.")
+        not_reached = {"status": "unsupported", "reason": "not reached before the sweep was interrupted"}
+        for size, (_, b, named), attention, n in itertools.product(sizes, jobs, attentions, lengths):
+            for point in _points(size, named, attention, b, n):
+                rows.found.setdefault(point, not_reached)  # in this table alone: the next run measures it
     table = rows.table()
     wanted = {IMPL.get(a, a) for a in attentions}
     table = table[table["model"].isin(sizes) & table["impl"].isin(wanted) & table["work"].isin(works)]
@@ -235,6 +239,11 @@ class _Subject:
         free_memory()
 
 
+def _points(size: str, works: Sequence[str], attention: str, batch: int, n: int) -> list[tuple]:
+    """The keys of what one measurement gives: `KEY`, for each work."""
+    return [(size, work, IMPL.get(attention, attention), batch, n) for work in works]
+
+
 def _measure_lengths(
     subject: _Subject, rows: _Rows, job: str, attention: str, batch: int, lengths: Sequence[int], works: Sequence[str],
     bar: tqdm,
@@ -244,7 +253,7 @@ def _measure_lengths(
     refused: dict[str, dict[str, Any]] | None = None  # what cannot run at one length cannot at another
     for n in lengths:
         bar.set_description_str(f"{subject.size} {job} {attention} B={batch} N={n:,}")
-        points = [(subject.size, work, IMPL.get(attention, attention), batch, n) for work in works]
+        points = _points(subject.size, works, attention, batch, n)
         if not all(point in rows.found for point in points):
             if exhausted is not None:
                 reason = f"not tried: it ran out of memory at N = {exhausted:,}"

@@ -151,10 +151,12 @@ def after_it(q, k, v, *, causal, softmax_scale):
 def test_a_gpu_that_is_lost_ends_the_sweep_and_nothing_else_is_blamed(breaking):
     with pytest.warns(RuntimeWarning, match="stopped at breaking fwd N=32: AcceleratorError: CUDA error: an illegal"):
         df = benchmark.sweep({"breaking": breaking, "after": after_it}, [16, 32, 64], heads=1, head_dim=16, **QUICK)
-    assert list(zip(df["impl"], df["seqlen"], df["status"], strict=True)) == [
+    reached = df[~df["reason"].str.startswith("not reached")]
+    assert list(zip(reached["impl"], reached["seqlen"], reached["status"], strict=True)) == [
         ("breaking", 16, "ok"), ("after", 16, "ok"), ("breaking", 32, "unsupported")
     ]  # fmt: skip
-    assert "illegal memory access" in df["reason"].iloc[2] and df.attrs["interrupted"] is True
+    assert "illegal memory access" in reached["reason"].iloc[2] and df.attrs["interrupted"] is True
+    assert set(df["status"][len(reached) :]) == {"unsupported"} and len(df) == 6
 
 
 @pytest.mark.skipif(runtime.device.type == "cuda", reason="breaks a GPU; here one that is simulated on a CPU")
@@ -191,7 +193,8 @@ def test_interrupt_keeps_the_rows_so_far(capsys):
         return naive(q, k, v)
 
     df = benchmark.sweep({"impatient": impatient}, [16, 32, 64], heads=1, head_dim=16, seconds_per_point=0.01)
-    assert list(df["seqlen"]) == [16]
+    assert list(df["seqlen"]) == [16, 32, 64] and list(df["status"]) == ["ok", "unsupported", "unsupported"]
+    assert set(df["reason"][1:]) == {"not reached before the sweep was interrupted"} and df["ms"][1:].isna().all()
     assert df.attrs["interrupted"] is True
     assert "N=32" in capsys.readouterr().out  # the progress bar named what was running
 

@@ -211,14 +211,17 @@ def test_training_without_a_bar_that_was_interrupted_says_so(capsys):
 
 def test_a_sweep_that_was_interrupted_says_so(capsys):
     table = benchmark.sweep({"impatient": interrupted}, [16, 32], heads=1, head_dim=16, seconds_per_point=0.01)
-    assert table.empty and "Interrupted: the table has 0 of 2 points" in capsys.readouterr().out
+    assert set(table["status"]) == {"unsupported"} and len(table) == 2
+    assert "Interrupted: 0 of 2 points were reached" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_sweep_of_models_and_a_ladder_that_were_interrupted_say_so(kept, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(model_benchmark, "_attempt", interrupted)
     folder = tmp_path / "rows" if kept else None
-    model_benchmark.sweep(["nano"], ["eager"], [8], works=["step"], batch=1, vocab_size=64, folder=folder)
+    table = model_benchmark.sweep(["nano"], ["eager"], [8], works=["step"], batch=1, vocab_size=64, folder=folder)
+    assert list(table["reason"]) == ["not reached before the sweep was interrupted"]
+    assert model_benchmark.side_by_side(table, "step").to_numpy().tolist() == [["–"]]
     assert f"Run this cell again {'to go on' if kept else 'for all of them'}." in capsys.readouterr().out
     ladder.ladder(("124M",), 16.0, rungs=ladder.RUNGS[:1], folder=folder, find=interrupted)
     said = "run this cell again to go on" if kept else "the table has those alone"

@@ -74,7 +74,9 @@ def test_rows_are_on_disk_and_an_interrupted_sweep_goes_on(monkeypatch, tmp_path
     monkeypatch.setattr(model_benchmark, "environment", lambda: Made("one"))
     options = OPTIONS | dict(works=model_benchmark.TRAINING, folder=tmp_path)
     first = model_benchmark.sweep(["nano"], ["eager", "sdpa"], [8, 16], **options)
-    assert first.attrs["interrupted"] and list(first["seqlen"].unique()) == [8]
+    assert first.attrs["interrupted"] and len(first) == 2 * 2 * 3
+    reached = first[~first["reason"].str.startswith("not reached")]
+    assert list(reached["seqlen"]) == [8] * 3 and set(first.drop(reached.index)["status"]) == {"unsupported"}
     assert len(read_results(tmp_path, "models")) == 3
     second = model_benchmark.sweep(["nano"], ["eager", "sdpa"], [8, 16], **options)
     assert not second.attrs["interrupted"] and len(second) == 2 * 2 * 3

@@ -276,8 +276,9 @@ def sweep(
         of launching (see `measuring.overhead_bound`); `rounds_ms`, the medians of the rounds, separated by semicolons.
         What was not measured is NaN.
         A "bwd" row times the backward pass alone; its `peak_mib` is that of forward and backward together.
-        `.attrs`: "machine" and "interrupted" (True with the rows so far, after a KeyboardInterrupt, or, with a
-        warning, after an error that leaves the GPU without use to this process).
+        `.attrs`: "machine" and "interrupted" (True after a KeyboardInterrupt, or, with a warning, after an error that
+        leaves the GPU without use to this process: points that were not reached are then rows that say so, and what
+        reads the table finds all that it looks for).
 
     Once an implementation has run out of memory, longer lengths are rows with status oom that were not tried.
     What runs in Triton's interpreter gets status unsupported and no time, and its error where that is cheap.
@@ -302,7 +303,7 @@ def sweep(
                 bar.update(done)
         except KeyboardInterrupt:
             interrupted = True
-            bar.write(f"Interrupted: the table has {len(rows)} of {len(points)} points. Run this cell again for all of "
+            bar.write(f"Interrupted: {len(rows)} of {len(points)} points were reached. Run this cell again for all of "
                       "them.", file=sys.stdout)  # fmt: skip
         except DeviceLost as lost:
             interrupted = True
@@ -311,7 +312,8 @@ def sweep(
                 RuntimeWarning,
                 stacklevel=2,
             )
-    table = as_table(rows)
+    not_reached = {"status": "unsupported", "reason": "not reached before the sweep was interrupted"}
+    table = as_table({point: rows.get(point, not_reached) for point in points})
     table.attrs.update(machine=runtime.machine, interrupted=interrupted)
     return table
 
