@@ -99,7 +99,7 @@ def against_the_table(blocks: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for (d, causal), timed in blocks[blocks["status"] == "ok"].groupby(["head_dim", "causal"]):
         dtype = getattr(torch, timed["dtype"].iloc[0])
-        config = launch_table.shipped(launch_table.Place.of("forward", d, causal, dtype), capability)
+        config = launch_table.shipped(launch_table.Place.of("forward", int(d), causal, dtype), capability)
         best = timed.loc[timed["ms"].idxmin()]
         own = timed[
             (timed["block_m"] == config.block_m) & (timed["block_n"] == config.block_n)
