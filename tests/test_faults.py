@@ -11,14 +11,17 @@ import types
 from pathlib import Path
 
 import conftest
+import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
 from notebook_format import read
 
 from labutils import benchmark, files, ladder, model_benchmark, models, parity, training
 from labutils.__main__ import main
 from labutils.commands import study
 from labutils.commands.arguments import INTERRUPTED
+from labutils.commands.lab import environment_for_kernels
 from labutils.exercises import grading
 from labutils.kernels import compiled, launch_table
 
@@ -252,3 +255,29 @@ def test_a_study_that_was_interrupted_says_so(part, monkeypatch, tmp_path, capsy
 def test_a_model_whose_memory_was_freed_is_told(function):
     with pytest.raises(TypeError, match="run the cell again that makes it"):
         function()
+
+
+INTERRUPT = """
+from labutils.benchmark import sweeping
+
+measure_rounds = sweeping.measure_rounds
+
+def interrupted_after_the_first_point(*args, **kwargs):
+    yield next(measure_rounds(*args, **kwargs))
+    raise KeyboardInterrupt
+
+sweeping.measure_rounds = interrupted_after_the_first_point
+"""
+
+
+def test_cells_below_an_interrupted_sweep_run_on(tmp_path):
+    notebook = nbformat.read(ROOT / "01-Setup_and_Comparison.ipynb", as_version=4)
+    first = next(number for number, cell in enumerate(notebook.cells) if cell.cell_type == "code")
+    last = next(number for number, cell in enumerate(notebook.cells) if cell.get("id") == "error-2")
+    del notebook.cells[last + 1 :]
+    notebook.cells.insert(first + 1, nbformat.v4.new_code_cell(INTERRUPT))
+    environment = environment_for_kernels() | {"LABUTILS_STATE": str(tmp_path / "progress.json")}
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}})
+    client.execute(env=environment)
+    sweeps = [cell for cell in notebook.cells if "benchmark.sweep(" in cell.source]
+    assert sweeps and all("Interrupted: 1 of" in str(cell.outputs) for cell in sweeps)
