@@ -51,6 +51,8 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """out and lse, as `flash_v2.forward` gives them; differentiable, also by lse, but not twice."""
     if cu_seqlens_q is not None:
+        if cu_seqlens_k is None:
+            raise ValueError("cu_seqlens_q came without cu_seqlens_k: packed sequences need both.")
         checks.packed_values("cu_seqlens_q", cu_seqlens_q, max_seqlen_q, q.shape[0])
         checks.packed_values("cu_seqlens_k", cu_seqlens_k, max_seqlen_k, k.shape[0] if block_table is None else None)
         if block_table is not None:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import types
 from dataclasses import replace
 
 import pytest
@@ -169,3 +170,12 @@ def test_what_cannot_be_compiled_is_named():
         Request("forward", 64, torch.float16, (7, 0))
     with pytest.raises(ValueError, match="'backward' has no feature paged"):
         Request("backward", 64, torch.float16, (8, 0), features=("window", "paged"))
+
+
+def test_cuobjdump_that_answers_something_else(monkeypatch):
+    kernel = types.SimpleNamespace(asm={"cubin": b""})
+    monkeypatch.setattr(compiled.triton, "compile", lambda *args, **options: kernel)
+    answer = types.SimpleNamespace(stdout="usage: cuobjdump [options] <file>\n")
+    monkeypatch.setattr(compiled, "subprocess", types.SimpleNamespace(run=lambda *args, **options: answer))
+    with pytest.raises(RuntimeError, match="names no registers and no stack: 'usage: cuobjdump"):
+        compiled._build(None, None, {})

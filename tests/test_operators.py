@@ -206,6 +206,16 @@ class TestGradientOfTheLogSumExp:
             verdict.raise_if_failed()
 
 
+@pytest.mark.parametrize("paged", [False, True])
+def test_packed_sequences_without_the_borders_of_the_keys(paged):
+    """The functions of the interface cannot be called so; the operator can."""
+    q, k, v = (t[0] for t in make(20, 20))
+    table = torch.zeros(2, 2, dtype=torch.int32, device=DEVICE) if paged else None
+    rest = (0.25, -1, 0, 0.0, None, 0.0, None, starts(8, 12), None, 12, 20, table)
+    with pytest.raises(ValueError, match="without cu_seqlens_k"):
+        torch.ops.labutils.flash_attention(q, k, v, *rest)
+
+
 def test_the_cache_has_no_backward_and_says_so():
     q, *caches = make(1, 40)
     out = interface.flash_attn_with_kvcache(q.requires_grad_(), *caches)

@@ -196,6 +196,15 @@ def test_the_stored_blocks_hold_the_shipped_launches_and_hardly_a_faster_one():
     assert found["shipped ms"].notna().all() and (found["shipped / best"] < 1.10).all()
 
 
+@pytest.mark.parametrize("attributes", [{}, {"environment": {"capability": None}}])
+def test_blocks_of_no_known_gpu_have_no_shipped_launch(attributes, monkeypatch):
+    monkeypatch.setattr(runtime, "capability", None)
+    blocks = tuning.stored_blocks()
+    blocks.attrs = attributes
+    with pytest.raises(ValueError, match="does not say which GPU it is of"):
+        tuning.against_the_table(blocks)
+
+
 # --- advice -----------------------------------------------------------------------------------------------
 
 ASKED = {"seqlen": 4096, "head_dim": 64, "capability": (9, 0)}

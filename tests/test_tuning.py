@@ -372,6 +372,13 @@ def test_the_best_by_resources():
 # ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", launch_table.DTYPE_CLASSES)
+def test_without_a_gpu_there_is_no_experiment(dtype, monkeypatch):
+    monkeypatch.setattr(runtime, "capability", None)
+    with pytest.raises(RuntimeError, match="no GPU here"):
+        tuning.OnGpu(Place("forward", 64, True, dtype))
+
+
 @ON_CPU
 @pytest.mark.parametrize("kernel", launch_table.KERNELS)
 def test_the_check_finds_a_wrong_result(kernel, monkeypatch):

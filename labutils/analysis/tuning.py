@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from itertools import product
+from typing import Any
 
 import pandas as pd
 import torch
@@ -46,7 +48,7 @@ def sweep_blocks(
     from labutils.kernels import flash_v2
     from labutils.kernels.launch import LaunchConfig
 
-    if runtime.device.type != "cuda":
+    if runtime.capability is None:
         raise Unsupported("block sizes are timed on a GPU: in the interpreter a time means nothing.")
     generator = runtime.seed(0)
     shape = (batch, seqlen, heads, head_dim)
@@ -58,9 +60,7 @@ def sweep_blocks(
         config = LaunchConfig(m, n, w, s, tma)
         ms, status = float("nan"), "ok"
         try:
-            ms = time_call(
-                lambda c=config: flash_v2.forward(q, k, v, options, c), seconds=seconds, warm_up=0.03
-            ).median_ms
+            ms = time_call(partial(flash_v2.forward, q, k, v, options, config), seconds=seconds, warm_up=0.03).median_ms
         except RuntimeError as error:
             if "too small for" not in str(error):
                 raise
@@ -91,11 +91,13 @@ def against_the_table(blocks: pd.DataFrame) -> pd.DataFrame:
         A row for each head dimension and mask: head_dim, causal, `best` and `shipped` ("64 × 128, 4 warps, 2 stages"),
         their milliseconds in this sweep, and `shipped / best`; NaN where the sweep has no such launch. `128 × 128 /
         best`: the least time with these large blocks by the least of all.
+
+    Raises:
+        ValueError: the table does not say which GPU it is of, and there is none here.
     """
     from labutils.kernels import launch_table
 
-    stored = blocks.attrs.get("environment")
-    capability = tuple(map(int, stored["capability"].split("."))) if stored else runtime.capability
+    capability = _capability_of(blocks)
     rows = []
     for (d, causal), timed in blocks[blocks["status"] == "ok"].groupby(["head_dim", "causal"]):
         dtype = getattr(torch, timed["dtype"].iloc[0])
@@ -112,5 +114,16 @@ def against_the_table(blocks: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def _named(launch: object) -> str:
+def _capability_of(blocks: pd.DataFrame) -> tuple[int, int]:
+    """Of the GPU that a sweep ran on: the stored one's, or this machine's."""
+    stored = (blocks.attrs.get("environment") or {}).get("capability")
+    if stored is not None:
+        major, minor = map(int, stored.split("."))
+        return major, minor
+    if runtime.capability is None:
+        raise ValueError("the table does not say which GPU it is of, and there is none here: take `stored_blocks`.")
+    return runtime.capability
+
+
+def _named(launch: Any) -> str:
     return f"{launch.block_m} × {launch.block_n}, {launch.num_warps} warps, {launch.num_stages} stages"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -62,11 +62,8 @@ class Row:
     spilled_bytes: int | None = None
     shared_bytes: int | None = None
     blocks_per_sm: int | None = None
-    rounds: list[list[float]] | None = None
-    spreads: list[float] | None = None
-
-    def __post_init__(self):
-        self.rounds, self.spreads = self.rounds or [], self.spreads or []
+    rounds: list[list[float]] = field(default_factory=list)
+    spreads: list[float] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """The row as JSON takes it."""
@@ -271,10 +268,13 @@ class OnGpu:
 
     def __init__(self, place: Place, *, seconds: float = SECONDS):
         self.place, self.seconds = place, seconds
-        self.dtype = torch.float32 if place.dtype == "float32" else runtime.default_dtype(runtime.capability)
+        if runtime.capability is None:
+            raise RuntimeError("there is no GPU here to time launch configurations on.")
+        capability = runtime.capability
+        self.dtype = torch.float32 if place.dtype == "float32" else runtime.default_dtype(capability)
         self.causal = place.causal is not False
         self.shipped = {
-            kernel: launch_table.shipped(place._replace(kernel=kernel), runtime.capability)
+            kernel: launch_table.shipped(place._replace(kernel=kernel), capability)
             for kernel in ({"forward", "dkdv", "dq"} if place.kernel in ("dkdv", "dq") else {place.kernel})
         }
         self._inputs: dict[tuple, tuple] = {}
@@ -346,9 +346,14 @@ class OnGpu:
             out, lse = flash_v2.forward(q, k, v, options, self.shipped["forward"])
             configs = self.shipped | {self.place.kernel: config}
             launched = flash_v2_backward.start(dout, q, k, v, out, lse, options, configs)[1][self.place.kernel]
+        assert launched is not None  # it is for an empty grid
         again = launched().again
+
         # A launch that is done again knows addresses alone; `launched` holds the tensors that are there.
-        return lambda alive=launched: again()
+        def repeat(alive: Any = launched) -> Any:
+            return again()
+
+        return repeat
 
     def _v1(self, config: LaunchConfig) -> Callable[[], Any]:
         q, k, v = self._draw(*[self._shape(1024)] * 3)

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest.mock import MagicMock
 
 import torch
@@ -99,7 +100,7 @@ class Request:
     only: str | None = None
     plain: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.program not in PROGRAMS:
             raise ValueError(f"program={self.program!r} is not known: one of {', '.join(PROGRAMS)}.")
         if self.capability not in GPUS:
@@ -213,7 +214,7 @@ def _forward(r: Request) -> None:
 def _backward(r: Request) -> None:
     q, k, options = _call(r)
     lse = _empty(*((_H, len(q)) if "packed" in r.features else (_B, _H, _N)), dtype=torch.float32)
-    configs = dict.fromkeys(PROGRAMS["backward"].kernels, r.config)
+    configs = None if r.config is None else dict.fromkeys(PROGRAMS["backward"].kernels, r.config)
     flash_v2_backward.backward(q, q, k, k, q, lse, options, configs, dlse=lse if r.features else None)
 
 
@@ -259,7 +260,8 @@ def _allocate(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> 
 
     backend = make_backend(target)
     options = backend.parse_options(options)
-    context, stages = ir.context(), {}
+    context = ir.context()
+    stages: dict[str, Callable[..., Any]] = {}
     ir.load_dialects(context)
     backend.load_dialects(context)
     backend.add_stages(stages, options, source.language)
@@ -285,12 +287,15 @@ def _build(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> tup
         Path(file.name).write_bytes(kernel.asm["cubin"])
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"{command[0]} names no registers and no stack: {usage.strip()[-500:]!r}")
+    registers, stack = map(int, found.groups())
     instructions = len(re.findall(r"^\s+(?:@%?\S+ )?[a-z][\w.:]+[^;:]*;", kernel.asm["ptx"], re.M))
     return kernel.metadata.shared, kernel.metadata.tmem_size or 0, registers, stack, instructions
 
 
-_known = {}  # what the child process has compiled
+_known: dict[tuple, tuple] = {}  # what the child process has compiled
 
 
 def _launches(request: Request, binaries: bool) -> list[Resources]:
@@ -298,7 +303,7 @@ def _launches(request: Request, binaries: bool) -> list[Resources]:
     target = GPUTarget("cuda", 10 * request.capability[0] + request.capability[1], WARP_SIZE)
     found = []
 
-    def compile_and_stop(*, fn, compile, **_) -> bool:
+    def compile_and_stop(*, fn: Any, compile: Any, **_: Any) -> bool:
         kernel = fn.jit_function
         name = f"{fn.module.rpartition('.')[2]}.{fn.name}"
         if request.only not in (None, name):
@@ -320,7 +325,7 @@ def _launches(request: Request, binaries: bool) -> list[Resources]:
             get_current_stream=lambda device: None,
         )
     )
-    launch._capability = lambda device_index: request.capability
+    launch._capability = lambda device_index: request.capability  # type: ignore[assignment]  # this process is a GPU's
     with plain.plain_kernels() if request.plain else contextlib.nullcontext():
         PROGRAMS[request.program].run(request)
     if not found:
