@@ -78,7 +78,8 @@ def _ask(folder: Path) -> None:
             stderr=subprocess.STDOUT,
             text=True,
         )
-    said = []
+    assert _child.stdin is not None and _child.stdout is not None  # pipes, as asked for above
+    said: list[str] = []
     try:
         with suppress(BrokenPipeError):  # it ended: what it said on its way comes below
             _child.stdin.write(f"{folder}\n")
@@ -102,6 +103,7 @@ def _main() -> None:
         try:
             name, grid, arguments, constants = torch.load(folder / "launch.pt")
             spec = importlib.util.spec_from_file_location("kernel", folder / "kernel.py")
+            assert spec is not None and spec.loader is not None  # of a file that ends in .py
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
             answer = (out_of_bounds(getattr(module, name), grid, *arguments, **constants), False)

@@ -136,8 +136,12 @@ def window(window_size: tuple[int, int], causal: bool) -> tuple[int | None, int 
         raise ValueError(f"window_size={window_size}: each side is -1 (no bound), 0 or more.")
     if causal:
         right = 0
+    return _bound(left), _bound(right)
+
+
+def _bound(side: int) -> int | None:
     # Kernels add a bound to a place in 32 bits; one that is longer than any sequence is none.
-    return tuple(None if side == -1 or side >= 2**30 else side for side in (left, right))
+    return None if side == -1 or side >= 2**30 else side
 
 
 def cap(softcap: float) -> float | None:
@@ -261,7 +265,8 @@ def table_values(block_table: torch.Tensor, lengths: torch.Tensor, blocks: int, 
 
 def _not_written_for_two(table: list[list[int]], lengths: list[int], page: int, n_new: int) -> None:
     """No row of a block that is written to is one that another sequence sees, or the same one in another place."""
-    first_written = {}  # by block: the first row that is written, and whose it is
+    # By block: the first row that is written, and whose it is.
+    first_written: dict[int, tuple[int, tuple[int, int]]] = {}
     for b, (row, length) in enumerate(zip(table, lengths, strict=True)):
         for place in range((length - n_new) // page, -(-length // page)):
             written = max(length - n_new - place * page, 0), (b, place)

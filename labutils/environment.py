@@ -87,7 +87,7 @@ class Environment:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON takes them: the compute capability as text, "9.0"; `launch_table` where there is one."""
-        fields = asdict(self) | {"capability": _dotted(self.capability)}
+        fields = asdict(self) | {"capability": None if self.capability is None else _dotted(self.capability)}
         return {name: value for name, value in fields.items() if name != "launch_table" or value is not None}
 
 
@@ -124,10 +124,11 @@ def environment(*, launch_table: bool = True) -> Environment:
         RuntimeError: there is one, and it cannot be used.
     """
     used = runtime.device.type == "cuda"
+    gpu = _gpu() if used else None
     return Environment(
-        gpu=_gpu()[0] if used else None,
+        gpu=None if gpu is None else gpu[0],
         capability=runtime.capability if used else None,
-        memory_gib=round(runtime.memory_gib, 1) if used else None,
+        memory_gib=None if runtime.memory_gib is None else round(runtime.memory_gib, 1),
         driver=_driver(),
         cuda=torch.version.cuda,
         torch=str(torch.__version__),  # a class of PyTorch's own, which a checkpoint could not hold
@@ -227,8 +228,8 @@ def _git_revision() -> str | None:
     return f"{revision}+changes" if revision and changed else revision
 
 
-def _dotted(capability: tuple[int, int] | None) -> str | None:
-    return None if capability is None else f"{capability[0]}.{capability[1]}"
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
 
 
 def why_no_gpu() -> tuple[str, str]:

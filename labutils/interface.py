@@ -7,18 +7,21 @@ so, never ignored. The arguments that several functions share are described in `
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 
 from labutils import checks, operators, runtime
 from labutils.kernels import flash_v1, prepared
 from labutils.kernels.flash_v2 import Options
 
-Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]
+Result: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]
 
 
-def _window(window_size, causal) -> tuple[int, int]:
+def _window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
     """(left, right), checked, as the operators take it: -1 for no bound."""
-    return tuple(-1 if side is None else side for side in checks.window(window_size, causal))
+    left, right = checks.window(window_size, causal)
+    return -1 if left is None else left, -1 if right is None else right
 
 
 def _cast(*tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -329,9 +332,10 @@ def flash_attn_with_kvcache(
     checks.tensors(q, k_cache, v_cache, paged=paged, names=("k_cache", "v_cache"))
     checks.cache(q, k_cache, v_cache, k, v, (rotary_cos, rotary_sin), cache_seqlens, num_splits)
     batch = q.shape[0]
-    if paged:
+    full = k_cache.shape[1]
+    if block_table is not None:
         block_table = checks.table(block_table, batch, q.device)
-    full = k_cache.shape[1] * (block_table.shape[1] if paged else 1)
+        full *= block_table.shape[1]
     seqlen = full if cache_seqlens is None else 0 if isinstance(cache_seqlens, torch.Tensor) else cache_seqlens
     seqlens, batch_idx, leftpad = checks.cache_indices(
         batch, q.device, paged=paged,
@@ -345,11 +349,12 @@ def flash_attn_with_kvcache(
     if direct and k is not None:
         # What an operator does for tensors that it writes to: a gradient that needs their old values is an error.
         torch.autograd.graph.increment_version([t for t in (k_cache, v_cache) if not t.is_inference()])
+    rotary_cos, rotary_sin = (None if t is None else t.contiguous() for t in (rotary_cos, rotary_sin))
+    left, right = _window(window_size, causal)
     out, lse = run(
-        q, k_cache, v_cache, k, v,
-        *(None if t is None else t.contiguous() for t in (rotary_cos, rotary_sin)),
+        q, k_cache, v_cache, k, v, rotary_cos, rotary_sin,
         seqlens, seqlen, batch_idx, leftpad, block_table,
-        checks.scale(softmax_scale, q.shape[-1]), *_window(window_size, causal), checks.cap(softcap) or 0.0,
+        checks.scale(softmax_scale, q.shape[-1]), left, right, checks.cap(softcap) or 0.0,
         bool(rotary_interleaved), checks.slopes(alibi_slopes, batch, q.shape[-2], q.device), num_splits,
     )  # fmt: skip
     return (out, lse) if return_softmax_lse else out

@@ -13,6 +13,7 @@ yet another way. `labutils.runtime` calls both; nothing else needs to.
 from __future__ import annotations
 
 import types
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ def _bf16_through_float32(operation):
     return wrapped
 
 
-def _mend_arithmetic(builder: type) -> None:
+def _mend_arithmetic(builder: Any) -> None:
     for name in ("binary_op", "unary_op", "create_fma", "create_erf", "create_rsqrt"):
         setattr(builder, name, _bf16_through_float32(getattr(builder, name)))
 
@@ -75,7 +76,7 @@ def _mend_arithmetic(builder: type) -> None:
         builder.get_bf16 = lambda self, value: _narrow(np.array([value], dtype=np.float32))
 
 
-def _mend_casts(builder: type) -> None:
+def _mend_casts(builder: Any) -> None:
     def rounding_towards_zero(mode) -> bool:
         return mode is not None and mode != triton_interpreter._ir.ROUNDING_MODE.RTNE
 
@@ -212,10 +213,10 @@ def self_test() -> None:
         # the sums are rounded twice, and the summation order of float16 is NumPy's own.
         unit = torch.finfo(dtype).eps
         for name, got, want, units in (("dot", product, expected, 0.51), ("sum", sums, expected_sums, 8.0)):
-            error = ((got.double() - want).abs() / want.abs().clamp(min=1.0)).max().item()
+            off = ((got.double() - want).abs() / want.abs().clamp(min=1.0)).max().item()
             allowed = max(units * unit, 1e-5)
-            if not error <= allowed:
-                raise _broken(f"`{name}` in {dtype} is off by {error:.1e}, allowed {allowed:.1e}")
+            if not off <= allowed:
+                raise _broken(f"`{name}` in {dtype} is off by {off:.1e}, allowed {allowed:.1e}")
     leftover = getattr(tl.load, "__name__", "")
     if leftover == "<lambda>":
         raise _broken("the language was left patched after a launch")

@@ -296,7 +296,7 @@ def ladder(
     try:
         for size, rung in wanted:
 
-            def told(n: int, fits: bool, size=size, rung=rung) -> None:
+            def told(n: int, fits: bool, size: str = size, rung: Rung = rung) -> None:
                 bar.set_postfix_str(f"{size}, {rung.name}: {n:,} {'fits' if fits else 'does not fit'}")
 
             rows.append(find(size, rung, cap_gib, on_try=told, **options) | {"model": size})

@@ -11,6 +11,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -176,7 +177,7 @@ def measure(
 def stack() -> list[tuple[str, int]]:
     """File and line of each function that is running, the innermost first."""
     frames = []
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         frames.append((frame.f_code.co_filename, frame.f_lineno or 0))
         frame = frame.f_back

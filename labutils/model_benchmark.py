@@ -54,15 +54,16 @@ class _FirstVersion(torch.autograd.Function):
     """FlashAttention-1 forward. The backward is `flash_v2_backward`: it wants the log-sum-exp, whoever made it."""
 
     @staticmethod
-    def forward(ctx, q, k, v, softmax_scale, causal):
+    def forward(ctx: Any, q: Any, k: Any, v: Any, softmax_scale: float, causal: bool) -> Any:
         out, lse = flash_v1.forward(q, k, v, softmax_scale, causal)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.options = Options(softmax_scale, (None, 0 if causal else None))
         return out
 
     @staticmethod
-    def backward(ctx, dout):
-        return *flash_v2_backward.backward(dout, *ctx.saved_tensors, ctx.options), None, None
+    def backward(ctx: Any, dout: Any) -> tuple:
+        q, k, v, out, lse = ctx.saved_tensors
+        return *flash_v2_backward.backward(dout, q, k, v, out, lse, ctx.options), None, None
 
 
 def _first_version(module, query, key, value, attention_mask, *, scaling=None, dropout=0.0, is_causal=None, **kwargs):
@@ -296,7 +297,9 @@ def _let_go_of_the_last_point(model: GPT2LMHeadModel, others: int) -> None:
             free_memory()
 
 
-def _attempt(model, job: str, attention: str, batch: int, n: int, works: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _attempt(
+    model: Any, job: str, attention: str, batch: int, n: int, works: Sequence[str]
+) -> dict[str, dict[str, Any]]:
     """A row's values for each work; whatever goes wrong for want of memory or of support is said there."""
     launched: list[str] = []
     try:
@@ -338,7 +341,7 @@ def _stop(launched: list[str], executor: Any) -> None:
     raise _Interpreted(launched[-1])
 
 
-def _training(model, batch: int, n: int) -> dict[str, dict[str, Any]]:
+def _training(model: Any, batch: int, n: int) -> dict[str, dict[str, Any]]:
     """Forward, backward and whole step: ms, tokens_per_s, peak_gib."""
     device = runtime.device
     model.float().train()
@@ -391,11 +394,11 @@ def _repeated(call: Callable[[], Any], seconds: float) -> list[Any]:
 
 
 @torch.no_grad()
-def _inference(model, batch: int, n: int) -> dict[str, dict[str, Any]]:
+def _inference(model: Any, batch: int, n: int) -> dict[str, dict[str, Any]]:
     """Prefill, and one token of decoding behind it: ms, tokens_per_s, peak_gib."""
     model.to(runtime.dtype).eval()
     ids = _tokens(model, batch, n)
-    output = None
+    output: Any = None
 
     def prefill() -> float:
         nonlocal output
@@ -426,7 +429,7 @@ def _row(ms: float, tokens: int, peak: float) -> dict[str, Any]:
     return {"ms": ms, "tokens_per_s": 1e3 * tokens / ms, "peak_gib": peak, "status": "ok", "reason": ""}
 
 
-def _tokens(model, batch: int, n: int) -> torch.Tensor:
+def _tokens(model: Any, batch: int, n: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(model.config.vocab_size, (batch, n), generator=generator).to(runtime.device)
 

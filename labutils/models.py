@@ -207,9 +207,10 @@ def _left_padding(mask: torch.Tensor) -> torch.Tensor | None:
 
 def _attention_within_documents(q, k, v, dropout, scaling, causal, borders):
     """Attention that stays within a document; q, k, v: (B, N, H, D), the borders count over the B * N tokens."""
-    packed = (t.flatten(0, 1) for t in (q, k, v))  # (B, N, H, D) -> (B·N, H, D)
-    out = flash_attn_varlen_func(
-        *packed, borders["cu_seq_lens_q"], borders["cu_seq_lens_k"], borders["max_length_q"], borders["max_length_k"],
+    q_rows, k_rows, v_rows = (t.flatten(0, 1) for t in (q, k, v))  # (B, N, H, D) -> (B·N, H, D)
+    out: Any = flash_attn_varlen_func(
+        q_rows, k_rows, v_rows,
+        borders["cu_seq_lens_q"], borders["cu_seq_lens_k"], borders["max_length_q"], borders["max_length_k"],
         dropout, scaling, causal,
     )  # fmt: skip
     return out.view(q.shape)
@@ -225,7 +226,7 @@ def _padded_attention(q, k, v, mask, dropout, scaling, causal):
     def starts(visible: torch.Tensor) -> torch.Tensor:  # cu_seqlens: int32 (B + 1,)
         return torch.nn.functional.pad(visible.sum(1).cumsum(0), (1, 0)).int()
 
-    part = flash_attn_varlen_func(
+    part: Any = flash_attn_varlen_func(
         q[rows], k[mask], v[mask], starts(rows), starts(mask), n_q, n_k, dropout, scaling, causal
     )
     return torch.zeros_like(q, memory_format=torch.contiguous_format).index_put((rows,), part.to(q.dtype))

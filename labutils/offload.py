@@ -55,7 +55,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         """
         if closure is not None:
             raise ValueError("OffloadedAdamW takes no closure: compute the gradients before step()")
-        pairs = []
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
         for outer, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
             inner |= {key: value for key, value in outer.items() if key != "params"}  # the learning rate may have moved
             pairs += zip(outer["params"], inner["params"], strict=True)

@@ -109,10 +109,10 @@ def use_rope(model: GPT2LMHeadModel, base: float = BASE) -> GPT2LMHeadModel:
     for block in model.transformer.h:
         place: dict[str, Any] = {}
 
-        def note(module, args, kwargs, place=place):
+        def note(module: Any, args: Any, kwargs: Any, place: dict[str, Any] = place) -> None:
             place["positions"] = kwargs.get("position_ids")
 
-        def turn(module, args, qkv, place=place):
+        def turn(module: Any, args: Any, qkv: Any, place: dict[str, Any] = place) -> Any:
             positions = place["positions"]
             if positions is None:
                 positions = torch.arange(qkv.shape[1], device=qkv.device)[None]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -115,7 +116,8 @@ def naive_attention(
     scores = _scores(q, k, softmax_scale, visible, softcap, alibi_slopes)
     probabilities = scores.softmax(dim=-1)
     right = 0 if causal else window_size[1]
-    if right >= 0 and n_k - n_q + right < 0:  # softmax of a row of -inf is NaN; attention to nothing is zero
+    # The softmax of a row of -inf is NaN; attention to nothing is zero.
+    if visible is not None and right >= 0 and n_k - n_q + right < 0:
         probabilities = probabilities.masked_fill(~visible.any(dim=1)[:, None], 0.0)
     if dropout_mask is not None:
         probabilities = probabilities * dropout_mask / (1.0 - dropout_p)
@@ -127,7 +129,7 @@ def naive_attention(
 
 
 def exact_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """The oracle: `naive_attention` on the inputs in float64, result in float64. Arguments as there."""
     return naive_attention(q.double(), k.double(), v.double(), **options)
@@ -155,7 +157,7 @@ def safe_softmax(x: torch.Tensor) -> torch.Tensor:
     return (x - m).exp() / l  # pass 3
 
 
-def online_softmax_trace(x: torch.Tensor, block: int) -> list[dict[str, torch.Tensor | int]]:
+def online_softmax_trace(x: torch.Tensor, block: int) -> list[dict[str, Any]]:
     """The running maximum m and sum l of one pass over the last dimension of x, after each block.
 
     Args:
@@ -424,7 +426,7 @@ def check_attention(
     *,
     factor: float = 2.0,
     lse: torch.Tensor | None = None,
-    **options,
+    **options: Any,
 ) -> Verdict:
     """Judges the output of an attention forward pass by the 2 x rule against `exact_attention`.
 
@@ -452,7 +454,7 @@ def check_gradients(
     v: torch.Tensor,
     *,
     factor: float = 3.0,
-    **options,
+    **options: Any,
 ) -> list[Verdict]:
     """Judges (dq, dk, dv) by the same rule, against autograd through `exact_attention`.
 
@@ -469,7 +471,7 @@ def check_gradients(
 
     def grads(inputs):
         inputs = [t.detach().requires_grad_() for t in inputs]
-        result = naive_attention(*inputs, **options)
+        result: Any = naive_attention(*inputs, **options)
         return torch.autograd.grad(result, inputs, dout.to(result.dtype))
 
     exact, low = grads([t.double() for t in (q, k, v)]), grads((q, k, v))

@@ -35,7 +35,7 @@ class _Alive(TorchDispatchMode):
         self._sizes, self._low = sizes, low
         self._seen: dict[int, weakref.ref] = {}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
@@ -49,7 +49,7 @@ class _Alive(TorchDispatchMode):
         size = -(-storage.nbytes() // 512) * 512  # the allocator hands out multiples of 512 bytes
         kind = self.making or ledger.kind_of(ledger.stack(), storage.nbytes(), self._sizes, low=self._low)
 
-        def gone(_):
+        def gone(_: Any) -> None:
             del self._seen[key]
             self.bytes -= size
             self.by_kind[kind] -= size
@@ -70,7 +70,7 @@ def _in_float32(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
     return computed
 
 
-def _parked_checkpoint(function, *inputs):
+def _parked_checkpoint(function: Callable[..., Any], *inputs: Any) -> Any:
     """`offload.offloaded_checkpoint`, with meta tensors for those that leave the GPU."""
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.to("meta"), lambda t: torch.empty_like(t, device="cpu")):
         return checkpoint(function, *inputs, use_reentrant=True)

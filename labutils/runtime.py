@@ -112,7 +112,7 @@ dtype: torch.dtype = default_dtype(capability)
 
 
 def _tier() -> str:
-    if interpreted:
+    if interpreted or memory_gib is None:
         return "cpu"
     return "large_gpu" if memory_gib >= LARGE_GPU_GIB else "gpu"
 
@@ -180,7 +180,8 @@ def sizes(
         raise ValueError("`wanted` is empty: name at least one sequence length.")
     if through not in ("torch", "triton"):
         raise ValueError(f"through={through!r} is not known: 'torch' or 'triton'.")
-    kept, spent = [], 0.0
+    kept: list[int] = []
+    spent = 0.0
     for n in lengths:
         if through == "triton" and interpreted:
             tiles = (-(-n // 128)) ** 2

@@ -144,11 +144,11 @@ def train(
     device = _device_of(model)
     on_gpu = device.type == "cuda"
     dtype = resolved_autocast(autocast_dtype, device)
-    optimizer = make_optimizer(model, optimizer, lr=lr, weight_decay=weight_decay)
+    chosen = make_optimizer(model, optimizer, lr=lr, weight_decay=weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     source = iter(batches)
     rows: list[dict[str, float]] = [] if checkpoint is None else checkpoint.rows
-    done = 0 if checkpoint is None else checkpoint.load(model, optimizer, scaler, source)
+    done = 0 if checkpoint is None else checkpoint.load(model, chosen, scaler, source)
     was_training = model.training
     model.train()
     if checkpointing:
@@ -156,7 +156,8 @@ def train(
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
 
-    status, tokens, kept = "done", 0, done
+    status: Literal["done", "interrupted", "out of data"] = "done"
+    tokens, kept = 0, done
     skipped, scale = int(rows[-1]["skipped"]) if rows else 0, scaler.get_scale()
     start = last = time.perf_counter()
     bar = tqdm(total=steps, initial=done, file=sys.stdout, disable=not progress, unit="step", mininterval=0.5)
@@ -170,18 +171,18 @@ def train(
                 status = "out of data"
                 break
             batch = batch.to(device)
-            for group in optimizer.param_groups:
+            for group in chosen.param_groups:
                 group["lr"] = lr * min(1.0, (done + 1) / max(warmup, 1), (steps - done) / max(decay, 1))
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
                 loss = language_model_loss(model, batch, chunked_loss=chunked_loss, end_of_text=end_of_text)
             scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
+            scaler.unscale_(chosen)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-            scaler.step(optimizer)
+            scaler.step(chosen)
             scaler.update()
             before, scale = scale, scaler.get_scale()
             skipped += scale < before  # it comes down where a gradient overflowed, and only there
-            optimizer.zero_grad(set_to_none=True)
+            chosen.zero_grad(set_to_none=True)
             done += 1
             tokens += batch.numel()
 
@@ -189,8 +190,7 @@ def train(
                 value = loss.item()  # waits for the GPU, so that the time below is the work's
                 now = time.perf_counter()
                 allocated, reserved = _peaks_gib(device)
-                row = (done, value, tokens / (now - last), grad_norm.item(), allocated, reserved)
-                row += (scale, skipped)
+                row = (done, value, tokens / (now - last), grad_norm.item(), allocated, reserved, scale, skipped)
                 rows.append(dict(zip(COLUMNS, row, strict=True)))
                 if not torch.isfinite(loss):
                     raise FloatingPointError(
@@ -202,18 +202,18 @@ def train(
                 bar.set_postfix_str(f"loss {value:.3f}, {rows[-1]['tokens_per_s']:,.0f} tokens/s{memory}")
             if checkpoint is not None and done % checkpoint.every == 0:
                 began = time.perf_counter()
-                checkpoint.save(model, optimizer, scaler, source, done, rows)
+                checkpoint.save(model, chosen, scaler, source, done, rows)
                 kept, last = done, last + time.perf_counter() - began  # writing is no part of tokens/s
             bar.update()
         if checkpoint is not None and done > kept:
-            checkpoint.save(model, optimizer, scaler, source, done, rows)
+            checkpoint.save(model, chosen, scaler, source, done, rows)
     except KeyboardInterrupt:  # perhaps in the midst of a step: nothing is saved, the last checkpoint stands
         status = "interrupted"
         bar.close()
         print(f"Interrupted after {done} of {steps} steps.")  # whoever calls may show neither bar nor history
     finally:
         bar.close()
-        optimizer.zero_grad(set_to_none=True)
+        chosen.zero_grad(set_to_none=True)
         if checkpointing:
             _set_checkpointing(model, False)
         model.train(was_training)

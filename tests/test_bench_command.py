@@ -147,7 +147,7 @@ def test_an_interrupted_sweep_is_readable_and_goes_on(tmp_path, signal_):
     assert status == 0, err
     assert f"32 points, {len(before)} of them in" in printed
     after = benchmark.read_results(out)
-    assert len(after) == 32 and not after.duplicated(list(benchmark.Point.KEY)).any()
+    assert len(after) == 32 and not after.duplicated(list(points.KEY)).any()
     pd.testing.assert_frame_equal(after.head(len(before)), before, check_dtype=False)  # nothing was measured twice
     stamp = (out / "attention.csv").read_bytes()
     status, printed, _ = run(*MANY, "--write", "none", "--out", out, "--resume")
@@ -246,7 +246,7 @@ def test_against_an_earlier_sweep(tmp_path, bench_here, capsys):
 
 
 def test_another_environment_is_told_by_against(tmp_path, capsys):
-    keys = pd.DataFrame([["naive", "fwd", "float16", 64, False, 1, 4, 16]], columns=list(benchmark.Point.KEY))
+    keys = pd.DataFrame([["naive", "fwd", "float16", 64, False, 1, 4, 16]], columns=list(points.KEY))
     first, second = (keys.assign(ms=2.0, spread_ms=0.01) for _ in range(2))
     first.attrs["environment"] = {"driver": "1", "date": "2026-01-01"}
     second.attrs["environment"] = {"driver": "1", "date": "2026-01-02"}

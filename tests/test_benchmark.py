@@ -600,7 +600,7 @@ def test_every_stored_file_obeys_its_schema(path):
         assert tuple(df.columns) == (*schema, *more)
         return
     assert set(df.columns) <= set(benchmark.COLUMNS)
-    keys = list(benchmark.Point.KEY)
+    keys = list(points.KEY)
     assert not df.duplicated(keys).any() and df[keys].notna().all(axis=None)
     assert set(df["impl"]) <= set(benchmark.IMPLEMENTATIONS) and set(df["pass"]) <= {"fwd", "bwd"}
     assert set(df["dtype"]) <= {"float16", "bfloat16", "float32"} and df["causal"].dtype == bool
@@ -800,7 +800,7 @@ def test_a_stored_table_of_old_can_be_resumed():
 
 
 def test_compare_two_sweeps():
-    columns = list(benchmark.Point.KEY)
+    columns = list(points.KEY)
     keys = [["naive", "fwd", "float16", 64, False, 1, 4, n] for n in (16, 32, 64)]
     first = pd.DataFrame(keys, columns=columns).assign(ms=[1.0, 2.0, math.nan], spread_ms=[0.5, 0.01, math.nan])
     second = first.assign(ms=[1.25, 2.1, 4.0])

@@ -261,18 +261,18 @@ def _run_attention(cases: list[dict]) -> None:
         attention = benchmark.IMPLEMENTATIONS[case["call"]]
         if case["pass"] == "fwd":
             with torch.no_grad():
-                _profiled(lambda f=attention, x=(q, k, v), c=case["causal"]: f(*x, causal=c))
+                _profiled(functools.partial(attention, q, k, v, causal=case["causal"]))
         else:
             leaves = [t.requires_grad_() for t in (q, k, v)]
             out = attention(*leaves, causal=case["causal"])
-            _profiled(lambda o=out, x=leaves, g=dout: torch.autograd.grad(o, x, g, retain_graph=True))
+            _profiled(functools.partial(torch.autograd.grad, out, leaves, dout, retain_graph=True))
 
 
 def _run_copies(strides: list[int], elements: int) -> None:
     for stride in strides:
         x = torch.zeros(elements * stride, device=runtime.device)
         y = torch.empty_like(x)
-        _profiled(lambda a=x, b=y, s=stride: _copy_with_gaps[(elements // 1024,)](a, b, STRIDE=s, BLOCK=1024))
+        _profiled(functools.partial(_copy_with_gaps[(elements // 1024,)], x, y, STRIDE=stride, BLOCK=1024))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -315,7 +315,7 @@ def planned_traffic(
         shape = {"batch": batch, "heads": heads, "seqlen": n, "head_dim": head_dim}
         for impl in impls:
             which, kernel, _ = CASES[impl]
-            row = shape | {"impl": impl, "pass": which, "dtype": dtype_name(dtype), "causal": causal}
+            row: dict[str, Any] = shape | {"impl": impl, "pass": which, "dtype": dtype_name(dtype), "causal": causal}
             if kernel in _TABLE_ENTRY:
                 if blocks is None:
                     config = pick_config(_TABLE_ENTRY[kernel], head_dim, dtype, causal, runtime.device, longest=n)

@@ -10,11 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
+from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
 
 from labutils.benchmark import SCHEMAS, dtype_name, reference_results
+
+if TYPE_CHECKING:
+    from labutils.kernels.launch_table import LaunchConfig
 
 STORED_AS = "compiled"
 """The folder under labutils/results that holds the table: no GPU was measured for it."""
@@ -45,7 +49,7 @@ class Launch:
     head_dim: int
     capability: tuple[int, int]
     causal: bool = True
-    config: object | None = None
+    config: LaunchConfig | None = None
 
 
 def gpu_name(capability: tuple[int, int] | str) -> str:
@@ -53,7 +57,8 @@ def gpu_name(capability: tuple[int, int] | str) -> str:
     from labutils.kernels import compiled
 
     if isinstance(capability, str):
-        capability = tuple(map(int, capability.split(".")))
+        major, minor = map(int, capability.split("."))
+        capability = (major, minor)
     return compiled.GPUS[capability].names.split(",")[0]
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import pandas as pd
 import torch
@@ -39,6 +39,22 @@ TILED = ("v1", "v2", "dq", "dkdv")
 
 def _blocks(n: int, block: int) -> list[tuple[int, int]]:
     return [(start, min(start + block, n)) for start in range(0, n, block)]
+
+
+@overload
+def io_bytes(
+    impl: str, *, batch: int, heads: int, seqlen: int, head_dim: int, block_m: int | None = ...,
+    block_n: int | None = ..., dtype_bytes: int = ..., causal: bool = ..., seqlen_k: int | None = ...,
+    per_tensor: Literal[True] = ...,
+) -> Bytes: ...  # fmt: skip
+
+
+@overload
+def io_bytes(
+    impl: str, *, batch: int, heads: int, seqlen: int, head_dim: int, block_m: int | None = ...,
+    block_n: int | None = ..., dtype_bytes: int = ..., causal: bool = ..., seqlen_k: int | None = ...,
+    per_tensor: Literal[False],
+) -> int: ...  # fmt: skip
 
 
 def io_bytes(
@@ -297,7 +313,7 @@ def count_traffic(check_bounds: bool = True) -> Iterator[Traffic]:
     def hooked(name: str) -> Callable:
         kinds, at, mask_at = hooks[name]
 
-        def method(self, *args, **kwargs):
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             mask = None
             if mask_at is not None:
                 mask = args[mask_at] if len(args) > mask_at else kwargs.get("mask")
@@ -363,7 +379,7 @@ def counted_traffic(
     """
     if kernel not in TILED:
         raise ValueError(f"kernel={kernel!r} is not known: one of {', '.join(map(repr, TILED))}.")
-    shape = {
+    shape: dict[str, Any] = {
         "kernel": kernel, "batch": batch, "heads": heads, "seqlen": seqlen, "head_dim": head_dim,
         "block_m": block_m, "block_n": block_n, "causal": causal,
         "seqlen_k": seqlen if seqlen_k is None else seqlen_k,

@@ -47,7 +47,7 @@ def decode_bandwidth(
     caches = [torch.randn(2, *shape, heads_kv, head_dim, **on_gpu) for _ in range(copies)]
     lengths = torch.full((batch,), seqlen, dtype=torch.int32, device=runtime.device)
     calls = [
-        lambda kv=kv: interface.flash_attn_with_kvcache(q, *kv, cache_seqlens=lengths, block_table=table)
+        lambda kv=kv: interface.flash_attn_with_kvcache(q, kv[0], kv[1], cache_seqlens=lengths, block_table=table)
         for kv in caches
     ]
     microseconds = time_replayed(calls)

@@ -269,7 +269,7 @@ def watch_interpreter(before_launch: Callable[[Any, tuple, dict], None]) -> Iter
 
     plain = GridExecutor.__call__
 
-    def call(self, *args, **kwargs):
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         before_launch(self, args, kwargs)
         return plain(self, *args, **kwargs)
 

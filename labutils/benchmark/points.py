@@ -20,9 +20,12 @@ INTERPRETER_TILES = 64  # tiles of 128 x 128 scores that the interpreter may spe
 INTERPRETER_BACKWARD = 4  # what forward and backward together cost there, in forward passes
 ORACLE_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}  # float64 scores that the oracle holds at a time
 
+KEY = ("impl", "pass", "dtype", "head_dim", "causal", "batch", "heads", "seqlen")
+"""The columns of a table of measurements that tell its rows apart: the fields of `Point`."""
+
 
 class Point(NamedTuple):
-    """What makes a row of attention.csv: the columns before its measurements, in their order there."""
+    """What makes a row of attention.csv: the columns before its measurements, `KEY`, in their order there."""
 
     impl: str
     which: str
@@ -34,17 +37,15 @@ class Point(NamedTuple):
     heads: int
     seqlen: int
 
-    KEY = ("impl", "pass", "dtype", "head_dim", "causal", "batch", "heads", "seqlen")  # no annotation: no field
-
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Point:
         """The point of a row of a table."""
-        values = (record[name] for name in cls.KEY)
+        values = (record[name] for name in KEY)
         return cls(*(value.item() if hasattr(value, "item") else value for value in values))
 
     def as_dict(self) -> dict[str, Any]:
         """Column -> value."""
-        return dict(zip(self.KEY, self, strict=True))
+        return dict(zip(KEY, self, strict=True))
 
     def inputs(self) -> tuple:
         """What points with the same q, k and v have in common: dtype, D, mask, B, H, N."""
@@ -62,7 +63,9 @@ class Oracle:
     float64 ever exists, and gives up (None) after `seconds`.
     """
 
-    def __init__(self, q, k, v, dout, causal: bool, seconds: float):
+    def __init__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, *, causal: bool, seconds: float
+    ):
         self.inputs, self.dout, self.causal, self.seconds = (q, k, v), dout, causal, seconds
         self.gave_up = seconds <= 0
         self._kept: dict[str, tuple[torch.Tensor, ...] | None] = {}
@@ -126,7 +129,17 @@ def _max_error(results: Sequence[torch.Tensor], exact: Sequence[torch.Tensor] | 
 class _Call:
     """One implementation on one set of inputs, forward or backward."""
 
-    def __init__(self, attention: Attention, which: str, q, k, v, dout, causal: bool):
+    def __init__(
+        self,
+        attention: Attention,
+        which: str,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        dout: torch.Tensor,
+        *,
+        causal: bool,
+    ):
         self.attention, self.which, self.causal = attention, which, causal
         self.inputs, self.dout = (q, k, v), dout
         self.leaves = [t.detach().requires_grad_() for t in (q, k, v)]
@@ -163,7 +176,7 @@ def _measure(call: _Call, oracle: Oracle | None, seconds: float, warm_up: float 
     tiles = batch * heads * math.ceil(n / 128) ** 2 * (1 if call.which == "fwd" else INTERPRETER_BACKWARD)
     interpreted = False
 
-    def before_launch(*_):
+    def before_launch(*_: Any) -> None:
         nonlocal interpreted
         interpreted = True
         if tiles > INTERPRETER_TILES:
@@ -261,7 +274,7 @@ def attempt(
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")  # SDPA says in warnings why a backend refused
         try:
-            row = _measure(_Call(attention, which, *tensors, causal), oracle, seconds, warm_up)
+            row = _measure(_Call(attention, which, *tensors, causal=causal), oracle, seconds, warm_up)
         except Exception as error:
             status = "oom" if is_out_of_memory(error) else "unsupported"
             row = {"status": status, "reason": _one_line(error, warned if status == "unsupported" else ())}

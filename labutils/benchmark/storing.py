@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 
 from labutils import files
-from labutils.benchmark.points import Point
+from labutils.benchmark.points import KEY, Point
 from labutils.environment import differences
 
 SCHEMAS: dict[str, tuple[str, ...]] = {
@@ -205,7 +205,7 @@ def _check_rows(df: pd.DataFrame) -> None:
                 f"line {line} is damaged ({', '.join(f'{name}: {row[name]}' for name in wrong)}). Delete it, and "
                 "--resume measures its point again."
             )
-        first = seen.setdefault(tuple(str(row[name]) for name in Point.KEY), line)
+        first = seen.setdefault(tuple(str(row[name]) for name in KEY), line)
         if first != line:
             raise ValueError(
                 f"line {line} has the point of line {first} once more ({row['impl']} {row['pass']} {row['dtype']} "
@@ -314,7 +314,7 @@ def rows_by_point(df: pd.DataFrame) -> dict[Point, dict]:
     """The rows of an attention table by their points, as a sweep keeps them."""
     rows = {}
     for record in df.to_dict("records"):
-        row = {column: record.get(column) for column in COLUMNS if column not in Point.KEY}
+        row = {column: record.get(column) for column in COLUMNS if column not in KEY}
         bound = row["overhead_bound"]
         row["overhead_bound"] = None if bound is None or pd.isna(bound) else str(bound) == "True"
         rows[Point.of(record)] = row
@@ -357,7 +357,7 @@ def compare(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ValueError: the tables have no measured point in common.
     """
-    keys = list(Point.KEY)
+    keys = list(KEY)
     wanted = [*keys, "ms", "spread_ms", *({"overhead_bound"} & set(first.columns) & set(second.columns))]
     both = first[wanted].merge(second[wanted], on=keys, suffixes=("_1", "_2"))
     both = both[both["ms_1"].notna() & both["ms_2"].notna()].reset_index(drop=True)

@@ -119,8 +119,8 @@ def measure_rounds(
     oracle_seconds: dict[tuple, float] = {}  # what is left of the oracle's patience, for each dtype, D and mask
     for number in range(rounds):
         exhausted: dict[tuple, list[Point]] = {}  # what has run out of memory, by all but batch and length
-        for shape, group in groupby(points, key=Point.inputs):
-            group = list(group)
+        for shape, alike in groupby(points, key=Point.inputs):
+            group = list(alike)
             for point in group:
                 if rows.get(point, {}).get("status") == "oom":
                     _note_exhausted(exhausted, point)
@@ -139,7 +139,7 @@ def measure_rounds(
                     raise
                 tensors = None
             patience = oracle_seconds.get(kind, error_seconds)
-            oracle = Oracle(*(tensors or [None] * 4), causal, patience)
+            oracle = Oracle(*(tensors or [None] * 4), causal=causal, seconds=patience)
             for point in todo:
                 describe(f"{point.impl} {point.which} N={n:,}")
                 before = rows.get(point)
@@ -155,6 +155,7 @@ def measure_rounds(
                             oracle if before is None else None, seconds=seconds_per_point / rounds, warm_up=warm_up,
                         )  # fmt: skip
                     except DeviceLost as lost:  # whatever came next would fail, and be blamed for it
+                        assert lost.row is not None  # `attempt` says what became of the point
                         rows[point] = _merged(point, before, lost.row)
                         yield rounds - number  # for whoever writes rows down: this one is written, too
                         raise _stopped(f"at {point.impl} {point.which} N={n:,}", lost) from lost

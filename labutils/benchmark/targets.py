@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -39,7 +39,7 @@ BFLOAT16, ODD_LENGTH, WITHOUT, HOST = 1.05, 1.10, 1.02, 1.5
 
 def points() -> list[Point]:
     """All points that the targets need, those that are compared next to each other."""
-    shared = dict(head_dims=HEAD_DIMS, causal=(False, True), tokens=TOKENS, hidden=HIDDEN)
+    shared: dict[str, Any] = dict(head_dims=HEAD_DIMS, causal=(False, True), tokens=TOKENS, hidden=HIDDEN)
     half, both = [torch.float16], ("fwd", "bwd")
     found = [
         *plan((OURS, *FA2), LENGTHS, dtypes=half, passes=both, **shared),
@@ -104,8 +104,9 @@ def without_features(*, rounds: int = 3, seconds: float = 0.1) -> Iterator[dict[
             def backward(q=q, k=k, v=v, dout=dout, out=out, lse=lse, options=options):
                 return flash_v2_backward.backward(dout, q, k, v, out, lse, options)
 
-            for which, call in {"fwd": forward, "bwd": backward}.items():
-                kernels = (contextlib.nullcontext, plain.plain_kernels)
+            calls: dict[str, Callable[[], Any]] = {"fwd": forward, "bwd": backward}
+            for which, call in calls.items():
+                kernels: tuple[Callable[[], Any], ...] = (contextlib.nullcontext, plain.plain_kernels)
                 timed: tuple[list[Timing], list[Timing]] = ([], [])
                 # A GPU that waited for a compiler is cool, and its clock is high: compile before. And each kernel is
                 # the first of a round as often as the other.

@@ -66,13 +66,14 @@ def vary(
                 if not is_out_of_memory(error):
                     raise
                 tensors = None
-            oracle = None if tensors is None else Oracle(*tensors, causal, error_seconds)
+            oracle = None if tensors is None else Oracle(*tensors, causal=causal, seconds=error_seconds)
             for which in passes:
                 flops = attention_flops(
                     batch=batch, heads=heads, seqlen_q=n, head_dim=d, causal=causal, backward=which == "bwd"
                 )
                 for impl, function in functions.items():
                     bar.set_description_str(f"{name} {impl} {which}")
+                    found: dict[str, Any]
                     if tensors is None:
                         found = {"status": "oom", "reason": "not tried: the inputs alone do not fit"}
                     else:

@@ -126,7 +126,8 @@ def _others(folder: Path) -> tuple[Any, Any]:
     import pandas as pd
 
     files = (folder / "features.csv", folder / "host.csv")
-    return tuple(pd.read_csv(file) if file.exists() else None for file in files)
+    features, host = (pd.read_csv(file) if file.exists() else None for file in files)
+    return features, host
 
 
 def _judge(folder: Path, table: Any, features: Any, host: Any, *, write: bool) -> int:

@@ -130,10 +130,12 @@ def run(arguments: argparse.Namespace) -> int:
             return _reset(file)
         if arguments.show:
             return _show(arguments, file, capability)
+        assert capability is not None  # else it was said above
         places = _places(arguments, capability)
         if arguments.compile_only:
             return _list(places, capability, _processes(arguments))
-        return _tune(arguments, places, file)
+        assert file is not None  # this, too
+        return _tune(arguments, places, file, capability)
     except (RuntimeError, OSError) as error:  # OSError: the table cannot be written
         return _complain(error, 1)
 
@@ -162,8 +164,8 @@ def _processes(arguments: argparse.Namespace) -> int:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _tune(arguments: argparse.Namespace, places: Sequence[Place], file: Path) -> int:
-    from labutils import environment, runtime
+def _tune(arguments: argparse.Namespace, places: Sequence[Place], file: Path, capability: tuple[int, int]) -> int:
+    from labutils import environment
     from labutils.benchmark import sweeping, tuning
     from labutils.kernels import candidates, launch_table
 
@@ -191,14 +193,14 @@ def _tune(arguments: argparse.Namespace, places: Sequence[Place], file: Path) ->
         tuned.measured = [stored for stored in tuned.measured if tuning.Row.of(stored).place not in places]
         tuned.environment = made_by
     print(f"{gpu}: {len(places)} entries of the launch table, kept in {file}")
-    steps = sum(len(candidates.candidates(place, runtime.capability)) for place in places)
+    steps = sum(len(candidates.candidates(place, capability)) for place in places)
     processes = _processes(arguments)
     with sweeping.progress_bar(steps) as bar:
         try:
             tuning.tune(
                 places, tuned,
                 lambda place: tuning.OnGpu(place, seconds=arguments.seconds),
-                lambda place: candidates.compile_candidates(place, runtime.capability, processes=processes),
+                lambda place: candidates.compile_candidates(place, capability, processes=processes),
                 rounds=arguments.rounds, save=lambda: launch_table.write(file, tables),
                 describe=bar.set_description_str, advance=bar.update,
                 decided=lambda decision: bar.write(f"{decision.best.place}: {decision}", file=sys.stdout),

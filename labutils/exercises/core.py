@@ -128,7 +128,7 @@ class _Largest(TorchDispatchMode):
         super().__init__()
         self.elements = 0
 
-    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+    def __torch_dispatch__(self, operation: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         """Runs the operation, and looks at what it returns."""
         result = operation(*arguments, **(keywords or {}))
         for tensor in result if isinstance(result, tuple | list) else (result,):
@@ -267,7 +267,7 @@ class _Frame:
     own: bool
 
 
-def _frames(error: BaseException) -> Iterator[_Frame]:
+def _frames(error: BaseException | None) -> Iterator[_Frame]:
     """The frames below this package; `own` where the code is a notebook's cell or a file outside libraries."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -279,8 +279,8 @@ def _frames(error: BaseException) -> Iterator[_Frame]:
             library = (
                 "-packages/" in name or "/lib/python" in name or name.startswith("<frozen") or "/labutils/" in name
             )
-            line = summary.line or linecache.getline(name, summary.lineno)
-            yield _Frame(summary.lineno, summary.name, line, not library)
+            line = summary.line or linecache.getline(name, summary.lineno or 0)
+            yield _Frame(summary.lineno or 0, summary.name, line, not library)
         # Triton's interpreter wraps what a kernel raised; its traceback is that of the cause
         error = error.__cause__
 
@@ -296,7 +296,7 @@ def number(got: Any, what: str) -> float:
         got = got.item()
     if isinstance(got, bool) or not isinstance(got, numbers.Real):
         raise Wrong(f"It must return {what}, one number; it returned {describe(got)}.")
-    return got
+    return got  # type: ignore[return-value]  # an int stays one: messages show what came
 
 
 def tensor(got: Any, shape: Sequence[int], what: str, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ def isolation() -> tuple[str, ...]:
     """The command that puts a process into namespaces of its own, empty where this system does not allow it."""
     if shutil.which("unshare") is None:
         return ()
-    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    quiet: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         if subprocess.run([*_NAMESPACES, "true"], timeout=20, **quiet).returncode == 0:
             return _NAMESPACES
@@ -317,7 +317,7 @@ def which_notebook(cells: list[tuple[int, str]]) -> str:
     counts = dict.fromkeys(sorted({exercise.notebook for exercise in EXERCISES.values()}), 0)
     for name, exercise in EXERCISES.items():
         counts[exercise.notebook] += f"def {name}(" in text or f"check.{name}(" in text
-    best = max(counts, key=counts.get)
+    best = max(counts, key=counts.__getitem__)
     return best if counts[best] else ""
 
 
@@ -353,7 +353,7 @@ def grade_cells(
     submission: str,
     limits: Limits,
     progress: Callable[[str], None] = lambda text: None,
-) -> Iterator[Mark]:
+) -> Generator[Mark, None, None]:
     """Marks of the exercises of one notebook, as they are found.
 
     Args:

@@ -591,7 +591,7 @@ def _tiling_mistakes(q, k, v, blocks, causal, mask) -> _Mistakes:
     )
     wrong["P was multiplied by K: the output is P V."] = head_attention(floats[0], floats[1], floats[1], mask=mask)
     wrong["The output was divided by l in each step, and not multiplied by the old l before the next one."] = (
-        _divided_in_each_step(*floats, blocks[1], mask)
+        _divided_in_each_step(*floats, block=blocks[1], mask=mask)
     )
     undivided = head_attention(*floats, mask=mask)
     wrong["That is the sum, not yet divided by l."] = (
@@ -658,7 +658,7 @@ def _tail_mistakes(q, k, v, blocks, mask) -> _Mistakes:
     return wrong
 
 
-def _divided_in_each_step(q, k, v, block, mask) -> tuple[torch.Tensor, torch.Tensor]:
+def _divided_in_each_step(q, k, v, *, block, mask) -> tuple[torch.Tensor, torch.Tensor]:
     """o = (α o + P V) / l: version 1's division without its multiplication."""
     s = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, -math.inf)
     m, l, o = torch.full_like(q[:, 0], -math.inf), torch.zeros_like(q[:, 0]), torch.zeros_like(q)

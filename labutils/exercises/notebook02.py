@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -335,7 +336,7 @@ def window_attention(call: Call, generator: torch.Generator) -> None:
         q, k, v = (draw(generator, batch, n, heads, 32, dtype=dtype) for _ in range(3))
         q = 2 * q
         name = str(dtype).removeprefix("torch.")
-        options = {"causal": True, "window_size": (window, 0)}
+        options: dict[str, Any] = {"causal": True, "window_size": (window, 0)}
         out = tensor(call(q, k, v, window), q.shape, "out", dtype)
 
         def variant(left=window, right=0, scale=32**-0.5, causal=True, q=q, k=k, v=v):
@@ -620,8 +621,8 @@ def gpt2_attention(call: Call, generator: torch.Generator) -> None:
                 q, k, v, scale, ~padding
             )
         if n_q == n_k:
-            across = naive_attention(q, k, v, causal=True, softmax_scale=scale).transpose(1, 2)
-            wrong["Attention went across heads: exchange heads and rows before the call, too."] = across
+            across: Any = naive_attention(q, k, v, causal=True, softmax_scale=scale)
+            wrong["Attention went across heads: exchange heads and rows before the call, too."] = across.transpose(1, 2)
         same_tensor(
             shown(out.float()),
             exact,

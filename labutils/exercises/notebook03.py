@@ -355,20 +355,19 @@ def _one_loss(call, generator, n, chunk, scale) -> None:
         ("d_hidden", d_hidden, g @ weight.double(), low_g @ weight, of_hidden),
         ("d_weight", d_weight, g.T @ hidden.double(), low_g.T @ hidden, of_weight),
     ):
+
+        def place(index: tuple[int, ...], name: str = name) -> str:
+            token = f"token {index[0]} (chunk {index[0] // chunk})"
+            row = token if name == "d_hidden" else f"vocabulary entry {index[0]}"
+            return f"{row}, dimension {index[1]}"
+
         same_tensor(
             got,
             exact,
             low,
             name=name,
             requirement=f"The loss is right, {name} is not, for {case}.",
-            place=lambda index, name=name: (
-                (
-                    f"token {index[0]} (chunk {index[0] // chunk})"
-                    if name == "d_hidden"
-                    else f"vocabulary entry {index[0]}"
-                )
-                + f", dimension {index[1]}"
-            ),
+            place=place,
             mistakes=wrong,
             factor=3.0,
             atol=1e-5 * (1.0 if scale == 1.0 else 100.0),  # logits near 200 are known to 1e-5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import product
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ def attention_share(call: Call, generator: torch.Generator) -> None:
     """(share of attention in the self time, speed-up of the whole if attention were `factor` times as fast)."""
     for factor in (2.0, 4.0, 10.0):
         ms = [float(integer(generator, 5, 90)) / 10 for _ in range(6)]
-        rows = [
+        rows: list[dict[str, Any]] = [
             {"op": "aten::linear", "self_ms": 0.1, "total_ms": ms[0] + ms[1] + 0.1},
             {"op": "aten::addmm", "self_ms": ms[0], "total_ms": ms[0] + ms[1]},
             {"op": "aten::copy_", "self_ms": ms[1], "total_ms": ms[1]},
@@ -314,6 +315,7 @@ def choose_blocks(call: Call, generator: torch.Generator) -> None:
         right = best_blocks(*arguments)
         if got == right:
             continue
+        assert right is not None  # blocks of 16 fit all of these
         case = (
             f"a {gpu} ({kib[gpu]} KiB, {processors[gpu]} multiprocessors), N = {n}, H = {heads}, D = {depth}, {size}"
             f" bytes, {stages} stages"

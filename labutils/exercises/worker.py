@@ -60,10 +60,9 @@ def main(arguments: list[str]) -> None:
 
 
 def _answer(namespace: dict[str, Any], name: str, arguments: tuple) -> dict[str, Any]:
-    function = namespace.get(name)
     if name not in namespace:
         return {"absent": True}
-    call = LocalCall(function)
+    call = LocalCall(namespace[name])
     try:
         value = call(*arguments)
         return {"value": value, "largest": call.largest}

@@ -62,7 +62,7 @@ def candidates(place: Place, capability: tuple[int, int]) -> list[LaunchConfig]:
     if place.kernel == "decode":
         least //= 4  # memory is its bound: small tiles do as well
     sizes = (32, 64, 128) if tensor_cores and place.head_dim <= 128 and place.kernel != "decode" else (16, 32, 64)
-    through = (shipped.tma,)
+    through: tuple[bool, ...] = (shipped.tma,)
     if capability >= _DESCRIPTORS and tensor_cores and place.kernel in _WITH_TMA and not shipped.tma:
         through = (False, True)  # where descriptors were timed, they won
     for m, n, warps in itertools.product(sizes, sizes, (4, 8)):
@@ -102,6 +102,7 @@ def _reason(resources: Resources) -> str:
         return f"too large: {resources.shared_bytes / 1024:.0f} of {gpu.shared_kib} KiB of shared memory"
     if not resources.blocks_per_sm:
         return "no block of it fits a multiprocessor"
+    assert resources.spilled_bytes is not None  # they are of a complete compilation
     if resources.spilled_bytes > _SPILLED:
         return f"spills {resources.spilled_bytes} bytes a thread"
     return ""
@@ -163,6 +164,7 @@ def best_by_resources(found: Iterable[Compiled]) -> LaunchConfig | None:
 
     def order(c: Compiled) -> tuple:
         blocks = c.resources.blocks_per_sm
+        assert blocks is not None  # else `_reason` said so, and it is not usable
         warps = blocks * c.config.num_warps
         kept, passing = c.config.block_m, c.config.block_n
         if c.resources.kernel == NAMES["dkdv"]:

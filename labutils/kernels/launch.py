@@ -7,6 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import triton
@@ -55,7 +56,9 @@ def pick_config(
 
 
 @functools.cache
-def _picked(kernel, head_dim, dtype, causal, capability, device_index) -> LaunchConfig:
+def _picked(
+    kernel: str, head_dim: int, dtype: torch.dtype, causal: bool, capability: tuple[int, int], device_index: int | None
+) -> LaunchConfig:
     """The same from what it depends on, looked up once for each: the backward pass asks three times a call."""
     if capability < (7, 5):
         raise RuntimeError(
@@ -110,7 +113,7 @@ class Launched:
         kernel: compiled. grid: three numbers. arguments: all of the kernel's, in its order, constants included.
     """
 
-    def __init__(self, kernel, grid: tuple[int, int, int], arguments: Sequence):
+    def __init__(self, kernel: Any, grid: tuple[int, int, int], arguments: Sequence):
         self._kernel, self._grid = kernel, grid
         self._run, self._function, self._metadata = kernel.run, kernel.function, kernel.packed_metadata
         descriptors = [argument for argument in arguments if type(argument) is TensorDescriptor]
@@ -162,7 +165,7 @@ class Launched:
         self._run(*grid, stream, self._function, self._metadata, about, enter, leave, *arguments)
 
 
-def _is_set(hook) -> bool:
+def _is_set(hook: Any) -> bool:
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
@@ -184,7 +187,9 @@ def _tensor_maps(descriptor: TensorDescriptor, about: dict | None) -> tuple[Call
     return map_of, [map_of(descriptor.base.data_ptr()), *expanded[1:]]
 
 
-def launch(kernel, grid: tuple[int], config: LaunchConfig, *args, **constants) -> Callable[[], Launched] | None:
+def launch(
+    kernel: Any, grid: tuple[int], config: LaunchConfig, *args: Any, **constants: Any
+) -> Callable[[], Launched] | None:
     """Starts a kernel on the device of its first argument. An empty grid starts nothing.
 
     Returns:

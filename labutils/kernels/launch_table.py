@@ -197,7 +197,9 @@ def _table(capability: tuple[int, int], dtype: str) -> dict[tuple, LaunchConfig]
         return _TURING_FLOAT32 if dtype == "float32" else _TURING
     if dtype == "float32":
         return _FLOAT32
-    return {(8, 0): _AMPERE, (9, 0): _HOPPER, (10, 0): _BLACKWELL}.get(capability, _SMALL)
+    own: dict[tuple[int, int], dict[tuple, LaunchConfig]]
+    own = {(8, 0): _AMPERE, (9, 0): _HOPPER, (10, 0): _BLACKWELL}
+    return own.get(capability, _SMALL)
 
 
 def _find(place: Place, capability: tuple[int, int]) -> LaunchConfig | None:

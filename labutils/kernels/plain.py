@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any, TypeGuard
 
 from labutils.kernels import flash_v2, flash_v2_backward
 
@@ -53,7 +54,7 @@ class _Without(ast.NodeTransformer):
     def __init__(self, positions: dict[str, list[int]]):
         self.positions = positions
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
         arguments = node.args
         defaults = [None] * (len(arguments.args) - len(arguments.defaults)) + arguments.defaults
         kept = [(a, default) for a, default in zip(arguments.args, defaults) if a.arg not in FEATURES]
@@ -64,7 +65,7 @@ class _Without(ast.NodeTransformer):
         arguments.defaults = [default for _, default in kept if default is not None]
         return self.generic_visit(node)
 
-    def visit_Call(self, node: ast.Call) -> ast.Call:
+    def visit_Call(self, node: ast.Call) -> ast.AST:
         theirs = self.positions.get(node.func.id, []) if isinstance(node.func, ast.Name) else []
         node.args = [argument for place, argument in enumerate(node.args) if place not in theirs]
         return self.generic_visit(node)
@@ -107,7 +108,7 @@ def _is_none(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and node.value is None
 
 
-def _is_kernel(node: ast.stmt) -> bool:
+def _is_kernel(node: ast.stmt) -> TypeGuard[ast.FunctionDef]:
     return isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
 
 
@@ -123,7 +124,7 @@ def sources() -> dict[str, str]:
     }
     found = {}
     for name, tree in trees.items():
-        kept = []
+        kept: list[ast.stmt] = []
         for node in tree.body:
             if isinstance(node, ast.ImportFrom) and node.module == "labutils.kernels.flash_v2":
                 continue  # of which no function runs inside of a kernel
@@ -155,11 +156,11 @@ def _modules() -> dict[str, ModuleType]:
 class _InPlaceOf:
     """Takes a kernel's arguments and launches the other one with those that it has."""
 
-    def __init__(self, kernel, plain):
+    def __init__(self, kernel: Any, plain: Any):
         self.plain, self.arg_names = plain, kernel.arg_names
 
-    def __getitem__(self, grid) -> Callable:
-        def start(*args, **constants):
+    def __getitem__(self, grid: Any) -> Callable:
+        def start(*args: Any, **constants: Any) -> Any:
             named = dict(zip(self.arg_names, args, strict=False))
             on = [name for name, value in named.items() if name not in self.plain.arg_names and value is not None]
             if on:

@@ -131,8 +131,9 @@ class _Form:
         if known is not None:
             return known.again(q, *addresses)
         gradients, launched, per_row = flash_v2_backward.start(dout, q, k, v, out, lse, self.options)
-        if all(launched.values()):  # it is for an empty grid
-            self.backwards[key] = _Backward(gradients, launched["dq"](), launched["dkdv"](), per_row)
+        dq, dkdv = launched["dq"], launched["dkdv"]
+        if dq is not None and dkdv is not None:  # they are for an empty grid
+            self.backwards[key] = _Backward(gradients, dq(), dkdv(), per_row)
         return gradients
 
 
@@ -187,7 +188,7 @@ class _Decoding:
             cache = flash_decode.Cache(None, seqlen)
             out, lse, launched = flash_decode.start(q, k, v, cache, self.options, self.plan, 0, splits)
             if all(launched):  # it is for an empty grid
-                self.known[key] = [each() for each in launched]
+                self.known[key] = [each() for each in launched if each is not None]
             return out, lse
         out = q.new_empty_strided(*self.out)  # in half the time of new_empty
         lse = q.new_empty_strided(*self.lse, dtype=torch.float32)

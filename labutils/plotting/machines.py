@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -232,7 +233,7 @@ def plot_timeline(events: pd.DataFrame, depth: int = 3, title: str = "") -> Figu
     for ax, track in zip(axes[:, 0], tracks, strict=True):
         longest = took[track].nlargest(len(palette))
         colors = dict(zip(longest.index[longest > 0.01 * total], palette, strict=False))
-        entries = {}
+        entries: dict[str, Any] = {}
         for row in shown[shown["track"] == track].itertuples():
             name, width = short_operation(row.op), row.end_us - row.start_us
             bar = ax.barh(
