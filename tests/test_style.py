@@ -1,9 +1,10 @@
-"""The code obeys the rules in pyproject.toml and the order of imports in CONTRIBUTING.md.
+"""The code obeys the rules and has the types that pyproject.toml asks for, and the order of imports in CONTRIBUTING.md.
 
-`ruff check --fix .` and `ruff format labutils tests` help with the former.
+`ruff check --fix .` and `ruff format labutils tests` help with the rules, and `mypy` says where types do not fit.
 """
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,14 @@ def test_ruff(command):
     pytest.importorskip("ruff", reason="ruff is not installed here")
     done = subprocess.run(
         [sys.executable, "-m", "ruff", *command, "--no-cache"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_types():
+    pytest.importorskip("mypy", reason="mypy is not installed here")
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", f"--cache-dir={os.devnull}"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
