@@ -10,10 +10,10 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from labutils import files
 from labutils.exercises.core import PASSED, Outcome
 
 _told = False
@@ -62,7 +62,7 @@ def record(outcome: Outcome) -> str:
         if not _told:
             _told = True
             return (
-                f"Your progress is kept in this session alone ({_reason(error)}). To keep it, set LABUTILS_STATE to a "
+                f"Your progress is kept in this session alone: {_reason(error)}. To keep it, set LABUTILS_STATE to a "
                 "file that you may write, before you start JupyterLab."
             )
     return ""
@@ -70,16 +70,7 @@ def record(outcome: Outcome) -> str:
 
 def _write(states: dict[str, dict[str, Any]]) -> None:
     """Replaces the file as a whole, so that an interrupt, or a second notebook, leaves no half of it."""
-    path = state_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump({"exercises": states}, file, indent=1)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    files.replace(state_file(), json.dumps({"exercises": states}, indent=1))
 
 
 def _reason(error: Exception) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import tempfile
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+
+from labutils import files
 
 KERNELS = ("v1", "forward", "dkdv", "dq", "decode")
 EITHER = ("v1", "decode")
@@ -355,16 +356,7 @@ def write(file: Path, tables: dict[Gpu, Tuned]) -> None:
         }
         for gpu, tuned in tables.items()
     ]  # fmt: skip
-    file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as opened:
-            json.dump({"format": FORMAT, "tables": stored}, opened, indent=1)
-            opened.write("\n")
-        os.replace(temporary, file)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    files.replace(file, json.dumps({"format": FORMAT, "tables": stored}, indent=1) + "\n")
 
 
 def _as_dict(config: LaunchConfig) -> dict[str, Any]:
