@@ -23,7 +23,7 @@ from tqdm import tqdm
 from labutils import models, runtime
 from labutils.benchmark import SCHEMAS, read_results, save_results, watch_interpreter
 from labutils.benchmark.measuring import INTERPRETED
-from labutils.benchmark.points import is_out_of_memory
+from labutils.benchmark.points import NOT_REACHED, is_out_of_memory
 from labutils.environment import differences, environment
 from labutils.kernels import flash_v1, flash_v2_backward
 from labutils.kernels.flash_v2 import Options
@@ -159,10 +159,9 @@ def sweep(
     if interrupted:
         again = "for all of them" if folder is None else "to go on"
         print(f"Interrupted after {bar.n} of {total} points; the others say so. Run this cell again {again}.")
-        not_reached = {"status": "unsupported", "reason": "not reached before the sweep was interrupted"}
         for size, (_, b, named), attention, n in itertools.product(sizes, jobs, attentions, lengths):
             for point in _points(size, named, attention, b, n):
-                rows.found.setdefault(point, not_reached)  # in this table alone: the next run measures it
+                rows.found.setdefault(point, NOT_REACHED)  # in this table alone: the next run measures it
     table = rows.table()
     wanted = {IMPL.get(a, a) for a in attentions}
     table = table[table["model"].isin(sizes) & table["impl"].isin(wanted) & table["work"].isin(works)]

@@ -22,6 +22,8 @@ ORACLE_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}  # float64 scores that t
 
 KEY = ("impl", "pass", "dtype", "head_dim", "causal", "batch", "heads", "seqlen")
 """The columns of a table of measurements that tell its rows apart: the fields of `Point`."""
+NOT_REACHED = {"status": "unsupported", "reason": "not reached before the sweep was interrupted"}
+"""The row of a point that an interrupted sweep did not come to."""
 
 
 class Point(NamedTuple):

@@ -15,7 +15,7 @@ import torch
 from labutils import runtime
 from labutils.benchmark.implementations import Attention, chosen
 from labutils.benchmark.measuring import attention_flops, dtype_name
-from labutils.benchmark.points import DeviceLost, Oracle, Point, attempt, device_error, is_out_of_memory
+from labutils.benchmark.points import NOT_REACHED, DeviceLost, Oracle, Point, attempt, device_error, is_out_of_memory
 from labutils.benchmark.storing import as_table
 
 if TYPE_CHECKING:
@@ -313,8 +313,7 @@ def sweep(
                 RuntimeWarning,
                 stacklevel=2,
             )
-    not_reached = {"status": "unsupported", "reason": "not reached before the sweep was interrupted"}
-    table = as_table({point: rows.get(point, not_reached) for point in points})
+    table = as_table({point: rows.get(point, NOT_REACHED) for point in points})
     table.attrs.update(machine=runtime.machine, interrupted=interrupted)
     return table
 
