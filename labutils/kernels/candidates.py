@@ -105,6 +105,8 @@ def _reason(resources: Resources) -> str:
     assert resources.spilled_bytes is not None  # they are of a complete compilation
     if resources.spilled_bytes > _SPILLED:
         return f"spills {resources.spilled_bytes} bytes a thread"
+    if resources.overwritten:
+        return f"a race: {resources.overwritten} instructions write registers that a product in flight reads"
     return ""
 
 

@@ -34,7 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
-from labutils.kernels import append, flash_decode, flash_v1, flash_v2, flash_v2_backward, launch, plain
+from labutils.kernels import append, flash_decode, flash_v1, flash_v2, flash_v2_backward, in_flight, launch, plain
 from labutils.kernels.launch_table import LaunchConfig
 
 WARP_SIZE = 32
@@ -122,8 +122,10 @@ class Resources:
         shared_bytes: shared memory of a block.
         tensor_columns: columns of tensor memory of a block; only 10.0 has any.
         registers: of a thread. spilled_bytes: what a thread keeps in local memory, since registers did not suffice.
-            None unless `measure` was asked for binaries.
+            None unless `resources_of` was asked for binaries.
         instructions: of its PTX, None likewise.
+        overwritten: how many instructions write a register that a product in flight may still read, for 9.0; anything
+            but 0 is a race (see `in_flight`). None likewise, and where a kernel has no such product.
     """
 
     kernel: str
@@ -136,6 +138,7 @@ class Resources:
     registers: int | None = None
     spilled_bytes: int | None = None
     instructions: int | None = None
+    overwritten: int | None = None
 
     @property
     def fits(self) -> bool:
@@ -280,8 +283,8 @@ def _allocate(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> 
     return module.get_int_attr("ttg.shared"), module.get_int_attr("ttg.tensor_memory_size") or 0
 
 
-def _build(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> tuple[int, int, int, int, int]:
-    """The same, registers of a thread, the bytes it spills, instructions of PTX, from a complete compilation."""
+def _build(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> tuple[int, int, int, int, int, int | None]:
+    """The same and what else `Resources` has, from a complete compilation."""
     kernel = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
@@ -292,7 +295,8 @@ def _build(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> tup
         raise RuntimeError(f"{command[0]} names no registers and no stack: {usage.strip()[-500:]!r}")
     registers, stack = map(int, found.groups())
     instructions = len(re.findall(r"^\s+(?:@%?\S+ )?[a-z][\w.:]+[^;:]*;", kernel.asm["ptx"], re.M))
-    return kernel.metadata.shared, kernel.metadata.tmem_size or 0, registers, stack, instructions
+    overwritten = in_flight.count(kernel.asm["cubin"]) if target.arch == 90 else None
+    return kernel.metadata.shared, kernel.metadata.tmem_size or 0, registers, stack, instructions, overwritten
 
 
 _known: dict[tuple, tuple] = {}  # what the child process has compiled
