@@ -4,7 +4,8 @@ PyTorch's fake tensors have a shape and a dtype, and no data. A step on them run
 forward, backward and optimizer, and says which tensors each of them makes. Counting those that are alive gives the
 peak that the allocator of a GPU will see, but for workspaces of cuBLAS and what kernels use within themselves, for
 any model, length and remedy, in seconds, on any machine. The tensors claim to be the CPU's, since a PyTorch built
-without CUDA knows no others; what autocast does differently on a GPU is played after it.
+without CUDA knows no others; what autocast does differently on a GPU is played after it, and so is the one operator
+that makes a large tensor for itself there: the backward pass of a softmax.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from labutils import ledger, models, runtime, training
+
+
+# On a GPU it first multiplies the gradient and the output, of the scores' size each, into a third tensor of that size
+# (`softmax_backward_cuda_out` in PyTorch's aten/src/ATen/native/cuda/SoftMax.cu).
+_SOFTMAX_BACKWARD = torch.ops.aten._softmax_backward_data.default
 
 
 class _Alive(TorchDispatchMode):
@@ -40,14 +46,26 @@ class _Alive(TorchDispatchMode):
         for tensor in torch.utils._pytree.tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
                 self._count(tensor.untyped_storage())
+        if function is _SOFTMAX_BACKWARD:
+            self._count_for_a_moment(args[0].nbytes)
         return result
+
+    def _size_and_kind(self, nbytes: int) -> tuple[int, str]:
+        """What the allocator hands out for a tensor that is made now, a multiple of 512 bytes; and what it is."""
+        kind = self.making or ledger.kind_of(ledger.stack(), nbytes, self._sizes, low=self._low)
+        return -(-nbytes // 512) * 512, kind
+
+    def _count_for_a_moment(self, nbytes: int) -> None:
+        """A tensor that an operator makes for itself, beside its result, and drops when it returns."""
+        size, kind = self._size_and_kind(nbytes)
+        if self.bytes + size > self.peak:
+            self.peak, self.at_peak = self.bytes + size, self.by_kind | {kind: self.by_kind[kind] + size}
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key in self._seen:
             return
-        size = -(-storage.nbytes() // 512) * 512  # the allocator hands out multiples of 512 bytes
-        kind = self.making or ledger.kind_of(ledger.stack(), storage.nbytes(), self._sizes, low=self._low)
+        size, kind = self._size_and_kind(storage.nbytes())
 
         def gone(_: Any) -> None:
             del self._seen[key]
