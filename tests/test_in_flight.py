@@ -85,8 +85,10 @@ def test_no_kernel_of_ours_has_it():
         )
         for program in ("forward", "backward")
     ]
+    wanted += [Request(program, 128, torch.float16, (9, 0)) for program in ("v1", "decode")]
     wanted.append(Request("forward", 64, torch.float16, (9, 0), features=("paged",)))
     wanted.append(Request("backward", 64, torch.float16, (9, 0), config=LaunchConfig(64, 64, 4, 3, tma=False)))
     for request, kernels in zip(wanted, compiled.resources_of(wanted, binaries=True, processes=PROCESSES)):
         for kernel in kernels:
-            assert kernel.overwritten == 0, (request, kernel)  # not None: there are products that can be in flight
+            if kernel.kernel != "flash_decode._merge_kernel":  # which adds up, and multiplies no matrices
+                assert kernel.overwritten == 0, (request, kernel)  # not None: there are products that can be in flight
