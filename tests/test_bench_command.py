@@ -118,7 +118,7 @@ MANY = [
     "--impls",
     "naive,sdpa_math",
     "--seqlens",
-    ",".join(str(n) for n in range(64, 576, 32)),
+    ",".join(str(n) for n in range(64, 320, 32)),
     *SMALL,
     "--rounds",
     "1",
@@ -140,18 +140,18 @@ def test_an_interrupted_sweep_is_readable_and_goes_on(tmp_path, signal_):
     else:
         assert status == -signal.SIGKILL
     before = benchmark.read_results(out)
-    assert 3 <= len(before) < 32
+    assert 3 <= len(before) < 16
     assert (before["status"] == "ok").all() and before["ms"].notna().all()
 
     status, printed, err = run(*MANY, "--write", "json", "--out", out, "--resume")
     assert status == 0, err
-    assert f"32 points, {len(before)} of them in" in printed
+    assert f"16 points, {len(before)} of them in" in printed
     after = benchmark.read_results(out)
-    assert len(after) == 32 and not after.duplicated(list(points.KEY)).any()
+    assert len(after) == 16 and not after.duplicated(list(points.KEY)).any()
     pd.testing.assert_frame_equal(after.head(len(before)), before, check_dtype=False)  # nothing was measured twice
     stamp = (out / "attention.csv").read_bytes()
     status, printed, _ = run(*MANY, "--write", "none", "--out", out, "--resume")
-    assert status == 0 and "32 points, 32 of them in" in printed
+    assert status == 0 and "16 points, 16 of them in" in printed
     assert (out / "attention.csv").read_bytes() == stamp
 
 
