@@ -142,83 +142,143 @@ def train(
     if steps < 1 or log_every < 1:
         raise ValueError(f"steps and log_every must be at least 1, got {steps} and {log_every}")
     device = _device_of(model)
-    on_gpu = device.type == "cuda"
     dtype = resolved_autocast(autocast_dtype, device)
     chosen = make_optimizer(model, optimizer, lr=lr, weight_decay=weight_decay)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     source = iter(batches)
-    rows: list[dict[str, float]] = [] if checkpoint is None else checkpoint.rows
-    done = 0 if checkpoint is None else checkpoint.load(model, chosen, scaler, source)
-    was_training = model.training
-    model.train()
-    if checkpointing:
-        _set_checkpointing(model, checkpointing)
-    if on_gpu:
+    rows = [] if checkpoint is None else checkpoint.rows
+    done = kept = 0 if checkpoint is None else checkpoint.load(model, chosen, scaler, source)
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
     status: Literal["done", "interrupted", "out of data"] = "done"
-    tokens, kept = 0, done
-    skipped, scale = int(rows[-1]["skipped"]) if rows else 0, scaler.get_scale()
-    start = last = time.perf_counter()
-    bar = tqdm(total=steps, initial=done, file=sys.stdout, disable=not progress, unit="step", mininterval=0.5)
-    try:
-        while done < steps:
-            if stop():
-                status = "interrupted"
-                break
-            batch = next(source, None)
-            if batch is None:
-                status = "out of data"
-                break
-            batch = batch.to(device)
-            for group in chosen.param_groups:
-                group["lr"] = lr * min(1.0, (done + 1) / max(warmup, 1), (steps - done) / max(decay, 1))
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                loss = language_model_loss(model, batch, chunked_loss=chunked_loss, end_of_text=end_of_text)
-            scaler.scale(loss).backward()
-            scaler.unscale_(chosen)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-            scaler.step(chosen)
-            scaler.update()
-            before, scale = scale, scaler.get_scale()
-            skipped += scale < before  # it comes down where a gradient overflowed, and only there
-            chosen.zero_grad(set_to_none=True)
-            done += 1
-            tokens += batch.numel()
+    start = time.perf_counter()
+    recorder = _Recorder(rows, scaler.get_scale(), device)
+    with _as_in_training(model, checkpointing):
+        bar = tqdm(total=steps, initial=done, file=sys.stdout, disable=not progress, unit="step", mininterval=0.5)
+        try:
+            while done < steps:
+                if stop():
+                    status = "interrupted"
+                    break
+                batch = next(source, None)
+                if batch is None:
+                    status = "out of data"
+                    break
+                for group in chosen.param_groups:
+                    group["lr"] = lr * min(1.0, (done + 1) / max(warmup, 1), (steps - done) / max(decay, 1))
+                loss = _loss(model, batch, dtype, chunked_loss, end_of_text)
+                grad_norm = _backward_and_step(model, loss, chosen, scaler, clip)
+                recorder.count(batch.numel(), scaler.get_scale())
+                done += 1
 
-            if done % log_every == 0 or done == steps:
-                value = loss.item()  # waits for the GPU, so that the time below is the work's
-                now = time.perf_counter()
-                allocated, reserved = _peaks_gib(device)
-                row = (done, value, tokens / (now - last), grad_norm.item(), allocated, reserved, scale, skipped)
-                rows.append(dict(zip(COLUMNS, row, strict=True)))
-                if not torch.isfinite(loss):
-                    raise FloatingPointError(
-                        f"the loss is {value} at step {done}: lower lr (now {lr}) or raise warmup ({warmup})"
-                    )
-                on_row(rows[-1])
-                last, tokens = now, 0
-                memory = f", {reserved:.1f} GiB" if on_gpu else ""
-                bar.set_postfix_str(f"loss {value:.3f}, {rows[-1]['tokens_per_s']:,.0f} tokens/s{memory}")
-            if checkpoint is not None and done % checkpoint.every == 0:
-                began = time.perf_counter()
+                if done % log_every == 0 or done == steps:
+                    row = recorder.row(done, loss, grad_norm)
+                    if not math.isfinite(row["loss"]):
+                        raise FloatingPointError(
+                            f"the loss is {row['loss']} at step {done}: lower lr (now {lr}) or raise warmup ({warmup})"
+                        )
+                    on_row(row)
+                    bar.set_postfix_str(_in_a_bar(row))
+                if checkpoint is not None and done % checkpoint.every == 0:
+                    with recorder.paused():  # writing is no part of tokens/s
+                        checkpoint.save(model, chosen, scaler, source, done, rows)
+                    kept = done
+                bar.update()
+            if checkpoint is not None and done > kept:
                 checkpoint.save(model, chosen, scaler, source, done, rows)
-                kept, last = done, last + time.perf_counter() - began  # writing is no part of tokens/s
-            bar.update()
-        if checkpoint is not None and done > kept:
-            checkpoint.save(model, chosen, scaler, source, done, rows)
-    except KeyboardInterrupt:  # perhaps in the midst of a step: nothing is saved, the last checkpoint stands
-        status = "interrupted"
-        bar.close()
-        print(f"Interrupted after {done} of {steps} steps.")  # whoever calls may show neither bar nor history
+        except KeyboardInterrupt:  # perhaps in the midst of a step: nothing is saved, the last checkpoint stands
+            status = "interrupted"
+            bar.close()
+            print(f"Interrupted after {done} of {steps} steps.")  # whoever calls may show neither bar nor history
+        finally:
+            bar.close()
+    frame = pd.DataFrame(rows, columns=list(COLUMNS))
+    return History(frame, status, done, time.perf_counter() - start)
+
+
+def _loss(
+    model: GPT2LMHeadModel, tokens: torch.Tensor, dtype: torch.dtype | None, chunked_loss: int | None,
+    end_of_text: int | None,
+) -> torch.Tensor:  # fmt: skip
+    """`language_model_loss` of tokens (B, N) on any device, under autocast to `dtype`; None is no autocast."""
+    with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
+        return language_model_loss(model, tokens.to(model.device), chunked_loss=chunked_loss, end_of_text=end_of_text)
+
+
+def _backward_and_step(
+    model: GPT2LMHeadModel, loss: torch.Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+    clip: float,
+) -> torch.Tensor:  # fmt: skip
+    """Gradients, clipped, and one update with them; afterwards there are none. Returns their norm before clipping."""
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return grad_norm
+
+
+class _Recorder:
+    """Makes the rows of a history, and counts for them what the steps since the last one did.
+
+    Args:
+        rows: those so far, of a run that goes on; each new one is appended.
+        scale: of the loss, before the first step.
+        device: where the steps run.
+    """
+
+    def __init__(self, rows: list[dict[str, float]], scale: float, device: torch.device):
+        self._rows, self._scale, self._device = rows, scale, device
+        self._skipped = int(rows[-1]["skipped"]) if rows else 0
+        self._tokens, self._last = 0, time.perf_counter()
+
+    def count(self, tokens: int, scale: float) -> None:
+        """After a step on so many tokens, which left the loss with this scale."""
+        self._tokens += tokens
+        self._skipped += scale < self._scale  # it comes down where a gradient overflowed, and only there
+        self._scale = scale
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time within is no part of tokens/s."""
+        began = time.perf_counter()
+        yield
+        self._last += time.perf_counter() - began
+
+    def row(self, step: int, loss: torch.Tensor, grad_norm: torch.Tensor) -> dict[str, float]:
+        """The row after this step, with `COLUMNS`."""
+        value = loss.item()  # waits for the GPU, so that the time below is the work's
+        now = time.perf_counter()
+        speed = self._tokens / (now - self._last)
+        values = (step, value, speed, grad_norm.item(), *_peaks_gib(self._device), self._scale, self._skipped)
+        self._rows.append(dict(zip(COLUMNS, values, strict=True)))
+        self._last, self._tokens = now, 0
+        return self._rows[-1]
+
+
+def _in_a_bar(row: dict[str, float]) -> str:
+    """What the progress bar shows of a row."""
+    reserved = row["peak_reserved_gib"]
+    memory = "" if math.isnan(reserved) else f", {reserved:.1f} GiB"
+    return f"loss {row['loss']:.3f}, {row['tokens_per_s']:,.0f} tokens/s{memory}"
+
+
+@contextmanager
+def _as_in_training(model: GPT2LMHeadModel, checkpointing: bool | Literal["offloaded"]) -> Iterator[None]:
+    """The model in training mode, with or without checkpointing; afterwards as it was, and without gradients."""
+    was_training = model.training
+    try:
+        model.train()
+        if checkpointing:
+            _set_checkpointing(model, checkpointing)
+        yield
     finally:
-        bar.close()
-        chosen.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         if checkpointing:
             _set_checkpointing(model, False)
         model.train(was_training)
-    frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    return History(frame, status, done, time.perf_counter() - start)
 
 
 def _device_of(model: GPT2LMHeadModel | None) -> torch.device:
@@ -283,9 +343,7 @@ def evaluate(
     total = predictions = 0
     try:
         for batch in batches:
-            batch = batch.to(model.device)
-            with torch.autocast(model.device.type, dtype=dtype, enabled=dtype is not None):
-                loss = language_model_loss(model, batch, chunked_loss=chunked_loss, end_of_text=end_of_text)
+            loss = _loss(model, batch, dtype, chunked_loss, end_of_text)
             count = batch.shape[0] * (batch.shape[1] - 1)
             if end_of_text is not None:  # no prediction across a border
                 count -= int((batch[:, :-1] == end_of_text).sum())
@@ -495,25 +553,13 @@ def attention_used(
     device = _device_of(model)
     on_gpu = device.type == "cuda"
     dtype = resolved_autocast(autocast_dtype, device)
-    tokens = tokens.to(device)
     activity = torch.profiler.ProfilerActivity
-    was_training = model.training
-    model.train()
-    if checkpointing:
-        _set_checkpointing(model, checkpointing)
-    try:
-        with (
-            torch.random.fork_rng(devices=[torch.cuda.current_device()] if on_gpu else []),
-            torch_profiler(activities=[activity.CPU, activity.CUDA] if on_gpu else [activity.CPU]) as profiler,
-        ):
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                loss = language_model_loss(model, tokens, chunked_loss=chunked_loss, end_of_text=end_of_text)
-            loss.backward()
-    finally:
-        model.zero_grad(set_to_none=True)
-        if checkpointing:
-            _set_checkpointing(model, False)
-        model.train(was_training)
+    with (
+        _as_in_training(model, checkpointing),
+        torch.random.fork_rng(devices=[torch.cuda.current_device()] if on_gpu else []),
+        torch_profiler(activities=[activity.CPU, activity.CUDA] if on_gpu else [activity.CPU]) as profiler,
+    ):
+        _loss(model, tokens, dtype, chunked_loss, end_of_text).backward()
     calls = {event.key: event.count for event in profiler.key_averages()}
     return _attention_of(calls)
 

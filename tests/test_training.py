@@ -125,6 +125,16 @@ def test_mode_and_checkpointing_are_put_back():
     assert model.training
 
 
+def test_an_unknown_option_leaves_the_model_as_it_was(capsys):
+    model = tiny().eval()
+    for work in (training.train, training.attention_used):
+        arguments = {"batches": endless(), "steps": 1} if work is training.train else {"tokens": next(endless())}
+        with pytest.raises(ValueError, match="True, False or 'offloaded'"):
+            work(model, checkpointing="disk", **arguments)
+        assert not model.training
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize("options", [{"checkpointing": True}, {"chunked_loss": 16}], ids=str)
 def test_memory_savers_change_nothing_in_the_result(options):
     plain, saving = tiny(), tiny()
