@@ -473,19 +473,11 @@ def try_step(
         KeyboardInterrupt: the run was interrupted; half a measurement is none.
     """
     row: dict[str, Any] = {
-        "model": None,
-        "impl": impl,
-        "checkpointing": bool(checkpointing),
-        "chunked_loss": chunked_loss is not None,
-        "seqlen": seqlen,
-        "batch": batch,
-        "peak_gib": float("nan"),
-        "reserved_gib": float("nan"),
-        "cap_gib": float("nan") if cap_gib is None else cap_gib,
-        "tokens_per_s": float("nan"),
-        "loss": float("nan"),
+        "model": None, "impl": impl, "checkpointing": bool(checkpointing), "chunked_loss": chunked_loss is not None,
+        "seqlen": seqlen, "batch": batch, "peak_gib": math.nan, "reserved_gib": math.nan,
+        "cap_gib": math.nan if cap_gib is None else cap_gib, "tokens_per_s": math.nan, "loss": math.nan,
         "status": "oom",
-    }
+    }  # fmt: skip
     model = history = None
     if cap_gib is None:
         free_memory()  # a cap begins with this, too
@@ -493,9 +485,7 @@ def try_step(
         try:
             with torch.device(runtime.device):  # drawing a large model's weights on the CPU takes longer than its steps
                 model = model_factory()
-            row["model"] = getattr(model.config, "lab_size", type(model).__name__)
-            attention = model.config._attn_implementation
-            row["impl"] = impl or _IMPL.get(attention, attention)
+            row |= _names(model, impl)
             model.to(runtime.device)
             free_memory()  # what making it took, and is no part of a step
             if batches is None:
@@ -514,17 +504,32 @@ def try_step(
             pass
         del model
         free_memory()
-    if history is None:
-        return row
-    if history.status == "interrupted":
+    return row if history is None else row | _measured(history, steps)
+
+
+def _names(model: GPT2LMHeadModel, impl: str | None) -> dict[str, str]:
+    """What the tables call the model and its attention; `impl` is the latter's name where it is given."""
+    attention = model.config._attn_implementation
+    return {
+        "model": getattr(model.config, "lab_size", type(model).__name__),
+        "impl": impl or _IMPL.get(attention, attention),
+    }
+
+
+def _measured(history: History, steps: int) -> dict[str, Any]:
+    """What a row of training.csv has from a run of so many steps; raises as `try_step` where it did not finish."""
+    if history.interrupted:
         raise KeyboardInterrupt
     if history.status != "done":
         raise ValueError(f"the batches ended after {history.steps} of {steps} steps: pass one for each step")
     last = history.frame.iloc[-1].to_dict()
-    row |= {"peak_gib": last["peak_allocated_gib"], "reserved_gib": last["peak_reserved_gib"]}
-    speed = history.frame["tokens_per_s"].iloc[min(2, len(history.frame) - 1) :].median()
-    row |= {"tokens_per_s": speed, "loss": last["loss"], "status": "ok"}
-    return row
+    return {
+        "peak_gib": last["peak_allocated_gib"],
+        "reserved_gib": last["peak_reserved_gib"],
+        "tokens_per_s": history.frame["tokens_per_s"].iloc[min(2, len(history.frame) - 1) :].median(),
+        "loss": last["loss"],
+        "status": "ok",
+    }
 
 
 def attention_used(
