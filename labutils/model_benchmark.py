@@ -41,9 +41,6 @@ TRAINING = ("forward", "backward", "step")
 INFERENCE = ("prefill", "decode")
 """The pass over the prompt, up to the logits of its last token; and one more token for each sequence after it."""
 
-IMPL = {"eager": "naive", "flash_attention_2": "flash_attn", "labutils": "triton_v2", "labutils_v1": "triton_v1"}
-"""What the tables call the attentions that transformers names otherwise."""
-
 _FEWEST, _MOST = 2, 10  # repeats after the warm-up
 _SECONDS = {"training": 0.3, "inference": 0.1}  # for the repeats of one point, where the fewest take less
 _WARM_UP_TOKENS, _DECODED = 3, 8  # tokens before those that are timed, and those
@@ -116,10 +113,10 @@ def sweep(
         progress: a progress bar on stdout.
 
     Returns:
-        A row for each model, work, attention, batch and length, with `COLUMNS`: `impl` as in `IMPL`, `ms` (median;
-        "decode": of one token), `tokens_per_s` (all sequences together), `peak_gib` (allocated, with the weights; NaN
-        on a CPU), `status` ok, oom or unsupported, and the `reason`. `.attrs`: "machine" and "interrupted" (True after
-        a KeyboardInterrupt: points that were not reached are then rows that say so).
+        A row for each model, work, attention, batch and length, with `COLUMNS`: `impl` as in `models.IMPL`, `ms`
+        (median; "decode": of one token), `tokens_per_s` (all sequences together), `peak_gib` (allocated, with the
+        weights; NaN on a CPU), `status` ok, oom or unsupported, and the `reason`. `.attrs`: "machine" and "interrupted"
+        (True after a KeyboardInterrupt: points that were not reached are then rows that say so).
 
     Once an attention has run out of memory, longer lengths are rows with status oom that were not tried. What runs in
     Triton's interpreter gets status unsupported and no time.
@@ -163,7 +160,7 @@ def sweep(
             for point in _points(size, named, attention, b, n):
                 rows.found.setdefault(point, NOT_REACHED)  # in this table alone: the next run measures it
     table = rows.table()
-    wanted = {IMPL.get(a, a) for a in attentions}
+    wanted = {models.IMPL.get(a, a) for a in attentions}
     table = table[table["model"].isin(sizes) & table["impl"].isin(wanted) & table["work"].isin(works)]
     table = table[table["seqlen"].isin(lengths)].reset_index(drop=True)
     table.attrs.update(machine=runtime.machine, interrupted=interrupted)
@@ -241,7 +238,7 @@ class _Subject:
 
 def _points(size: str, works: Sequence[str], attention: str, batch: int, n: int) -> list[tuple]:
     """The keys of what one measurement gives: `KEY`, for each work."""
-    return [(size, work, IMPL.get(attention, attention), batch, n) for work in works]
+    return [(size, work, models.IMPL.get(attention, attention), batch, n) for work in works]
 
 
 def _measure_lengths(

@@ -33,6 +33,9 @@ GPT2_SIZES: dict[str, tuple[int, int, int]] = {
     "nano": (2, 2, 32),
 }
 
+IMPL = {"eager": "naive", "flash_attention_2": "flash_attn", "labutils": "triton_v2", "labutils_v1": "triton_v1"}
+"""What the tables call the attentions that transformers names otherwise."""
+
 
 def register_attention(name: str = "labutils") -> str:
     """Make the lab's FlashAttention available to transformers as `attn_implementation=name`.

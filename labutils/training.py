@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from labutils import runtime
-from labutils.models import language_model_loss
+from labutils.models import IMPL, language_model_loss
 from labutils.offload import OffloadedAdamW, offloaded_checkpoint
 
 if TYPE_CHECKING:
@@ -35,9 +35,6 @@ GIB = 2**30
 COLUMNS = (
     "step", "loss", "tokens_per_s", "grad_norm", "peak_allocated_gib", "peak_reserved_gib", "loss_scale", "skipped",
 )  # fmt: skip
-
-# What the tables call the attention implementations that transformers names otherwise.
-_IMPL = {"labutils": "triton_v2", "eager": "naive"}
 
 
 @dataclass
@@ -458,7 +455,7 @@ def try_step(
         batches: int64 (batch, seqlen) each, `steps` of them at least; None draws random tokens, which take the same
             time and memory as text (their loss says nothing).
         steps: the first steps of a run are slower and do not yet hold the optimizer's state: 3 or more.
-        impl: the name of the row; by default from the model: "triton_v2" for "labutils", "naive" for "eager".
+        impl: the name of the row; by default that of the model's attention in the tables (`labutils.models.IMPL`).
         checkpointing: as for `train`.
         chunked_loss: as for `train`.
         train_options: further arguments of `train`.
@@ -512,7 +509,7 @@ def _names(model: GPT2LMHeadModel, impl: str | None) -> dict[str, str]:
     attention = model.config._attn_implementation
     return {
         "model": getattr(model.config, "lab_size", type(model).__name__),
-        "impl": impl or _IMPL.get(attention, attention),
+        "impl": impl or IMPL.get(attention, attention),
     }
 
 

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import math
+import types
 import weakref
 
 import pytest
@@ -238,6 +239,12 @@ def test_try_step_is_a_row_of_training_csv():
     named = training.try_step(lambda: tiny("eager"), 16, steps=1)
     assert named["impl"] == "naive"
     assert training.try_step(lambda: tiny("eager"), 16, steps=1, impl="mine")["impl"] == "mine"
+
+
+def test_a_row_names_attention_as_the_other_tables_do():
+    config = types.SimpleNamespace(_attn_implementation="flash_attention_2", lab_size="124M")
+    names = training._names(types.SimpleNamespace(config=config), None)
+    assert names == {"model": "124M", "impl": "flash_attn"}
 
 
 def test_out_of_memory_is_a_row_and_its_memory_is_free(monkeypatch):
