@@ -247,6 +247,7 @@ class Course:
         self._scaler = torch.amp.GradScaler(
             self.model.device.type, enabled=self.model.device.type == "cuda" and runtime.dtype == torch.float16
         )
+        self._finished = 0  # stages whose weights are in `snapshots`
 
     @property
     def steps(self) -> int:
@@ -262,6 +263,7 @@ class Course:
         )
         self.model.train()
         try:
+            self._keep_finished_stages()
             for stage, i in plan[self.done :]:
                 loss, right = self._step(stage, i)
                 self.done += 1
@@ -270,10 +272,9 @@ class Course:
                     row = {"step": self.done, "length": stage.length, "loss": loss.item(), "accuracy": right.item()}
                     self.rows.append(row)
                     bar.set_postfix_str(f"N = {stage.length:,}: loss {row['loss']:.2f}, {row['accuracy']:.0%} right")
-                if i == stage.steps - 1:
-                    state = self.model.state_dict()
-                    self.snapshots[stage.length] = {name: value.detach().cpu().clone() for name, value in state.items()}
+                self._keep_finished_stages()
         except KeyboardInterrupt:
+            self._forget_half_a_step()
             print(f"\nInterrupted after {self.done} of {len(plan)} steps: run this cell again to go on.")
         finally:
             bar.close()
@@ -295,6 +296,22 @@ class Course:
         model = copy.deepcopy(self.model)
         model.load_state_dict(self.snapshots[length])
         return model
+
+    def _keep_finished_stages(self) -> None:
+        """A snapshot at the end of a stage; where an interrupt came before it, the next `run` makes it first."""
+        ends = list(itertools.accumulate(stage.steps for stage in self.stages))
+        while self._finished < len(ends) and self.done >= ends[self._finished]:
+            state = self.model.state_dict()
+            snapshot = {name: value.detach().cpu().clone() for name, value in state.items()}
+            self.snapshots[self.stages[self._finished].length] = snapshot
+            self._finished += 1
+
+    def _forget_half_a_step(self) -> None:
+        """What an interrupt leaves within a step: gradients, and a scaler that has unscaled them already."""
+        self._optimizer.zero_grad(set_to_none=True)
+        scaler = torch.amp.GradScaler(self.model.device.type, enabled=self._scaler.is_enabled())
+        scaler.load_state_dict(self._scaler.state_dict())
+        self._scaler = scaler
 
     def _step(self, stage: Stage, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         # The documents depend on the step alone, so that a course that was interrupted goes on as it would have.

@@ -86,3 +86,46 @@ def test_an_interrupted_course_goes_on_as_it_would_have(stream):
     assert [row["loss"] for row in broken.rows] == pytest.approx([row["loss"] for row in whole.rows], rel=1e-3)
     with pytest.raises(KeyError, match="no stage"):
         whole.model_of(1000)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_an_interrupt_within_a_step_leaves_nothing_to_the_next(stream, scaled, monkeypatch):
+    """Half of a step's gradients, or a scaler that has half of a step behind it."""
+    whole, broken = course(stream, (4, 2)), course(stream, (4, 2))
+    for one in (whole, broken):
+        one._scaler = torch.amp.GradScaler(one.model.device.type, enabled=scaled, init_scale=4.0)
+    whole.run(progress=False, log_every=1)
+    clip, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def interrupt(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            for parameter in list(broken.model.parameters())[::2]:
+                parameter.grad = None  # the backward pass had not come to these
+            raise KeyboardInterrupt
+        return clip(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.utils, "clip_grad_norm_", interrupt)
+        assert broken.run(progress=False, log_every=1).done == 2
+        assert broken.run(progress=False, log_every=1).done == 6
+    assert [row["loss"] for row in broken.rows] == pytest.approx([row["loss"] for row in whole.rows], rel=1e-5)
+
+
+def test_a_stage_whose_last_row_was_interrupted_has_its_snapshot(stream):
+    """Reading the loss waits for the GPU: that is where an interrupt most often arrives."""
+    broken = course(stream, (3, 2))
+    step = broken._step
+
+    class Slow:
+        def item(self):
+            raise KeyboardInterrupt
+
+    def interrupted(stage, i):
+        loss, right = step(stage, i)
+        return (Slow(), right) if broken.done == 2 else (loss, right)
+
+    broken._step = interrupted
+    assert broken.run(progress=False).done == 3
+    assert broken.run(progress=False).done == 5
+    assert broken.model_of(24).training
