@@ -28,13 +28,15 @@ if TYPE_CHECKING:
 VALUES = 32
 """Answers that are possible: guessing is right once in so many."""
 
+_WARMUP = 20  # steps of linear warm-up in each stage
+
 
 @dataclass(frozen=True)
 class Task:
-    """A task.
+    """What is put into a text, and what is asked of it.
 
     Attributes:
-        name: of the task.
+        name: by which tables and figures know it.
         about: what is asked.
         statements: how many values are put into the text.
         answers: how many are asked for, at the end, in their order; where it is fewer, the last ones.
@@ -66,7 +68,7 @@ class Examples:
     Attributes:
         tokens: int64 (B, N); the last `answers` of each row are the answers.
         answers: how many.
-        distance: int64 (B,), from the statement that is asked for (the first, where several are) to its answer.
+        distance: int64 (B,), tokens from the value that is asked for (the first, where several are) to its answer.
     """
 
     tokens: torch.Tensor
@@ -92,12 +94,17 @@ def make(
         length: N.
         batch: B.
         generator: on the CPU.
-        distance: from the statement to its answer, in tokens; None draws the places at random.
+        distance: from the value that is asked for (the first, where several are) to its answer, in tokens; every other
+            one gives one more, since statements stand in slots of two. None draws the places at random.
         end_of_text: what stands before the statement of a task at the top of its document.
 
     Raises:
-        ValueError: a document or a text too short, or a distance that does not fit into the document.
+        ValueError: a task that is none of `TASKS`, a document or a text too short, or a distance that does not fit
+            into the document.
     """
+    known = [one.name for one in TASKS]
+    if task.name not in known:
+        raise ValueError(f"the task {task.name!r} has no words of its own in the vocabulary: take one of {known}")
     if length < shortest(task):
         raise ValueError(f"the task {task.name!r} needs documents of {shortest(task)} tokens or more, got {length}")
     if len(stream) < length:
@@ -106,25 +113,22 @@ def make(
     tokens = stream[begin[:, None] + torch.arange(length)]
     # The text ends before the question. A statement takes two tokens: slot s is the tokens 2 s + 1 and 2 s + 2.
     slots = (length - 1 - task.answers - 1) // 2
-    last = slots - 1
-    if distance is not None:
-        # The answer to statement i of those asked for stands `answers` tokens further than the first's.
-        value_at = length - task.answers - distance
-        last = (value_at - 2) // 2
-        if not task.statements - task.answers <= last <= slots - task.answers:
-            raise ValueError(f"distance {distance} does not fit into {length} tokens of the task {task.name!r}")
-    # One sort for all rows: `batch` small ones would take longer than a short step of training.
     draw = functools.partial(_draw, batch, generator)
     if distance is None:
         chosen = draw(slots, task.statements)
     else:  # the first that is asked for is placed; what comes before and after it is random
         before, after = task.statements - task.answers, task.answers - 1
-        placed = torch.full((batch, 1), last)
-        chosen = torch.cat([draw(last, before), placed, last + 1 + draw(slots - last - 1, after)], dim=1)
+        slot = (length - task.answers - distance - 2) // 2  # its value is `distance` before the answer, or one more
+        if not before <= slot <= slots - task.answers:
+            raise ValueError(
+                f"distance {distance} does not fit into {length} tokens of the task {task.name!r}: ask for another, or "
+                "for longer documents"
+            )
+        placed = torch.full((batch, 1), slot)
+        chosen = torch.cat([draw(slot, before), placed, slot + 1 + draw(slots - slot - 1, after)], dim=1)
     place = 2 * chosen + 1  # of what introduces the statement
     values = vocab_size + torch.randint(VALUES, (batch, task.statements), generator=generator)
-    index = next(i for i, known in enumerate(TASKS) if known.name == task.name)
-    introduces = vocab_size + VALUES + 2 * index
+    introduces = vocab_size + VALUES + 2 * known.index(task.name)
     tokens.scatter_(1, place, introduces)
     tokens.scatter_(1, place + 1, values)
     if task.top:
@@ -140,7 +144,7 @@ def _draw(batch: int, generator: torch.Generator, slots: int, count: int) -> tor
     if not count:
         return torch.empty(batch, 0, dtype=torch.int64)
     rows = [torch.randperm(slots, generator=generator)[:count] for _ in range(batch)]
-    return torch.stack(rows).sort(dim=1).values
+    return torch.stack(rows).sort(dim=1).values  # one sort for all: many small ones take as long as a step
 
 
 def _answer_logits(model: GPT2LMHeadModel, tokens: torch.Tensor, answers: int) -> torch.Tensor:
@@ -161,15 +165,18 @@ def accuracy(
     Args:
         model: it is left as it was.
         task, stream, vocab_size, length: as for `make`; the stream is held-out text.
-        distances: the distances, in tokens.
+        distances: the distances, in tokens, as for `make`.
         context: the model is shown so many tokens before the last alone; None: the whole document.
-        examples: documents for each distance.
+        examples: documents for each distance, two or more for an error.
         batch: of so many at a time.
         seed: of the documents.
 
     Returns:
-        Columns task, distance, context, accuracy, error (standard error, over documents), guess (1 / VALUES),
-        examples.
+        A row for each distance, with the columns task, distance, context (tokens), accuracy (share), error (its
+        standard error, over documents), guess (1 / VALUES), examples.
+
+    Raises:
+        ValueError: as `make`.
     """
     import pandas as pd
 
@@ -200,7 +207,14 @@ def accuracy(
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a course: documents of one length."""
+    """A part of a course: documents of one length.
+
+    Attributes:
+        length: N.
+        batch: B.
+        steps: optimizer steps.
+        lr: learning rate, reached over the first steps of the stage.
+    """
 
     length: int
     batch: int
@@ -225,8 +239,9 @@ class Course:
         tasks: each batch is of one of them, drawn at random.
         seed: of the documents.
         done: steps that are done.
-        rows: step, length, loss, accuracy of each logged step.
-        snapshots: copies of the weights by length, made at the end of each stage.
+        seconds: that `run` has taken so far.
+        rows: step, length, loss (nats per answer), accuracy (share) of each logged step.
+        snapshots: copies of the weights, on the CPU, by length, made at the end of each stage.
     """
 
     model: GPT2LMHeadModel
@@ -255,7 +270,15 @@ class Course:
         return sum(stage.steps for stage in self.stages)
 
     def run(self, *, progress: bool = True, log_every: int = 10) -> Course:
-        """Goes through the stages. Where it is interrupted, the next call goes on; after the end it does nothing."""
+        """Goes through the stages. Where it is interrupted, the next call goes on; after the end it does nothing.
+
+        Args:
+            progress: show a progress bar.
+            log_every: steps per row; the last step of a stage always has one.
+
+        Returns:
+            The course itself.
+        """
         began = time.perf_counter()
         plan = list(itertools.chain.from_iterable([(s, i) for i in range(s.steps)] for s in self.stages))
         bar = tqdm(
@@ -314,13 +337,14 @@ class Course:
         self._scaler = scaler
 
     def _step(self, stage: Stage, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Step i of a stage: the loss, and the share of right answers."""
         # The documents depend on the step alone, so that a course that was interrupted goes on as it would have.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.done)
         task = self.tasks[int(torch.randint(len(self.tasks), (), generator=generator))]
         made = make(task, self.stream, self.vocab_size, stage.length, stage.batch, generator=generator)
         tokens = made.tokens.to(self.model.device)
         for group in self._optimizer.param_groups:
-            group["lr"] = stage.lr * min(1.0, (i + 1) / 20)
+            group["lr"] = stage.lr * min(1.0, (i + 1) / _WARMUP)
         logits = _answer_logits(self.model, tokens, made.answers)
         wanted = tokens[:, -made.answers :]
         loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten())
@@ -334,7 +358,16 @@ class Course:
 
 
 def small_model(vocab_size: int, *, attention: str, layers: int, heads: int, width: int) -> GPT2LMHeadModel:
-    """A small GPT-2 with rotary positions, whose vocabulary has the tasks' words; on `runtime.device`."""
+    """A small GPT-2 with rotary positions, whose vocabulary has the tasks' words; on `runtime.device`.
+
+    Args:
+        vocab_size: entries of the text's vocabulary; `NEW_WORDS` are added.
+        attention: as for `labutils.models.gpt2`.
+        layers, heads, width: of the model; width / heads, the head dimension D, must be even.
+
+    Raises:
+        ValueError: an odd head dimension, or an attention that transformers does not know.
+    """
     model = models.gpt2(
         "tiny", n_positions=16, vocab_size=vocab_size + NEW_WORDS, attention=attention,
         n_layer=layers, n_head=heads, n_embd=width, lab_size=f"{layers} layers, width {width}",

@@ -45,6 +45,8 @@ def test_documents_too_short_are_refused(stream):
         tasks.make(fact, stream, VOCAB, 3, 1, generator=generator())
     with pytest.raises(ValueError, match="fewer than a document"):
         tasks.make(fact, stream[:50], VOCAB, 64, 1, generator=generator())
+    with pytest.raises(ValueError, match="take one of .'fact', 'dialogue'"):
+        tasks.make(tasks.Task("mine", "?"), stream, VOCAB, 64, 1, generator=generator())
     for distance in (0, 127, 500):
         with pytest.raises(ValueError, match="does not fit"):
             tasks.make(fact, stream, VOCAB, 128, 1, generator=generator(), distance=distance)
