@@ -86,7 +86,10 @@ def predict_by_kind(size: str, rung: Rung, seqlen: int, *, vocab_size: int = 502
         seqlen: N, of one sequence.
 
     Returns:
-        A dict by `labutils.ledger.KINDS`, without those of which nothing is there.
+        GiB by `labutils.ledger.KINDS`, without those of which nothing is there.
+
+    Raises:
+        ValueError: an unknown size.
     """
     attention = "eager" if rung.attention == "eager" else "labutils"
     dtype = torch.bfloat16 if rung.low else None  # float16 takes as much
@@ -106,19 +109,23 @@ def predicted_longest(size: str, rung: Rung, gib: float, *, most: int = 2**17, v
 
     The peak is a sum of a constant, a part that grows with N and, for eager attention alone, one that grows with N².
     Two lengths are rehearsed, three for eager attention, and the line or parabola through them is solved for `gib`.
-    With a chunked loss these are `most`, which is the answer where it stays below, and half of it: such peaks lie in
-    the backward pass of a block from some length on, and a line through shorter ones would miss that.
+    With a chunked loss the longest of these is `most`, which is the answer where it stays below, and the next is half
+    of it: such peaks lie in the backward pass of a block from some length on, and a line through shorter ones would
+    miss that.
 
     Args:
         size, rung, vocab_size: as for `predict_by_kind`.
         gib: what the allocator may have, in GiB.
-        most: the longest sequence that is asked for.
+        most: with a chunked loss, the longest sequence that is rehearsed, and the largest answer.
+
+    Raises:
+        ValueError: an unknown size.
     """
     lengths = [2 * STEP, 8 * STEP, 16 * STEP] if rung.attention == "eager" else [8 * STEP, 32 * STEP]
     if "chunked_loss" in rung.options:
         if most < 2 * STEP or predict(size, rung, most, vocab_size=vocab_size) < gib:
             return most // STEP * STEP
-        lengths = [most // 2, most]
+        lengths = [most // 4, most // 2, most] if rung.attention == "eager" else [most // 2, most]
     peaks = [predict(size, rung, n, vocab_size=vocab_size) for n in lengths]
     (a, b), (x, y) = peaks[:2], lengths[:2]
     slope = (b - a) / (y - x)
@@ -141,12 +148,13 @@ def search(
     """Looks for the largest length that fits, by trying, and yields each length with its answer.
 
     First outward from the guess until there is a length that fits and one that does not, then by bisection, until the
-    two are nearer than `tolerance` of the shorter, or than `STEP`.
+    two are no further apart than `tolerance` of the shorter, or than `STEP`.
 
     Args:
         fits: whether this length trains.
         guess: where to begin.
         most: no longer length is tried.
+        tolerance: as a share of the longest length that fits.
 
     Raises:
         ValueError: `most` below `STEP`, or a tolerance that is not positive.
@@ -185,11 +193,11 @@ def longest(
 
     Args:
         size: a key of `models.GPT2_SIZES`.
-        rung: of `RUNGS`.
+        rung: its remedies; one of `RUNGS`, for instance.
         cap_gib: GiB of the card, the CUDA context counted in (`training.memory_cap`).
         most: look no further than this many tokens.
         steps: of each try; 2 or more, since the optimizer's state is not there in the first.
-        tolerance: how near to each other the lengths must be that fit and that do not, relative.
+        tolerance: how near to each other the lengths must be that fit and that do not, as a share of the shorter.
         guess: where to begin; None asks the rehearsal.
         on_try: told of each try.
 
@@ -201,6 +209,8 @@ def longest(
 
     Raises:
         RuntimeError: there is no GPU whose memory could be capped.
+        ValueError: an unknown size, `most` below `STEP`, or a tolerance that is not positive.
+        KeyboardInterrupt: a try was interrupted.
     """
     if guess is None:
         with training.memory_cap(cap_gib) as cap:
@@ -262,17 +272,18 @@ def ladder(
         cap_gib: GiB of the card.
         rungs: which rungs, in this order.
         folder: rows are kept there, in `ladder.json`, each as soon as it is known; a later call with the same cap and
-            options goes on where one was interrupted. None keeps nothing.
+            options looks for those alone that are missing. None keeps nothing.
         progress: a bar that says what is being tried.
         find: what looks for a row.
         options: of `find`.
 
     Returns:
-        The columns of training.csv and those that `longest` adds. On an interrupt the rows so far, with
-        `.attrs["interrupted"]` set.
+        A row for each model and rung that is asked for, with the columns of training.csv and those that `longest`
+        adds. On an interrupt the rows so far, with `.attrs["interrupted"]` set.
 
     Raises:
         ValueError: the folder holds rows for another cap, machine or options.
+        RuntimeError: as `longest`.
     """
     import pandas as pd
 
@@ -280,7 +291,7 @@ def ladder(
     made_by = {"cap_gib": round(cap_gib, 6), "machine": runtime.machine, "torch": torch.__version__} | {
         name: value for name, value in options.items() if not callable(value)
     }
-    rows: list[dict[str, Any]] = []
+    rows: dict[tuple[str, str], dict[str, Any]] = {}  # by model and rung; the file may have some that are not asked for
     if path is not None and path.exists():
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["made_by"] != made_by:
@@ -288,28 +299,30 @@ def ladder(
                 f"{path} holds rows made by {stored['made_by']}, and now it is {made_by}: name another folder, or "
                 "delete the file"
             )
-        rows = stored["rows"]
-    known = {(row["model"], row["rung"]) for row in rows}
-    wanted = [(size, rung) for size in sizes for rung in rungs if (size, rung.name) not in known]
-    bar = tqdm(total=len(wanted) + len(known), initial=len(known), file=sys.stdout, disable=not progress, unit="rung")
+        rows = {(row["model"], row["rung"]): row for row in stored["rows"]}
+    asked = [(size, rung) for size in sizes for rung in rungs]
+    missing = [(size, rung) for size, rung in asked if (size, rung.name) not in rows]
+    known = len(asked) - len(missing)
+    bar = tqdm(total=len(asked), initial=known, file=sys.stdout, disable=not progress, unit="rung")
     interrupted = False
     try:
-        for size, rung in wanted:
+        for size, rung in missing:
 
             def told(n: int, fits: bool, size: str = size, rung: Rung = rung) -> None:
                 bar.set_postfix_str(f"{size}, {rung.name}: {n:,} {'fits' if fits else 'does not fit'}")
 
-            rows.append(find(size, rung, cap_gib, on_try=told, **options) | {"model": size})
+            rows[size, rung.name] = find(size, rung, cap_gib, on_try=told, **options) | {"model": size}
             bar.update()
             if path is not None:
-                files.replace(path, json.dumps({"made_by": made_by, "rows": rows}, indent=1))
+                files.replace(path, json.dumps({"made_by": made_by, "rows": list(rows.values())}, indent=1))
     except KeyboardInterrupt:
         interrupted = True
     finally:
         bar.close()
+    found = [rows[size, rung.name] for size, rung in asked if (size, rung.name) in rows]
     if interrupted:
         again = "run this cell again to go on" if path is not None else "the table has those alone"
-        print(f"Interrupted after {len(rows)} of {len(known) + len(wanted)} rungs: {again}.")
-    frame = pd.DataFrame(rows)
+        print(f"Interrupted after {len(found)} of {len(asked)} rungs: {again}.")
+    frame = pd.DataFrame(found)
     frame.attrs["interrupted"] = interrupted
     return frame

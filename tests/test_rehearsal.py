@@ -78,6 +78,13 @@ def test_with_a_chunked_loss_the_longest_that_is_asked_for_is_rehearsed_first(mo
     assert ladder.predicted_longest("tiny", rung, 5.0, most=ladder.STEP) == ladder.STEP
 
 
+def test_a_chunked_loss_with_eager_attention_is_a_parabola(monkeypatch):
+    rung = ladder.Rung("eager, chunked", attention="eager", options={"chunked_loss": 2048})
+    monkeypatch.setattr(ladder, "predict", lambda size, rung, n, *, vocab_size: 1.5 + 2e-4 * n + 3e-8 * n * n)
+    limit = ladder.predict("", rung, 12 * ladder.STEP, vocab_size=0) + 1e-6
+    assert ladder.predicted_longest("tiny", rung, limit) == 12 * ladder.STEP
+
+
 def test_a_rehearsal_is_made_once(monkeypatch):
     calls = []
 
@@ -138,6 +145,20 @@ def test_an_interrupted_ladder_goes_on(tmp_path):
     assert json.loads((tmp_path / "ladder.json").read_text())["rows"][0]["rung"] == "eager, float32"
     with pytest.raises(ValueError, match="another folder"):
         ladder.ladder(("124M",), 12.0, find=interrupted, **settings)
+
+
+def test_a_ladder_gives_the_rungs_that_it_is_asked_for(tmp_path, capsys):
+    settings = {"folder": tmp_path, "progress": False}
+    ladder.ladder(("124M", "355M"), 16.0, rungs=ladder.RUNGS[:2], find=found, **settings)
+    few = ladder.ladder(("355M",), 16.0, rungs=ladder.RUNGS[1:3], find=found, **settings)
+    assert list(few["model"]) == ["355M"] * 2 and list(few["rung"]) == [rung.name for rung in ladder.RUNGS[1:3]]
+    assert len(json.loads((tmp_path / "ladder.json").read_text())["rows"]) == 5  # what is known stays known
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    ladder.ladder(("774M",), 16.0, rungs=ladder.RUNGS[:2], find=interrupted, **settings)
+    assert "Interrupted after 0 of 2 rungs" in capsys.readouterr().out
 
 
 @pytest.mark.gpu
