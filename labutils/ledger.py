@@ -61,6 +61,11 @@ class Sizes:
 
     Args:
         config: of the model.
+
+    Attributes:
+        copies: of the 16-bit copies of the matrices.
+        gradients: of the matrices' gradients, in 16 and in 32 bits.
+        row: logits of one token (V, a number and not bytes).
     """
 
     def __init__(self, config: GPT2Config):
@@ -71,7 +76,7 @@ class Sizes:
         self.row = config.vocab_size
 
     def logits(self, size: int) -> bool:
-        """Whether so many bytes are logits of some hundred tokens or more."""
+        """Whether so many bytes are logits: whole rows of them, in 16 bits of 256 tokens or more, in 32 of 128."""
         return size not in self.gradients and size % (2 * self.row) == 0 and size // (2 * self.row) >= 256
 
 
@@ -83,6 +88,9 @@ def kind_of(frames: Iterable[tuple[str, int]], size: int, sizes: Sizes, *, low: 
         size: bytes asked for.
         sizes: of the model.
         low: products are in 16 bits, with copies of the weights.
+
+    Returns:
+        That of the deepest function which is known; where none is, the kind is told by the size.
     """
     places = _places()
     deepest, kind = -1, ""
@@ -99,6 +107,11 @@ def kind_of(frames: Iterable[tuple[str, int]], size: int, sizes: Sizes, *, low: 
     return "logits" if sizes.logits(size) else "backward"
 
 
+def allocated(size: int) -> int:
+    """Bytes that PyTorch's allocator of GPU memory hands out where so many are asked for: multiples of 512."""
+    return -(-size // 512) * 512
+
+
 def at_peak(trace: Sequence[Mapping[str, Any]], kind: Callable[[Mapping[str, Any]], str]) -> dict[str, float]:
     """GiB of each kind that are alive when most memory is.
 
@@ -108,7 +121,7 @@ def at_peak(trace: Sequence[Mapping[str, Any]], kind: Callable[[Mapping[str, Any
         kind: of an "alloc" event.
 
     Returns:
-        The kinds that are alive at the peak; their sum is the peak, in the allocator's pieces of 512 bytes.
+        GiB of the kinds that are alive at the peak; their sum is the peak, in the allocator's pieces of 512 bytes.
     """
     alive: dict[int, tuple[int, str]] = {}
     now: dict[str, int] = dict.fromkeys(KINDS, 0)
@@ -116,7 +129,7 @@ def at_peak(trace: Sequence[Mapping[str, Any]], kind: Callable[[Mapping[str, Any
     peak = dict(now)
     for event in trace:
         if event["action"] == "alloc":
-            size, name = -(-event["size"] // 512) * 512, kind(event)
+            size, name = allocated(event["size"]), kind(event)
             alive[event["addr"]] = size, name
             now[name] += size
             total += size
@@ -138,13 +151,17 @@ def measure(
         model_factory, seqlen, options: as for `try_step`.
 
     Returns:
-        The row of `try_step`, and the kinds; none where the step did not fit.
+        The row of `try_step`, and GiB by `KINDS`; no kinds where the step did not fit.
 
     Raises:
         RuntimeError: there is no CUDA GPU; a CPU's allocator keeps no history.
+        ValueError, KeyboardInterrupt: as `try_step`.
     """
     if runtime.device.type != "cuda":
-        raise RuntimeError("the history of allocations is kept by PyTorch's CUDA allocator: there is none on a CPU")
+        raise RuntimeError(
+            "the history of allocations is kept by PyTorch's CUDA allocator: there is none on a CPU. "
+            "labutils.rehearsal.rehearse_by_kind counts without a GPU"
+        )
     configs = []
 
     def made() -> GPT2LMHeadModel:

@@ -51,9 +51,9 @@ class _Alive(TorchDispatchMode):
         return result
 
     def _size_and_kind(self, nbytes: int) -> tuple[int, str]:
-        """What the allocator hands out for a tensor that is made now, a multiple of 512 bytes; and what it is."""
+        """What the allocator hands out for a tensor that is made now, in bytes; and what it is."""
         kind = self.making or ledger.kind_of(ledger.stack(), nbytes, self._sizes, low=self._low)
-        return -(-nbytes // 512) * 512, kind
+        return ledger.allocated(nbytes), kind
 
     def _count_for_a_moment(self, nbytes: int) -> None:
         """A tensor that an operator makes for itself, beside its result, and drops when it returns."""
@@ -89,7 +89,7 @@ def _in_float32(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
 
 
 def _parked_checkpoint(function: Callable[..., Any], *inputs: Any) -> Any:
-    """`offload.offloaded_checkpoint`, with meta tensors for those that leave the GPU."""
+    """`labutils.offload.offloaded_checkpoint`, with meta tensors for those that leave the GPU."""
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.to("meta"), lambda t: torch.empty_like(t, device="cpu")):
         return checkpoint(function, *inputs, use_reentrant=True)
 
@@ -122,13 +122,20 @@ def rehearse_by_kind(
         size, vocab_size, attention, overrides: as for `labutils.models.gpt2`; `n_positions` is `seqlen` unless given.
         seqlen: N.
         batch: B.
-        autocast_dtype, checkpointing, chunked_loss, optimizer: as for `labutils.training.train`.
+        autocast_dtype: of products; None is no autocast, and float32 throughout.
+        checkpointing, chunked_loss, optimizer: as for `labutils.training.train`.
+
+    Returns:
+        GiB by `labutils.ledger.KINDS`, without those of which nothing is there.
 
     Raises:
-        ValueError: an attention that a rehearsal cannot play: PyTorch chooses the kernel of "sdpa" by the GPU.
+        ValueError: an attention that a rehearsal cannot play (PyTorch chooses the kernel of "sdpa" by the GPU), or an
+            unknown size or option.
     """
     if attention not in ("labutils", "eager"):
         raise ValueError(f"attention={attention!r}: a rehearsal knows 'labutils' and 'eager'")
+    if optimizer not in ("adamw", "offloaded"):
+        raise ValueError(f"optimizer must be 'adamw' or 'offloaded', got {optimizer!r}")
     with torch.device("meta"):
         model = models.gpt2(size, vocab_size=vocab_size, attention=attention, **({"n_positions": seqlen} | overrides))
     alive = _Alive(ledger.Sizes(model.config), autocast_dtype is not None)
@@ -150,7 +157,7 @@ def rehearse_by_kind(
         alive.peak, alive.making = alive.bytes, None
         model.train()
         if checkpointing:
-            training._set_checkpointing(model, checkpointing)
+            training.set_checkpointing(model, checkpointing)
         if checkpointing == "offloaded":
             for block in model.transformer.h:
                 block._gradient_checkpointing_func = _parked_checkpoint

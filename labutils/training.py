@@ -269,12 +269,12 @@ def _as_in_training(model: GPT2LMHeadModel, checkpointing: bool | Literal["offlo
     try:
         model.train()
         if checkpointing:
-            _set_checkpointing(model, checkpointing)
+            set_checkpointing(model, checkpointing)
         yield
     finally:
         model.zero_grad(set_to_none=True)
         if checkpointing:
-            _set_checkpointing(model, False)
+            set_checkpointing(model, False)
         model.train(was_training)
 
 
@@ -303,6 +303,30 @@ def make_optimizer(
     if kind == "offloaded":
         return OffloadedAdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)  # fused: the CPU has such a kernel, too
     raise ValueError(f"optimizer must be 'adamw' or 'offloaded', got {kind!r}")
+
+
+def set_checkpointing(model: GPT2LMHeadModel, on: bool | Literal["offloaded"]) -> None:
+    """Switches the recomputation of blocks in the backward pass on or off (Chen et al. 2016, arXiv 1604.06174).
+
+    Args:
+        model: a GPT-2 of `labutils.models.gpt2`, which is changed.
+        on: True keeps the input of each block alone; "offloaded" keeps it in the CPU's memory
+            (`labutils.offload.offloaded_checkpoint`).
+
+    Raises:
+        ValueError: `on` is something else.
+    """
+    if on not in (True, False, "offloaded"):
+        raise ValueError(f"checkpointing must be True, False or 'offloaded', got {on!r}")
+    # transformers 5.23 calls "activation" what 5.17 calls "gradient" checkpointing; the old name warns there.
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+        if on == "offloaded":
+            for block in model.transformer.h:
+                block._gradient_checkpointing_func = offloaded_checkpoint
+    else:
+        getattr(model, f"{name}_checkpointing_disable")()
 
 
 def resolved_autocast(wanted: torch.dtype | Literal["auto"] | None, device: torch.device) -> torch.dtype | None:
@@ -591,20 +615,6 @@ def _attention_of(calls: dict[str, int]) -> dict[str, int]:
     if outside > 0:
         used["naive"] = outside
     return used
-
-
-def _set_checkpointing(model: GPT2LMHeadModel, on: bool | Literal["offloaded"]) -> None:
-    if on not in (True, False, "offloaded"):
-        raise ValueError(f"checkpointing must be True, False or 'offloaded', got {on!r}")
-    # transformers 5.23 calls "activation" what 5.17 calls "gradient" checkpointing; the old name warns there.
-    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    if on:
-        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
-        if on == "offloaded":
-            for block in model.transformer.h:
-                block._gradient_checkpointing_func = offloaded_checkpoint
-    else:
-        getattr(model, f"{name}_checkpointing_disable")()
 
 
 def _peaks_gib(device: torch.device) -> tuple[float, float]:

@@ -49,6 +49,8 @@ def test_each_remedy_lowers_the_rehearsed_peak():
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 3
     with pytest.raises(ValueError, match="rehearsal knows"):
         rehearsal.rehearse("tiny", 64, attention="sdpa")
+    with pytest.raises(ValueError, match="optimizer must be"):
+        rehearsal.rehearse("tiny", 64, optimizer="sgd")
 
 
 @pytest.mark.parametrize("square", [0.0, 3e-8])
