@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import random
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,10 +13,15 @@ import torch
 from labutils.environment import differences
 
 FORMAT = 3
+"""Of the file; one of another format is not read."""
 
 
 def check_path(path: str | Path, *, resume: bool) -> None:
-    """Whether a run can begin with this file, or go on from it.
+    """Raises where a run cannot begin with this file, or cannot go on from it.
+
+    Args:
+        path: of the checkpoint.
+        resume: go on from it.
 
     Raises:
         FileExistsError: the file is there, and `resume` was not asked for.
@@ -30,6 +34,27 @@ def check_path(path: str | Path, *, resume: bool) -> None:
         )
     if resume and not there:
         raise FileNotFoundError(f"there is no {path} to go on from: start without --resume.")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What `Checkpoint.save` wrote there. Tensors and plain values alone: a file from somebody else can run no code."""
+    damaged = (
+        f"{path} is damaged, or no checkpoint of this lab: restore it, or start without --resume in another folder."
+    )
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # garbage leads its reader into any, from RuntimeError to IndexError
+        raise ValueError(damaged) from error
+    if not isinstance(stored, dict):
+        raise ValueError(damaged)
+    if stored.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is of format {stored.get('format')}, and this version of the lab reads {FORMAT}: go on with the "
+            "version that wrote it, or start without --resume in another folder."
+        )
+    return stored
 
 
 class Checkpoint:
@@ -54,6 +79,7 @@ class Checkpoint:
         FileExistsError: the file is there, and `resume` was not asked for.
         FileNotFoundError: `resume`, and there is no file.
         ValueError: `resume`, and the settings differ, or the file is damaged or of another format; `every` below 1.
+        OSError: `resume`, and the file cannot be read.
     """
 
     def __init__(
@@ -74,16 +100,7 @@ class Checkpoint:
         check_path(self.path, resume=resume)
         if not resume:
             return
-        # Tensors and plain values alone: a file from somebody else cannot run code here.
-        try:
-            self.stored = torch.load(self.path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(
-                f"{self.path} is damaged, or no checkpoint of this lab: restore it, or start without --resume in "
-                "another folder."
-            ) from error
-        if self.stored.get("format") != FORMAT:
-            raise ValueError(f"{self.path} is of format {self.stored.get('format')}, this version reads {FORMAT}.")
+        self.stored = _read(self.path)
         before = self.stored["settings"]
         changes = [
             f"{name}: {before.get(name)!r}, now {self.settings.get(name)!r}"
@@ -99,16 +116,22 @@ class Checkpoint:
 
     @property
     def steps(self) -> int:
-        """Steps done in the checkpoint that is gone on from; 0 for a new run, and after `load`."""
+        """Steps done in the checkpoint that the run goes on from; 0 for a new run, and after `load`."""
         return 0 if self.stored is None else self.stored["steps"]
 
     @property
     def rows(self) -> list[dict[str, float]]:
-        """The history up to the checkpoint that is gone on from; empty for a new run."""
+        """The history up to the checkpoint that the run goes on from; empty for a new run, and after `load`."""
         return [] if self.stored is None else list(self.stored["rows"])
 
     def load(self, model: torch.nn.Module, optimizer: Any, scaler: Any, batches: Any) -> int:
-        """Puts the stored state into these objects and the generators; the number of steps done, 0 for a new run.
+        """Puts the stored state into these objects and the generators.
+
+        Args:
+            model, optimizer, scaler, batches: made as those that were saved; each has `load_state_dict`.
+
+        Returns:
+            The number of steps done; 0 for a new run, where nothing is changed.
 
         Raises:
             TypeError: the batches cannot say where in the data they are.
@@ -125,10 +148,9 @@ class Checkpoint:
         version, numbers, gauss = stored["random"]["python"]
         random.setstate((version, tuple(numbers), gauss))
         torch.set_rng_state(stored["random"]["torch"])
-        if stored["random"]["cuda"]:
-            torch.cuda.set_rng_state_all(
-                stored["random"]["cuda"][: torch.cuda.device_count()]
-            )  # there may be fewer now
+        there = stored["random"]["cuda"][: torch.cuda.device_count()]  # there may be fewer GPUs now
+        if there:
+            torch.cuda.set_rng_state_all(there)
         return stored["steps"]
 
     def save(

@@ -125,12 +125,19 @@ def test_a_failed_write_leaves_the_checkpoint_before(tmp_path, monkeypatch):
     assert list(tmp_path.glob(".*")) == []  # half a file on a full disk keeps it full
 
 
-@pytest.mark.parametrize("damage", [b"", b"garbage\n", None], ids=["empty", "garbage", "cut off"])
+@pytest.mark.parametrize("damage", [b"", b"garbage\n", b"aa", None], ids=["empty", "garbage", "two letters", "cut off"])
 def test_a_damaged_checkpoint_is_told(tmp_path, damage):
     path = tmp_path / "checkpoint.pt"
     train(Checkpoint(path), steps=1)
     path.write_bytes(path.read_bytes()[:3000] if damage is None else damage)
     with pytest.raises(ValueError, match="checkpoint.pt is damaged"):
+        Checkpoint(path, resume=True)
+
+
+def test_a_file_of_something_else_is_told(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="no checkpoint of this lab"):
         Checkpoint(path, resume=True)
 
 
@@ -159,7 +166,7 @@ def test_what_cannot_be_gone_on_from(tmp_path):
         Checkpoint(path, settings={"lr": 0.1}, resume=True)
     stored = torch.load(path, weights_only=True)
     torch.save(stored | {"format": 0}, path)
-    with pytest.raises(ValueError, match="of format 0"):
+    with pytest.raises(ValueError, match="of format 0, and this version of the lab reads 3: go on with the version"):
         Checkpoint(path, settings={"lr": 1e-2}, resume=True)
 
 
