@@ -10,6 +10,7 @@ attention errs more than it. That is how `labutils.reference.judge` judges a sin
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
 OTHER_ORDERS = ("eager, keys reversed", "eager, dimensions reversed", "eager, in halves")
+"""Runs of standard attention that differ from it in the order of their sums alone."""
 EXACT = "eager, float32"
 """The run without autocast, from which the others' errors are counted."""
 
@@ -36,26 +38,24 @@ def register_other_orders() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
-    AttentionInterface.register(implementation_of(OTHER_ORDERS[2]), _in_halves)
-    AttentionMaskInterface.register(implementation_of(OTHER_ORDERS[2]), eager_mask)
-    for name, (keys, dimensions) in {
-        "eager-keys-reversed": (True, False),
-        "eager-dimensions-reversed": (False, True),
-    }.items():
+    for name, attention in zip(OTHER_ORDERS, (_keys_reversed, _dimensions_reversed, _in_halves), strict=True):
+        AttentionInterface.register(implementation_of(name), attention)
+        AttentionMaskInterface.register(implementation_of(name), eager_mask)
 
-        def attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, keys=keys,
-                      dimensions=dimensions, **kwargs):  # fmt: skip
-            from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
 
-            if keys:  # the sums over keys, of the softmax and of P·V, begin with the last
-                key, value = key.flip(2), value.flip(2)
-                attention_mask = None if attention_mask is None else attention_mask.flip(-1)
-            if dimensions:  # the sum of Q·K begins with the last dimension
-                query, key = query.flip(3), key.flip(3)
-            return eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout)
+def _keys_reversed(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """Standard attention whose sums over keys, of the softmax and of P·V, begin with the last."""
+    from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
 
-        AttentionInterface.register(name, attention)
-        AttentionMaskInterface.register(name, eager_mask)
+    mask = None if attention_mask is None else attention_mask.flip(-1)
+    return eager_attention_forward(module, query, key.flip(2), value.flip(2), mask, scaling, dropout)
+
+
+def _dimensions_reversed(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+    """Standard attention whose sum of Q·K begins with the last dimension."""
+    from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
+
+    return eager_attention_forward(module, query.flip(3), key.flip(3), value, attention_mask, scaling, dropout)
 
 
 def _in_halves(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
@@ -88,23 +88,24 @@ def loss_parity(
 
     Args:
         make_model: from the name of an attention and a seed; with the same weights for each attention.
-        make_batches: from a seed; the same batches for each attention.
+        make_batches: from a seed, `steps` batches, int64 (B, N) each; the same ones for each attention.
         attentions: those in question.
         steps: of each run.
-        seeds: all runs are made once for each.
-        options: of `training.train`.
+        seeds: all runs are made once for each; at least one.
+        options: of `labutils.training.train`.
 
     Returns:
         A row for each seed and step, a column for each run, in nats per token.
 
     Raises:
+        ValueError: the batches ended before the steps did, or there is no seed.
         KeyboardInterrupt: a run was interrupted, and what it has is no measurement of all its steps.
     """
     import pandas as pd
 
     register_other_orders()
     parts = {}
-    for seed in seeds:
+    for seed in dict.fromkeys(seeds):
         columns = {}
         for name in (EXACT, "eager", *OTHER_ORDERS, *attentions):
             exact = {"autocast_dtype": None} if name == EXACT else {}
@@ -112,9 +113,13 @@ def loss_parity(
             history = training.train(model, make_batches(seed), steps=steps, **({"progress": False} | options | exact))
             if history.interrupted:
                 raise KeyboardInterrupt
+            if history.status != "done":
+                raise ValueError(f"the batches ended after {history.steps} of {steps} steps: pass one for each step")
             columns[name] = history.frame.set_index("step")["loss"]
             del model
         parts[seed] = pd.DataFrame(columns)
+    if not parts:
+        raise ValueError("no seed is given: pass one or more, such as seeds=(0,)")
     return pd.concat(parts, names=["seed"])
 
 
@@ -122,22 +127,25 @@ def judge_parity(losses: pd.DataFrame, factor: float = 2.0) -> pd.DataFrame:
     """How far each run's losses are from those of standard attention, in nats per token, over all seeds and steps.
 
     Args:
-        losses: of `loss_parity`.
+        losses: of `loss_parity`, in nats per token.
         factor: how much more than standard attention's largest error, in any order, an attention may err.
 
     Returns:
-        A row for each run but the one in float32: run; rms_from_eager, the root-mean-square distance from "eager";
-        in_spread, whether that is no larger than between any two runs of standard attention in different orders; error,
-        the median distance from the run in float32, which a single step that overshoots does not decide; and within,
-        whether that is no larger than `factor` times the largest of standard attention's.
+        A row for each run but the one in float32: run; rms_from_eager, the root-mean-square distance from "eager" in
+        nats per token; in_spread, whether that is no larger than the largest between two runs of standard attention in
+        different orders; error, the median distance from the run in float32 in nats per token, which a single step that
+        overshoots does not decide; and within, whether that is no larger than `factor` times the largest of standard
+        attention's.
     """
-    import itertools
-
     import pandas as pd
 
+    def rms(a: str, b: str) -> float:
+        return ((losses[a] - losses[b]) ** 2).mean() ** 0.5
+
+    def error(a: str) -> float:
+        return (losses[a] - losses[EXACT]).abs().median()
+
     standard = ["eager", *OTHER_ORDERS]
-    rms = lambda a, b: ((losses[a] - losses[b]) ** 2).mean() ** 0.5  # noqa: E731
-    error = lambda a: (losses[a] - losses[EXACT]).abs().median()  # noqa: E731
     spread = max(rms(a, b) for a, b in itertools.combinations(standard, 2))
     allowed = factor * max(error(name) for name in standard)
     rows = [

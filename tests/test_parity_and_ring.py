@@ -40,6 +40,16 @@ def test_a_wrong_attention_is_farther_off_than_the_spread():
     assert table.within["sdpa"] and not table.within["wrong, sdpa"]
 
 
+def test_a_comparison_of_fewer_steps_than_asked_for_is_none():
+    def make_model(attention, seed):
+        return models.gpt2("nano", n_positions=8, vocab_size=16, attention=attention).to(runtime.device)
+
+    with pytest.raises(ValueError, match="ended after 1 of 3 steps"):
+        parity.loss_parity(make_model, lambda seed: [torch.zeros(1, 8, dtype=torch.int64)], steps=3)
+    with pytest.raises(ValueError, match="no seed"):
+        parity.loss_parity(make_model, lambda seed: [], steps=3, seeds=())
+
+
 def test_errors_are_judged_from_the_run_in_32_bits():
     """Runs that err by known amounts: only one that errs more than twice standard attention's largest error fails."""
     runs = (parity.EXACT, "eager", *parity.OTHER_ORDERS, "good", "bad")
