@@ -1,7 +1,8 @@
-"""One block of rows on its way through the tiles of K and V: the running m, l and O, step by step.
+"""One block of rows on its way through the tiles of K and V: the running m, l and O, step by step, and row by row.
 
 `steps` computes them, `plot_steps` draws all of them, and `step_through` shows one at a time in a notebook, with a
-slider. Both draw with the same function, so that a page without Python says the same as the widget.
+slider. Both draw with the same functions, so that a page without Python says the same as the widget.
+`plot_row_errors` shows in which rows such a loop went wrong.
 """
 
 from __future__ import annotations
@@ -50,8 +51,11 @@ def steps(scores: torch.Tensor, values: torch.Tensor, block: int) -> list[Step]:
     Args:
         scores: (R, N), already scaled. values: (N, D). block: columns of a tile.
 
+    Returns:
+        A state for each tile, from left to right.
+
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not fit, or `block` is below 1.
     """
     if scores.ndim != 2 or values.ndim != 2 or scores.shape[1] != values.shape[0]:
         raise ValueError(
@@ -68,12 +72,12 @@ def steps(scores: torch.Tensor, values: torch.Tensor, block: int) -> list[Step]:
     return result
 
 
-def _number(value: float) -> str:
-    return f"{value:.2f}".replace("-", "−")
+def _number(value: float, digits: int = 2) -> str:
+    return f"{value:.{digits}f}".replace("-", "−")
 
 
 def _draw_scores(ax: Axes, step: Step) -> None:
-    """The scores, numbers where the tile has been or is; the tile itself framed."""
+    """The scores as squares, coloured by whether the tile has been there, with their numbers in the tile at hand."""
     rows, columns = step.scores.shape
     for i in range(rows):
         for j in range(columns):
@@ -81,7 +85,7 @@ def _draw_scores(ax: Axes, step: Step) -> None:
             color = _NOW if now else _SEEN if j < step.start else _LATER
             ax.add_patch(Rectangle((j, i), 1, 1, facecolor=color, edgecolor="white"))
             if now:
-                text = f"{step.scores[i, j].item():.1f}".replace("-", "−")
+                text = _number(step.scores[i, j].item(), digits=1)
                 ax.text(j + 0.5, i + 0.5, text, ha="center", va="center", fontsize=8.5, color="black")
     frame = (step.start, 0), step.stop - step.start, rows
     ax.add_patch(Rectangle(*frame, facecolor="none", edgecolor=ORANGE, linewidth=2.5))
@@ -125,11 +129,17 @@ def _draw_state(ax: Axes, step: Step) -> None:
     ax.axhline(1, color="#777777", linewidth=0.8)
 
 
-def _title(step: Step, number: int, count: int) -> str:
-    return f"Tile {number + 1} of {count}: columns {step.start} to {step.stop - 1}"
+def _draw_step(left: Axes, right: Axes, states: Sequence[Step], number: int) -> None:
+    """One step, with its titles: the scores on the left, the state of the rows on the right."""
+    step = states[number]
+    _draw_scores(left, step)
+    _draw_state(right, step)
+    left.set_title(f"Tile {number + 1} of {len(states)}: columns {step.start} to {step.stop - 1}")
+    right.set_title("After it: m, l and a stay on chip")
 
 
-def _headline(fig: Figure) -> None:
+def _explain(fig: Figure) -> None:
+    """What the colours and letters are, below the figure."""
     footnote(
         fig,
         "Orange: the tile at hand. Blue: seen, and forgotten. Grey: not yet seen. α = exp(m_old − m), 0 at the first "
@@ -140,36 +150,42 @@ def _headline(fig: Figure) -> None:
 
 @styled
 def plot_steps(states: Sequence[Step]) -> Figure:
-    """Every step, one below the other: the scores on the left, the state of the rows on the right."""
+    """Every step, one below the other: the scores on the left, the state of the rows on the right.
+
+    Args:
+        states: of `steps`.
+    """
     rows = states[0].m.shape[0]
     height = 0.45 + len(states) * (0.55 + 0.3 * (rows + 1))
     fig, axes = plt.subplots(len(states), 2, figsize=(WIDE, height), width_ratios=[5, 6], squeeze=False)
-    for number, (step, (left, right)) in enumerate(zip(states, axes, strict=True)):
-        _draw_scores(left, step)
-        _draw_state(right, step)
-        left.set_title(_title(step, number, len(states)))
-        right.set_title("After it: m, l and a stay on chip")
-    _headline(fig)
+    for number, (left, right) in enumerate(axes):
+        _draw_step(left, right, states, number)
+    _explain(fig)
     return fig
 
 
 @styled
 def plot_step(states: Sequence[Step], number: int) -> Figure:
-    """One step of `plot_steps`."""
-    step = states[number]
-    rows = step.m.shape[0]
+    """One step of `plot_steps`.
+
+    Args:
+        states: of `steps`.
+        number: which one, from 0.
+    """
+    rows = states[number].m.shape[0]
     fig, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 1.15 + 0.3 * (rows + 1)), width_ratios=[5, 6])
-    _draw_scores(left, step)
-    _draw_state(right, step)
-    left.set_title(_title(step, number, len(states)))
-    right.set_title("After it: m, l and a stay on chip")
-    _headline(fig)
+    _draw_step(left, right, states, number)
+    _explain(fig)
     return fig
 
 
 def step_through(states: Sequence[Step]) -> Any:
     """A widget with a slider and a play button that walks through the steps, counted from 1 as in their titles; show
-    `plot_steps` beside it."""
+    `plot_steps` beside it.
+
+    Args:
+        states: of `steps`.
+    """
     import ipywidgets as widgets
 
     pictures = []
@@ -192,13 +208,19 @@ def plot_row_errors(errors: dict[str, torch.Tensor], allowed: float, machine: st
     """Largest error of each row of a result, for several results: rounding against bugs.
 
     Args:
-        errors: label -> (N,), max |out - exact| over heads and dimensions. allowed: what the 2 x rule allows.
+        errors: label -> (N,), max |out - exact| over heads and dimensions; up to five of them.
+        allowed: what the 2 x rule allows (`labutils.reference.judge`).
         machine: for the footnote.
+
+    Raises:
+        ValueError: more results than there are colours.
     """
+    colors, markers = (BLACK, BLUE, VERMILLION, GREEN, PURPLE), "oDX^s"
+    if len(errors) > len(colors):
+        raise ValueError(f"{len(errors)} results, and colours for {len(colors)}: draw fewer in one figure")
     fig, ax = plt.subplots(figsize=(WIDE, 3.9))
     floor = allowed / 1e5
-    looks = zip((BLACK, BLUE, VERMILLION, GREEN, PURPLE), "oDX^s", strict=True)
-    for (label, values), (color, marker) in zip(errors.items(), looks, strict=False):
+    for (label, values), color, marker in zip(errors.items(), colors, markers, strict=False):
         y = values.double().cpu().clamp(min=floor)
         ax.plot(range(len(y)), y, label=label, color=color, marker=marker, markersize=4.5, linestyle="none", alpha=0.85)
     ax.axhline(allowed, color=RED, linestyle="--", linewidth=1.4, label="what the 2 × rule allows")

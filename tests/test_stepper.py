@@ -62,6 +62,8 @@ def test_row_errors_are_drawn_with_the_line_of_the_rule():
     labels = [line.get_label() for line in ax.lines]
     assert labels == ["right", "bug", "what the 2 × rule allows"]
     assert ax.get_yscale() == "log"
+    with pytest.raises(ValueError, match="6 results, and colours for 5"):  # none is left out without a word
+        stepper.plot_row_errors({str(i): torch.zeros(5) for i in range(6)}, 1e-2)
 
 
 def test_a_planted_bug_is_one_and_without_it_the_result_is_right():
