@@ -2,7 +2,7 @@
 
 `sweep` is the one function that measures. What runs out of memory or cannot run is a row with its reason; with a folder
 the rows are on disk as they come, and a later call measures what is missing. `speedup` sets the rows against one
-implementation.
+implementation, `side_by_side` shows them, and `attention_names` says beforehand what a model can be switched to.
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
 TABLE = "models"
+"""The name of the table among stored results."""
 COLUMNS = SCHEMAS[TABLE]
+"""Its columns."""
 KEY = ("model", "work", "impl", "batch", "seqlen")
+"""What a row is the measurement of; no two rows have the same."""
 
 TRAINING = ("forward", "backward", "step")
 """Parts of a training step: loss included in the forward pass; `step` is all of it, the optimizer included."""
@@ -75,6 +78,9 @@ def register_first_version() -> str:
     """Registers FlashAttention-1's forward kernel with transformers as "labutils_v1", for measurements alone.
 
     Its backward pass is that of `labutils.flash_attn_func`. Padding and dropout raise NotImplementedError.
+
+    Returns:
+        The name, for `attn_implementation`.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -133,8 +139,10 @@ def sweep(
     unknown = [size for size in sizes if size not in models.GPT2_SIZES]
     if unknown:
         raise ValueError(f"sizes={unknown} are not known: choose from {', '.join(models.GPT2_SIZES)}.")
-    for attention in {"labutils", "labutils_v1"} & set(attentions):
-        models.register_attention(attention) if attention == "labutils" else register_first_version()
+    if "labutils" in attentions:
+        models.register_attention()
+    if "labutils_v1" in attentions:
+        register_first_version()
     training, inference = ([work for work in works if work in those] for those in (TRAINING, INFERENCE))
     jobs = [("training", batch, training)] if training else []
     jobs += [("inference", b, inference) for b in dict.fromkeys(inference_batches)] if inference else []
@@ -170,6 +178,10 @@ def sweep(
 def speedup(table: pd.DataFrame, over: str = "naive") -> pd.DataFrame:
     """The table with a column `speedup`: time of `over` by time of the row; NaN where either did not run.
 
+    Args:
+        table: of `sweep`.
+        over: the implementation that counts as 1, as in the column `impl`.
+
     Raises:
         ValueError: `over` is not among the implementations.
     """
@@ -187,8 +199,9 @@ def side_by_side(table: pd.DataFrame, work: str, value: str = "ms") -> pd.DataFr
     """One row for each model, batch and length, one column for each implementation; "OOM" and "–" where it did not run.
 
     Args:
-        table: of `sweep` or `speedup`. work: of `TRAINING` or `INFERENCE`.
-        value: the column shown: ms, tokens_per_s, peak_gib or speedup.
+        table: of `sweep` or `speedup`.
+        work: of `TRAINING` or `INFERENCE`.
+        value: the column shown, as text in its own unit: ms, tokens_per_s, peak_gib or speedup.
 
     Raises:
         ValueError: no row of that work.
@@ -207,6 +220,28 @@ def side_by_side(table: pd.DataFrame, work: str, value: str = "ms") -> pd.DataFr
     shown = rows.assign(text=[text(row) for row in rows.itertuples()])
     columns = list(dict.fromkeys(rows["impl"]))
     return shown.pivot(index=["model", "batch", "seqlen"], columns="impl", values="text")[columns]
+
+
+def attention_names(wanted: Iterable[str], make: Callable[[], GPT2LMHeadModel]) -> tuple[list[str], dict[str, str]]:
+    """Which attentions a model can be switched to here, and why not to the others.
+
+    Args:
+        wanted: names for `set_attn_implementation`; "labutils" must be registered.
+        make: makes a small model on the lab's device.
+
+    Returns:
+        The names of those that it can be switched to, in their order, and name -> reason of the others.
+    """
+    model, can, reasons = make(), [], {}
+    for name in wanted:
+        try:
+            with _quiet():
+                model.set_attn_implementation(name)
+        except (ImportError, ValueError, OSError) as error:
+            reasons[name] = _reason(error)
+        else:
+            can.append(name)
+    return can, reasons
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -308,11 +343,16 @@ def _attempt(
             status, reason = "unsupported", INTERPRETED
         else:
             status = "oom" if is_out_of_memory(error) else "unsupported"
-            reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            reason = _reason(error)
     # after the exception is gone: its traceback holds every tensor of the failed step
     model.zero_grad(set_to_none=True)
     free_memory()
     return dict.fromkeys(works, {"status": status, "reason": reason})
+
+
+def _reason(error: Exception) -> str:
+    """The kind of an error and the first line of its message."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 @contextmanager
@@ -493,22 +533,3 @@ class _Rows:
     def table(self) -> pd.DataFrame:
         rows = [dict(zip(KEY, point, strict=True)) | dict(row) for point, row in self.found.items()]
         return pd.DataFrame(rows, columns=list(COLUMNS))
-
-
-def attention_names(wanted: Iterable[str], make: Callable[[], GPT2LMHeadModel]) -> tuple[list[str], dict[str, str]]:
-    """Which attentions a model can run here, and why it cannot run the others: (names, {name: reason}).
-
-    Args:
-        wanted: names for `set_attn_implementation`; "labutils" must be registered.
-        make: makes a small model on the lab's device.
-    """
-    model, can, reasons = make(), [], {}
-    for name in wanted:
-        try:
-            with _quiet():
-                model.set_attn_implementation(name)
-        except (ImportError, ValueError, OSError) as error:
-            reasons[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        else:
-            can.append(name)
-    return can, reasons

@@ -14,11 +14,19 @@ from torch.utils.checkpoint import checkpoint
 
 
 def offloaded_checkpoint(function: Callable[..., Any], *inputs: Any) -> Any:
-    """Runs a block and keeps its inputs alone, in the CPU's (pinned) memory; the backward fetches them and runs it
-    again.
+    """Runs a block and keeps its inputs alone, in the CPU's memory; the backward fetches them and runs it again.
 
     The reentrant form of checkpointing saves a block's inputs the way operators do, so that PyTorch's hooks for saved
-    tensors can carry them away; within the block nothing is saved, and so nothing else travels.
+    tensors (`torch.autograd.graph.save_on_cpu`) can carry them away; within the block nothing is saved, and so nothing
+    else travels. The memory is pinned where there is a GPU.
+
+    Args:
+        function: the block.
+        inputs: of the block, tensors and others; one of the tensors must ask for a gradient, or none reaches the
+            block's parameters.
+
+    Returns:
+        What the block returns.
     """
     with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
         return checkpoint(function, *inputs, use_reentrant=True)
@@ -27,8 +35,8 @@ def offloaded_checkpoint(function: Callable[..., Any], *inputs: Any) -> Any:
 class OffloadedAdamW(torch.optim.Optimizer):
     """AdamW on the CPU: the GPU keeps parameters and gradients, the CPU both moments and a copy of the parameters.
 
-    A step copies the gradients over, updates there, and copies the parameters back: 8 bytes a parameter leave the GPU
-    for 8 that travel in each step.
+    A step copies the gradients over, updates there, and copies the parameters back: for parameters in float32, 8 bytes
+    each leave the GPU for 8 that travel in each step (Ren et al. 2021, ZeRO-Offload, arXiv 2101.06840).
 
     Args:
         params: parameters or groups of them, as every optimizer takes them.

@@ -78,6 +78,9 @@ def rope_by_complex_numbers(x: torch.Tensor, positions: torch.Tensor, base: floa
         x: (..., N, H, D).
         positions: integers (N,).
         base: as for `rope_angles`.
+
+    Returns:
+        float64 (..., N, H, D).
     """
     depth = x.shape[-1]
     number = torch.complex(*x.double().chunk(2, dim=-1))  # (..., N, H, D/2)
@@ -99,8 +102,12 @@ def use_rope(model: GPT2LMHeadModel, base: float = BASE) -> GPT2LMHeadModel:
 
     The positions are those that the model is called with (`position_ids`), 0 to N - 1 otherwise.
 
+    Args:
+        model: a GPT-2 of `labutils.models.gpt2`, on any device.
+        base: as for `rope_angles`.
+
     Raises:
-        ValueError: the model has rotary positions already, or an odd head dimension.
+        ValueError: the model has rotary positions already, an odd head dimension, or a base that is not above 1.
     """
     if getattr(model.config, "lab_rope_base", None) is not None:
         raise ValueError("this model has rotary positions already")
@@ -148,8 +155,10 @@ def token_losses(
         chunk: positions whose logits exist at a time.
 
     Raises:
-        ValueError: `context` is odd or below 2.
+        ValueError: `tokens` are not (S, N) with N of 2 or more, or `context` is odd or below 2.
     """
+    if tokens.ndim != 2 or tokens.shape[1] < 2:
+        raise ValueError(f"tokens must be (S, N), N of 2 or more, so that one is predicted; got {tuple(tokens.shape)}")
     length = tokens.shape[1]
     context = length if context is None or context >= length else context
     if context < 2 or (context < length and context % 2):
@@ -237,6 +246,11 @@ def long_documents(texts: Iterable[str], tokenizer: Any, length: int) -> torch.T
 
     Loss by position needs text of one document from its beginning: in packed sequences position 4,000 of a row may be
     the first line of a file.
+
+    Args:
+        texts: the documents.
+        tokenizer: of `labutils.data.train_tokenizer`, or any `tokenizers.Tokenizer`.
+        length: in tokens.
 
     Raises:
         ValueError: no document is that long.

@@ -22,7 +22,7 @@ def merge(
         lse_a, lse_b: (B, H, N), -inf for a query that sees no key of its part.
 
     Returns:
-        out and lse of both parts.
+        out (B, N, H, D) and lse (B, H, N) of both parts; 0 and -inf for a query that sees no key of either.
     """
     lse = torch.logaddexp(lse_a, lse_b)
     safe = torch.where(lse == -torch.inf, 0.0, lse)
@@ -78,6 +78,7 @@ def ring_seconds(
         width: H · D.
         tflops: of the attention kernel, in TFLOP/s.
         gigabytes_per_s: of the link to the neighbour, in GB/s.
+        bytes_per_number: of keys and values; 2 for 16 bits.
 
     Returns:
         work_s: 4 · (N/R)² · width FLOPs of an unmasked pair of parts; message_s: K and V of a part, 2 · (N/R) · width
