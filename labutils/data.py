@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
+"""The entry of a tokenizer that ends a document, as GPT-2's is written."""
 
 # Folders below the standard library that hold no library code, and pydoc_data: that is `python_reference`'s,
 # and a text must not be in both.
@@ -102,12 +103,16 @@ def python_sources(*, min_characters: int = 1, max_total: int | None = None) -> 
     Tests, installed packages and empty files are left out, and of equal files all but the first.
 
     Args:
-        min_characters: only files at least this long (long documents are what long contexts are for).
+        min_characters: only files at least this long, in characters (long documents are what long contexts are for).
         max_total: stop before the first file with which the texts would exceed this many characters together; None
             takes all (about 11 million characters).
 
+    Returns:
+        The texts, no two of them equal.
+
     Raises:
-        FileNotFoundError: this Python has no readable standard library sources (a zipped or stripped one).
+        FileNotFoundError: no file is within the limits, or this Python has no readable sources (a zipped or stripped
+            one).
     """
     root = Path(sysconfig.get_path("stdlib"))
     paths: list[Path] = []
@@ -145,7 +150,10 @@ def python_sessions(packages: Sequence[str] = ("numpy", "pandas"), *, min_charac
 
     Args:
         packages: names of installed packages.
-        min_characters: only documents at least this long.
+        min_characters: only documents at least this long, in characters.
+
+    Returns:
+        A text for each file that shows a session, no two of them equal, package by package, ordered by path.
 
     Raises:
         FileNotFoundError: a package is not installed, or none of them shows a session that long.
@@ -238,6 +246,9 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int = 4096) -> Tokenizer:
         texts: what to learn the merges from (train texts, not held-out ones).
         vocab_size: number of entries wanted, at least 257. A short text may offer fewer: the size to give a model is
             `tokenizer.get_vocab_size()`.
+
+    Returns:
+        The tokenizer; its `encode_batch` is what `pack` calls.
 
     Raises:
         ValueError: no text, or `vocab_size` below 257.
@@ -336,7 +347,7 @@ def document_positions(tokens: torch.Tensor, end_of_text: int) -> torch.Tensor:
 
 
 class Batches(Iterator[torch.Tensor]):
-    """What `batches` returns: an endless iterator that knows its place, for checkpoints."""
+    """What `batches` returns, which has the arguments: an endless iterator that knows its place, for checkpoints."""
 
     def __init__(self, sequences: torch.Tensor, batch_size: int, seed: int, cut: int | None = None):
         self._sequences, self._batch_size = sequences, batch_size
@@ -351,7 +362,11 @@ class Batches(Iterator[torch.Tensor]):
         return self._sequences[taken].view(-1, self._cut)
 
     def state_dict(self) -> dict:
-        """The place: after `load_state_dict` an iterator over the same sequences goes on with the same batches."""
+        """The place: after `load_state_dict` an iterator over the same sequences goes on with the same batches.
+
+        Returns:
+            The random generator's state, the sequences that wait for their turn in this pass, and how many there are.
+        """
         return {"generator": self._generator.get_state(), "waiting": list(self._waiting), "of": len(self._sequences)}
 
     def load_state_dict(self, state: dict) -> None:
@@ -375,8 +390,8 @@ def batches(sequences: torch.Tensor, batch_size: int = 1, *, seed: int = 0, cut:
         seed: of the order; the same seed gives the same batches.
         cut: N', which divides N: each batch has the same tokens in shorter sequences. None leaves them whole.
 
-    Yields:
-        int64 (B, N), or (B · N / N', N'), on the device of `sequences`.
+    Returns:
+        An iterator whose batches are int64 (B, N), or (B · N / N', N'), on the device of `sequences`.
 
     Raises:
         ValueError: no sequences, `batch_size` < 1, or a `cut` that does not divide N.

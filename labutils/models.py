@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from transformers import GPT2LMHeadModel
 
-# (layers, heads, width). The first four are Radford et al. 2019, table 2, with the parameter counts that are
-# in use today; the last two are small enough for two CPU cores and for Triton's interpreter.
+_IGNORED = -100  # the target that PyTorch's cross-entropy leaves out
+
 GPT2_SIZES: dict[str, tuple[int, int, int]] = {
     "124M": (12, 12, 768),
     "355M": (24, 16, 1024),
@@ -32,6 +32,8 @@ GPT2_SIZES: dict[str, tuple[int, int, int]] = {
     "tiny": (2, 2, 128),
     "nano": (2, 2, 32),
 }
+"""Layers, heads and width. The first four are Radford et al. 2019, table 2, with the parameter counts that are in use
+today; the last two are small enough for two CPU cores and for Triton's interpreter."""
 
 IMPL = {"eager": "naive", "flash_attention_2": "flash_attn", "labutils": "triton_v2", "labutils_v1": "triton_v1"}
 """What the tables call the attentions that transformers names otherwise."""
@@ -417,11 +419,12 @@ def language_model_loss(
         ValueError: N < 2, N above the model's `n_positions` (rotary positions have no such limit), or
             `chunked_loss` < 1.
     """
+    if tokens.ndim != 2 or tokens.shape[1] < 2:
+        raise ValueError(f"tokens must be (B, N), N of 2 or more, so that one is predicted; got {tuple(tokens.shape)}")
     rotary = getattr(model.config, "lab_rope_base", None) is not None
-    longest = tokens.shape[-1] if rotary else model.config.n_positions
-    if tokens.ndim != 2 or not 2 <= tokens.shape[1] <= longest:
+    if not rotary and tokens.shape[1] > model.config.n_positions:
         raise ValueError(
-            f"tokens must be (B, N) with N from 2 to the model's n_positions={longest}, got "
+            f"tokens must be (B, N) with N from 2 to the model's n_positions={model.config.n_positions}, got "
             f"{tuple(tokens.shape)}: make the model with a larger n_positions, or pass shorter sequences"
         )
     if chunked_loss is not None and chunked_loss < 1:
@@ -443,11 +446,21 @@ def language_model_loss(
     return total / (len(target) if end_of_text is None else (target != _IGNORED).sum())
 
 
-_IGNORED = -100  # what PyTorch's cross-entropy leaves out
-
-
 def kept_apart(model: GPT2LMHeadModel, tokens: torch.Tensor, end_of_text: int) -> dict[str, Any]:
-    """What the model is given beside packed tokens (B, N), so that their documents do not see each other."""
+    """What the model is given beside packed tokens, so that their documents do not see each other.
+
+    Args:
+        model: a GPT-2 of `gpt2`, which is asked for its attention alone.
+        tokens: int64 (B, N), rows of `labutils.data.pack`.
+        end_of_text: the token that ends a document.
+
+    Returns:
+        Keyword arguments for the model: `position_ids`, int64 (B, N), from 0 in each document; for our attention the
+        borders as well, `cu_seq_lens_q` and `cu_seq_lens_k`, int32 (documents + 1,), over the B * N tokens.
+
+    Raises:
+        ValueError: tokens that are not (B, N).
+    """
     positions = document_positions(tokens, end_of_text)
     if model.config._attn_implementation != "labutils":
         return {"position_ids": positions}  # transformers makes a mask of positions that begin again
@@ -462,4 +475,5 @@ def kept_apart(model: GPT2LMHeadModel, tokens: torch.Tensor, end_of_text: int) -
 
 
 def _chunk_loss(lm_head: torch.nn.Module, hidden: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """The sum of the losses of some positions, in float32; hidden: (n, C), target: int64 (n,)."""
     return F.cross_entropy(lm_head(hidden).float(), target, reduction="sum")

@@ -462,9 +462,13 @@ def test_chunked_loss_under_autocast():
     torch.testing.assert_close(chunked, plain, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 65), (8,)], ids=str)
-def test_loss_refuses_lengths_the_model_has_not(shape):
-    with pytest.raises(ValueError, match="n_positions=64"):
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((1, 1), "N of 2 or more"), ((8,), "N of 2 or more"), ((), "N of 2 or more"), ((1, 65), "n_positions=64")],
+    ids=str,
+)
+def test_loss_refuses_lengths_the_model_has_not(shape, message):
+    with pytest.raises(ValueError, match=message):
         models.language_model_loss(make("sdpa"), torch.zeros(shape, dtype=torch.int64, device=DEVICE))
 
 

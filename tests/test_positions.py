@@ -88,6 +88,8 @@ def test_losses_of_tokens_are_the_models_and_windows_shorten_the_context():
         positions.token_losses(model, tokens, context=15)
     with pytest.raises(ValueError, match="N of 2 or more"):
         positions.token_losses(model, tokens[:, :1])
+    with pytest.raises(ValueError, match="N of 2 or more"):  # of a model that has no longest sequence
+        models.language_model_loss(model, tokens[:, :1])
 
 
 def test_error_bars_count_sequences_and_not_tokens():
