@@ -35,6 +35,7 @@ GIB = 2**30
 COLUMNS = (
     "step", "loss", "tokens_per_s", "grad_norm", "peak_allocated_gib", "peak_reserved_gib", "loss_scale", "skipped",
 )  # fmt: skip
+"""Of the history; `History` says what they are."""
 
 
 @dataclass
@@ -111,7 +112,7 @@ def train(
         decay: the last so many steps, over which the learning rate falls to 0 in a straight line.
         weight_decay: on matrices; biases and LayerNorm gains have none.
         clip: largest gradient norm.
-        autocast_dtype: "auto" is the GPU's `runtime.dtype` and no autocast on a CPU; None is no autocast.
+        autocast_dtype: "auto" is the GPU's `runtime.dtype` and no autocast on a CPU; None and float32 are no autocast.
             float16 comes with loss scaling.
         checkpointing: recompute every block in the backward instead of keeping its activations; "offloaded" keeps
             even the blocks' inputs in the CPU's memory.
@@ -129,8 +130,10 @@ def train(
         The history.
 
     Raises:
-        ValueError: `steps` or `log_every` below 1, or an unknown option.
+        ValueError: `steps` or `log_every` below 1, an unknown option, or batches that the model cannot take
+            (`labutils.models.language_model_loss`).
         TypeError: a checkpoint, and batches that do not know their place; a model that is None.
+        OSError: a checkpoint cannot be written.
         FloatingPointError: the loss is NaN or infinite at a logged step.
         torch.OutOfMemoryError: the step does not fit; see `try_step`.
     """
@@ -279,7 +282,7 @@ def _as_in_training(model: GPT2LMHeadModel, checkpointing: bool | Literal["offlo
 
 
 def _device_of(model: GPT2LMHeadModel | None) -> torch.device:
-    """Notebooks set a model to None to free its memory, and cells can be run in any order."""
+    """Where the model is. Notebooks set one to None to free its memory, and cells can be run in any order."""
     if model is None:
         raise TypeError("the model is None, which frees its memory: run the cell again that makes it, then this one")
     return model.device
@@ -289,7 +292,15 @@ def make_optimizer(
     model: GPT2LMHeadModel, kind: Literal["adamw", "offloaded"] = "adamw", *, lr: float, weight_decay: float = 0.1,
     fused: bool | None = None,
 ) -> torch.optim.Optimizer:  # fmt: skip
-    """AdamW as `train` uses it: weight decay on matrices alone, one fused kernel on a GPU (`fused` says otherwise).
+    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) as `train` uses it: weight decay on matrices alone.
+
+    Args:
+        model: whose parameters are updated.
+        kind: "adamw" with its state beside the model; "offloaded" with its state, and its work, on the CPU.
+        lr: learning rate.
+        weight_decay: of matrices; biases and LayerNorm gains have none.
+        fused: one kernel for all parameters; None is that on a GPU, and one for each operation on a CPU. It has no
+            part in "offloaded".
 
     Raises:
         ValueError: an unknown kind.
@@ -330,10 +341,18 @@ def set_checkpointing(model: GPT2LMHeadModel, on: bool | Literal["offloaded"]) -
 
 
 def resolved_autocast(wanted: torch.dtype | Literal["auto"] | None, device: torch.device) -> torch.dtype | None:
-    """The dtype of autocast on this device, None for no autocast: what "auto" means there, or what was asked for."""
-    if wanted != "auto":
-        return wanted
-    return runtime.dtype if device.type == "cuda" and runtime.dtype != torch.float32 else None
+    """What is asked for as `autocast_dtype`, on this device.
+
+    Args:
+        wanted: "auto" is the GPU's `runtime.dtype` and no autocast on a CPU; None and float32 are no autocast.
+        device: where the model is.
+
+    Returns:
+        A 16-bit dtype, or None for no autocast.
+    """
+    if wanted == "auto":
+        wanted = runtime.dtype if device.type == "cuda" else None
+    return None if wanted == torch.float32 else wanted
 
 
 @torch.no_grad()
@@ -419,7 +438,7 @@ def memory_cap(gib: float) -> Iterator[Cap]:
 
     Raises:
         RuntimeError: there is no CUDA GPU; a CPU's memory cannot be capped this way.
-        ValueError: the context alone takes as much, or what is allocated now does.
+        ValueError: the context alone takes as much, or it and what is allocated now do.
     """
     if runtime.device.type != "cuda":
         raise RuntimeError(
@@ -434,7 +453,7 @@ def memory_cap(gib: float) -> Iterator[Cap]:
     held = torch.cuda.memory_allocated() / GIB
     if held >= cap.allocator_gib:
         raise ValueError(
-            f"{held:.2f} GiB of tensors are alive already, and a cap of {gib} GiB leaves "
+            f"{held:.2f} GiB of tensors are alive already, and a cap of {cap.cap_gib:.2f} GiB leaves "
             f"{cap.allocator_gib:.2f} GiB for them: delete models of earlier cells, or raise the cap"
         )
     torch.cuda.set_per_process_memory_fraction(cap.allocator_gib * GIB / total)
@@ -478,7 +497,8 @@ def try_step(
         cap_gib: train under `memory_cap(cap_gib)`; None sets no cap.
         batches: int64 (batch, seqlen) each, `steps` of them at least; None draws random tokens, which take the same
             time and memory as text (their loss says nothing).
-        steps: the first steps of a run are slower and do not yet hold the optimizer's state: 3 or more.
+        steps: 2 or more for the peak, since the optimizer's state is not there in the first; 3 or more for the speed,
+            since the first two are slower.
         impl: the name of the row; by default that of the model's attention in the tables (`labutils.models.IMPL`).
         checkpointing: as for `train`.
         chunked_loss: as for `train`.
@@ -573,6 +593,11 @@ def attention_used(
     Returns:
         How often each ran: name -> calls, of "sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "sdpa_math", "flash_attn",
         "triton_v2" and "naive" (softmax outside of all of them). Recomputation counts.
+
+    Raises:
+        TypeError: the model is None.
+        ValueError: an unknown option, or tokens that the model cannot take.
+        RuntimeError: no backend that `torch.nn.attention.sdpa_kernel` allows here can run the step.
     """
     from labutils.benchmark import torch_profiler
 
@@ -618,13 +643,14 @@ def _attention_of(calls: dict[str, int]) -> dict[str, int]:
 
 
 def _peaks_gib(device: torch.device) -> tuple[float, float]:
-    """Peak allocated and reserved memory; NaN on a CPU, where nobody counts it."""
+    """Peak allocated and reserved memory in GiB; NaN on a CPU, where nobody counts it."""
     if device.type != "cuda":
         return float("nan"), float("nan")
     return torch.cuda.max_memory_allocated(device) / GIB, torch.cuda.max_memory_reserved(device) / GIB
 
 
 def _plan_cap(gib: float, *, total_bytes: int, context_bytes: int) -> Cap:
+    """The parts of a cap of so many GiB on a GPU with `total_bytes`, of which `context_bytes` are not PyTorch's."""
     cap, context = min(gib, total_bytes / GIB), context_bytes / GIB
     if cap <= context:
         raise ValueError(
@@ -651,19 +677,21 @@ def _context_bytes() -> int:
 
 
 def free_memory() -> None:
-    """Gives back what nothing refers to any more, to the GPU, too."""
+    """Collects what nothing refers to any more, and gives the memory that PyTorch keeps for later back to the GPU."""
     gc.collect()
     if runtime.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def _random_batches(vocab_size: int, shape: tuple[int, int]) -> Iterator[torch.Tensor]:
+    """The same random tokens on each call, without end."""
     generator = torch.Generator().manual_seed(0)
     while True:
         yield torch.randint(vocab_size, shape, generator=generator)
 
 
 def _checked(batches: Iterable[torch.Tensor], shape: tuple[int, int]) -> Iterator[torch.Tensor]:
+    """The batches, each of which must have this shape: a row of training.csv says so."""
     for batch in batches:
         if tuple(batch.shape) != shape:
             raise ValueError(f"batches must be (batch, seqlen) = {shape}, got {tuple(batch.shape)}")

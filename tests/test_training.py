@@ -187,6 +187,17 @@ def test_a_checkpointed_step_on_our_kernel_is_a_step_on_sdpa():
     assert results[0].grad_norm.tolist() == pytest.approx(results[1].grad_norm.tolist(), rel=1e-3)
 
 
+def test_float32_is_no_autocast(recwarn):
+    frames = [
+        training.train(tiny(), endless(), steps=2, progress=False, autocast_dtype=dtype).frame.drop(
+            columns="tokens_per_s"
+        )
+        for dtype in (None, torch.float32)
+    ]
+    assert frames[0].equals(frames[1])
+    assert not [str(warning.message) for warning in recwarn if "autocast" in str(warning.message)]
+
+
 def test_a_loss_that_is_not_finite_stops_training():
     model = tiny()
     model.transformer.wte.weight.data[5] = float("nan")

@@ -257,7 +257,7 @@ def _train(options: Namespace, parser: ArgumentParser, asked_to_stop: Callable[[
     sequences, held_out, vocab_size = _texts(options)
     attention = _attention(options)
     asked = "auto" if how.precision == "auto" else getattr(torch, how.precision)
-    autocast = training.resolved_autocast(None if asked == torch.float32 else asked, runtime.device)
+    autocast = training.resolved_autocast(asked, runtime.device)
     checkpoint = _checkpoint(options, folder, sequences, attention, autocast)
 
     with ExitStack() as settings:
