@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from labutils.commands import bench, check, figure, grade, lab, study, targets, train, tune
+from labutils.commands.arguments import INTERRUPTED
 
 COMMANDS = (lab, check, bench, targets, tune, study, figure, train, grade)
 """The modules of the commands, in the order in which the help lists them."""
@@ -39,4 +40,4 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:  # before the command could see to it, as while it imports
-        sys.exit(130)
+        sys.exit(INTERRUPTED)

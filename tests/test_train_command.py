@@ -198,6 +198,9 @@ def test_force_raises_where_something_else_ran(here, monkeypatch):
     monkeypatch.setattr(training, "attention_used", lambda *arguments, **options: {"sdpa_efficient": 2})
     status, _, err = here(*SMALL, "--optimization.flash_attention_force=true")
     assert status == 1 and "but PyTorch's memory-efficient kernel ran" in err
+    monkeypatch.setattr(training, "attention_used", lambda *arguments, **options: {"naive": 2})
+    status, _, err = here(*SMALL, "--optimization.disable_math_fallback=true")
+    assert status == 1 and "but standard attention, which stores the N x N matrix, ran: `python -m labutils" in err
 
 
 @pytest.mark.gpu

@@ -20,6 +20,7 @@ from labutils.commands.arguments import INTERRUPTED
 if TYPE_CHECKING:
     import torch
     from jsonargparse import ArgumentParser, Namespace
+    from transformers import GPT2LMHeadModel
 
 SMOKE_TEST = {
     "model.size": "tiny",
@@ -38,6 +39,7 @@ SMOKE_TEST = {
 """What --smoke-test sets; everything else stays as it was given. It keeps nothing: its folder is a temporary one."""
 
 FLASH = ("sdpa_flash", "sdpa_cudnn", "flash_attn", "triton_v2")
+"""What counts as a flash kernel, of the names that `labutils.training.attention_used` gives."""
 
 WHAT_RAN = {
     "sdpa_flash": "PyTorch's flash kernel",
@@ -48,6 +50,7 @@ WHAT_RAN = {
     "triton_v2": "this lab's Triton kernel",
     "naive": "standard attention, which stores the N x N matrix",
 }
+"""What stands behind each of these names."""
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -172,7 +175,7 @@ _OPTIONS: tuple[tuple[str, str, tuple[tuple[str, Any, Any, str], ...]], ...] = (
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Trains. Returns 130 after an interrupt, 1 where training failed, 2 for bad arguments."""
+    """Trains. Returns 0, 130 after an interrupt, 1 where training or the smoke test failed, 2 for bad arguments."""
     parser = arguments_parser()
     options = parser.parse_args(arguments.extra)
     if options.smoke_test:
@@ -203,6 +206,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _complain(error: object, status: int) -> int:
+    """Says on one line of stderr what was wrong; returns the status."""
     print(f"labutils train: {' '.join(str(error).split())}", file=sys.stderr)
     return status
 
@@ -241,9 +245,10 @@ def _check(options: Namespace) -> None:
 
 
 def _train(options: Namespace, parser: ArgumentParser, asked_to_stop: Callable[[], bool]) -> int:
+    """The run from its texts to what is kept of it; returns the exit status."""
     import torch
 
-    from labutils import data, environment, files, ladder, models, positions, runtime, training
+    from labutils import data, runtime, training
     from labutils.checkpoints import check_path
 
     how = options.optimization
@@ -266,13 +271,7 @@ def _train(options: Namespace, parser: ArgumentParser, asked_to_stop: Callable[[
         if how.memory_cap_gib is not None:
             print(f"Memory: {settings.enter_context(training.memory_cap(how.memory_cap_gib))}")
         settings.enter_context(_allowed_backends(options))
-        runtime.seed(options.run.seed)
-        model = models.gpt2(
-            options.model.size, n_positions=options.model.seqlen, vocab_size=vocab_size, attention=attention,
-            attn_pdrop=options.model.dropout, **(ladder.ONE_GELU if options.model.one_gelu else {}),
-        ).to(runtime.device)  # fmt: skip
-        if options.model.rotary:
-            positions.use_rope(model)
+        model = _model(options, vocab_size, attention)
         shared = {"autocast_dtype": autocast, "chunked_loss": how.chunked_loss}
         if options.data.documents_apart:
             shared["end_of_text"] = 0  # what the tokenizer of `_texts` has first
@@ -294,16 +293,8 @@ def _train(options: Namespace, parser: ArgumentParser, asked_to_stop: Callable[[
             after = training.evaluate(model, held_out, **shared)
             print(f"Held-out loss after: {after:.3f} nats a token")
     if folder is not None:
-        outcome = {
-            "attention": used, "held_out_before": before, "held_out_after": after, "status": history.status,
-            "steps": history.steps, "environment": environment.environment().as_dict(),
-        }  # fmt: skip
-        files.replace(folder / "run.json", json.dumps(outcome, indent=2) + "\n")
-        options.resume = False  # how this run came about is no setting of it
-        files.replace(folder / "config.yaml", parser.dump(options))
-    if folder is not None and not options.smoke_test:
-        names = ("checkpoint.pt", "history.csv", "config.yaml", "run.json")
-        print(f"Kept in {folder}: {', '.join(name for name in names if (folder / name).exists())}")
+        outcome = {"attention": used, "held_out_before": before, "held_out_after": after, "status": history.status}
+        _keep(folder, outcome | {"steps": history.steps}, options, parser)
     if history.interrupted:
         goes_on = folder is not None and (folder / "checkpoint.pt").exists() and not options.smoke_test
         kept = "The same command with --resume goes on." if goes_on else "There is no checkpoint to go on from."
@@ -314,6 +305,31 @@ def _train(options: Namespace, parser: ArgumentParser, asked_to_stop: Callable[[
             return _complain(f"the smoke test failed: the held-out loss went from {before:.3f} to {after:.3f}", 1)
         print("Smoke test passed.")
     return 0
+
+
+def _keep(folder: Path, outcome: dict[str, Any], options: Namespace, parser: ArgumentParser) -> None:
+    """Writes run.json and config.yaml, and says what is in the folder, unless it goes away with the smoke test."""
+    from labutils import environment, files
+
+    outcome = outcome | {"environment": environment.environment().as_dict()}
+    files.replace(folder / "run.json", json.dumps(outcome, indent=2) + "\n")
+    options.resume = False  # how this run came about is no setting of it
+    files.replace(folder / "config.yaml", parser.dump(options))
+    if not options.smoke_test:
+        names = ("checkpoint.pt", "history.csv", "config.yaml", "run.json")
+        print(f"Kept in {folder}: {', '.join(name for name in names if (folder / name).exists())}")
+
+
+def _model(options: Namespace, vocab_size: int, attention: str) -> GPT2LMHeadModel:
+    """The model that is asked for, with random weights, on the lab's device."""
+    from labutils import ladder, models, positions, runtime
+
+    runtime.seed(options.run.seed)
+    model = models.gpt2(
+        options.model.size, n_positions=options.model.seqlen, vocab_size=vocab_size, attention=attention,
+        attn_pdrop=options.model.dropout, **(ladder.ONE_GELU if options.model.one_gelu else {}),
+    ).to(runtime.device)  # fmt: skip
+    return positions.use_rope(model) if options.model.rotary else model
 
 
 def _texts(options: Namespace) -> tuple[torch.Tensor, Sequence[torch.Tensor], int]:
@@ -418,7 +434,9 @@ def _allowed_backends(options: Namespace) -> Any:
     return nullcontext()
 
 
-def _find_out(model: Any, tokens: torch.Tensor, options: Namespace, attention: str, shared: dict) -> dict[str, int]:
+def _find_out(
+    model: GPT2LMHeadModel, tokens: torch.Tensor, options: Namespace, attention: str, shared: dict
+) -> dict[str, int]:
     """Profiles one step, prints which attention ran in it, and raises where that may not be.
 
     Raises:
@@ -451,7 +469,11 @@ def _find_out(model: Any, tokens: torch.Tensor, options: Namespace, attention: s
             "ran: `python -m labutils check` says what runs on this machine and why the rest does not."
         )
     if how.disable_math_fallback and {"sdpa_math", "naive"} & set(used):
-        raise RuntimeError("optimization.disable_math_fallback=true, but the math backend ran.")
+        ran = " and ".join(WHAT_RAN[name] for name in used if name in ("sdpa_math", "naive"))
+        raise RuntimeError(
+            f"optimization.disable_math_fallback=true, but {ran}, ran: `python -m labutils check` says what runs "
+            "on this machine and why the rest does not."
+        )
     return used
 
 
