@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 
 from labutils import ledger, models, runtime, training
 
-
 # On a GPU it first multiplies the gradient and the output, of the scores' size each, into a third tensor of that size
 # (`softmax_backward_cuda_out` in PyTorch's aten/src/ATen/native/cuda/SoftMax.cu).
 _SOFTMAX_BACKWARD = torch.ops.aten._softmax_backward_data.default
