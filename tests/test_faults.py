@@ -153,7 +153,7 @@ class CardOf8GB:
     @staticmethod
     @contextlib.contextmanager
     def memory_cap(gib):
-        yield training._plan_cap(gib, total_bytes=8 * training.GIB, context_bytes=training.GIB // 2)
+        yield training.memory._plan_cap(gib, total_bytes=8 * training.GIB, context_bytes=training.GIB // 2)
 
 
 def test_notebook_03_takes_both_remedies_on_a_gpu_with_8_gb(capsys):

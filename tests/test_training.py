@@ -254,7 +254,7 @@ def test_try_step_is_a_row_of_training_csv():
 
 def test_a_row_names_attention_as_the_other_tables_do():
     config = types.SimpleNamespace(_attn_implementation="flash_attention_2", lab_size="124M")
-    names = training._names(types.SimpleNamespace(config=config), None)
+    names = training.trying._names(types.SimpleNamespace(config=config), None)
     assert names == {"model": "124M", "impl": "flash_attn"}
 
 
@@ -271,7 +271,7 @@ def test_out_of_memory_is_a_row_and_its_memory_is_free(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 96.00 GiB.")
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "language_model_loss", too_large)
+        patch.setattr(training.step, "language_model_loss", too_large)
         row = training.try_step(factory, 32, 2)
     assert row["status"] == "oom" and list(row) == ROW
     assert (row["model"], row["impl"], row["seqlen"]) == ("tiny", "sdpa", 32)
@@ -316,12 +316,12 @@ def test_memory_cap_is_refused_on_a_cpu():
 
 def test_the_cap_counts_the_context():
     gib = 2**30
-    cap = training._plan_cap(16.0, total_bytes=140 * gib, context_bytes=gib // 2)
+    cap = training.memory._plan_cap(16.0, total_bytes=140 * gib, context_bytes=gib // 2)
     assert (cap.cap_gib, cap.context_gib, cap.allocator_gib) == (16.0, 0.5, 15.5)
-    smaller = training._plan_cap(16.0, total_bytes=8 * gib, context_bytes=gib)
+    smaller = training.memory._plan_cap(16.0, total_bytes=8 * gib, context_bytes=gib)
     assert (smaller.cap_gib, smaller.allocator_gib) == (8.0, 7.0)  # the card is its own limit
     with pytest.raises(ValueError, match="no room left"):
-        training._plan_cap(0.5, total_bytes=8 * gib, context_bytes=gib)
+        training.memory._plan_cap(0.5, total_bytes=8 * gib, context_bytes=gib)
 
 
 # --- on a GPU -----------------------------------------------------------------------------------------------
