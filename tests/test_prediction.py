@@ -223,6 +223,10 @@ ASKED = {"seqlen": 4096, "head_dim": 64, "capability": (9, 0)}
         ({"capability": None}, "sdpa_flash"),
         ({"available": ["naive", "flex"]}, "flex"),
         ({"capability": None, "features": ["score_mod"]}, "naive"),
+        ({"capability": None, "features": ["dropout"]}, "naive"),
+        ({"features": ["paged"]}, "triton_v2"),
+        ({"features": ["paged"], "backward": True}, "flex"),
+        ({"head_dim": 20, "available": ["sdpa_flash", "sdpa_cudnn"]}, "sdpa_flash"),
     ],
 )
 def test_recommendations(changes, impl):
@@ -240,7 +244,19 @@ def test_advice_says_what_it_does_not_know_and_what_cannot_be():
         analysis.recommend(**ASKED, features=["sink"])
     with pytest.raises(ValueError, match="seqlen=0"):
         analysis.recommend(**ASKED | {"seqlen": 0})
+    assert "flash kernel" not in analysis.recommend(**ASKED | {"capability": None, "available": ["naive"]}).reasons[0]
     assert set(advice.PITFALLS.columns) == {"pitfall", "symptom", "remedy"} and len(advice.PITFALLS) > 5
+
+
+@pytest.mark.skipif(runtime.device.type == "cuda", reason="asks what PyTorch's kernel for the CPU refuses")
+def test_the_flash_kernel_for_the_cpu_has_no_dropout():
+    """Why the advice without a GPU is another where dropout is needed."""
+    q = torch.randn(1, 1, 16, 8)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        attention = torch.nn.functional.scaled_dot_product_attention
+        assert attention(q, q, q).shape == q.shape
+        with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="No available kernel"):
+            attention(q, q, q, dropout_p=0.1)
 
 
 # --- resources --------------------------------------------------------------------------------------------

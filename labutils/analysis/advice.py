@@ -86,9 +86,10 @@ def recommend(
 
     Args:
         seqlen, head_dim, batch, heads: N, D, B, H.
-        dtype: of q, k and v.
+        dtype: of q, k and v; torch's, or its name.
         capability: of the GPU, as (9, 0); None for a CPU.
-        causal, backward: whether the mask is on, whether gradients are needed.
+        causal: whether the mask is on. It changes no advice: on the H200 one order is good for both.
+        backward: whether gradients are needed. Only what cannot give them is left out.
         features: of `FEATURES`, what the call needs.
         available: implementations to choose from; all where not given.
 
@@ -103,21 +104,23 @@ def recommend(
         if size < 1:
             raise ValueError(f"{name}={size}: it must be 1 or more.")
     offered = list(_CAN) if available is None else [name for name in _CAN if name in set(available)]
-    excluded = {name: reason for name in _CAN if (reason := _cannot(name, dtype, head_dim, capability, features))}
+    asked = (dtype, head_dim, capability, features, backward)
+    excluded = {name: reason for name in _CAN if (reason := _cannot(name, *asked))}
     able = [name for name in offered if name not in excluded]
     if not able:
         why = "; ".join(f"{name}: {excluded.get(name, 'not offered')}" for name in _CAN)
         raise ValueError(f"nothing that is available can do this. {why}.")
-    order = [name for name in _order(seqlen, head_dim, dtype, capability, causal, backward) if name in able]
+    fastest_first = _order(dtype, capability)
+    order = [name for name in fastest_first if name in able]
     impl = order[0]
-    reasons = [_why(impl, seqlen, dtype, capability, features)]
+    reasons = [_why(impl, dtype, capability, features)]
     matrix = batch * heads * seqlen * seqlen * dtype.itemsize / 2**30
     if impl == "naive" and seqlen > SHORT:
         reasons.append(f"it writes S and P, {matrix:.2f} GiB each: look whether they fit")
     elif matrix >= 1:
         reasons.append(f"naive attention would write S and P, {matrix:,.1f} GiB each, and read them again")
-    faster = [name for name in _order(seqlen, head_dim, dtype, capability, causal, backward) if name in excluded]
-    for name in faster[: faster.index("naive") if "naive" in faster else None]:
+    left_out = [name for name in fastest_first if name in excluded]
+    for name in left_out[: left_out.index("naive") if "naive" in left_out else None]:
         reasons.append(f"not {name}: {excluded[name]}")
     if capability is not None and capability != (9, 0):
         reasons.append("measured on an H200 alone: on this GPU let `python -m labutils bench` decide")
@@ -125,11 +128,20 @@ def recommend(
 
 
 def _cannot(
-    name: str, dtype: torch.dtype, head_dim: int, capability: tuple[int, int] | None, features: set[str]
+    name: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    capability: tuple[int, int] | None,
+    features: set[str],
+    backward: bool,
 ) -> str | None:
     """Why an implementation cannot do it, or None."""
     if lacking := features - _CAN[name]:
         return f"it has no {', '.join(sorted(lacking))}"
+    if backward and "paged" in features and name in ("flash_attn", "triton_v2"):
+        return "no gradient goes through a paged cache"
+    if capability is None and name == "sdpa_flash" and "dropout" in features:
+        return "on a CPU it has no dropout"
     if capability is None:
         return None if name in ("naive", "sdpa_flash") else "it needs a GPU"
     if name in ("sdpa_flash", "flash_attn", "sdpa_cudnn") and capability < (8, 0):
@@ -142,14 +154,12 @@ def _cannot(
         return "above D = 128 it depends on the version of cuDNN whether it runs"
     if name not in ("naive", "sdpa_efficient") and head_dim > 256:
         return "its heads go up to D = 256"
-    if name in ("sdpa_cudnn", "sdpa_flash") and head_dim % 8:
+    if name == "sdpa_cudnn" and head_dim % 8:  # the flash backend pads
         return "D must be a multiple of 8"
     return None
 
 
-def _order(
-    seqlen: int, head_dim: int, dtype: torch.dtype, capability: tuple[int, int] | None, causal: bool, backward: bool
-) -> list[str]:
+def _order(dtype: torch.dtype, capability: tuple[int, int] | None) -> list[str]:
     """All implementations, what is expected to be fastest first."""
     if capability is None:
         return ["sdpa_flash", "naive", "sdpa_cudnn", "triton_v2", "flash_attn", "flex", "sdpa_efficient"]
@@ -160,12 +170,14 @@ def _order(
     return ["flash_attn", "sdpa_flash", "sdpa_cudnn", "flex", "triton_v2", "sdpa_efficient", "naive"]
 
 
-def _why(impl: str, seqlen: int, dtype: torch.dtype, capability: tuple[int, int] | None, features: set[str]) -> str:
+def _why(impl: str, dtype: torch.dtype, capability: tuple[int, int] | None, features: set[str]) -> str:
     if features:
         return f"of those that have {', '.join(sorted(features))}, the one expected to be fastest"
-    if capability is None:
+    if capability is None and impl == "sdpa_flash":
         return "on a CPU, SDPA's flash kernel is the one that does not write the N x N matrix"
-    if dtype == torch.float32:
+    if capability is None:
+        return "of what is offered, the one that runs without a GPU"
+    if dtype == torch.float32 and impl == "sdpa_efficient":
         return "in float32, Triton's products run on the plain units; SDPA's memory-efficient kernel is made for it"
     if capability < (8, 0):
         return "before Ampere, flash-attn does not run and Triton emits no tensor-core instruction"
