@@ -18,7 +18,7 @@ import platform
 import re
 import subprocess
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -118,10 +118,10 @@ def environment(*, launch_table: bool = True) -> Environment:
     """What this machine has, at this moment. The GPU is the one in use: None under LABUTILS_DEVICE=cpu.
 
     Args:
-        launch_table: say whether the user's own is in force; False for what is about to write it.
+        launch_table: say whether a launch table of the user's own is in force; False for what is about to write it.
 
     Raises:
-        RuntimeError: there is one, and it cannot be used.
+        RuntimeError: the user's launch table is damaged, or was named and is not there.
     """
     used = runtime.device.type == "cuda"
     gpu = _gpu() if used else None
@@ -415,14 +415,14 @@ def _condense(text: str, longest: int = 220) -> str:
 def as_dict(*, compile_flex: bool | None = None) -> dict[str, Any]:
     """Environment, backends and verdict as JSON takes them; `cause` and `remedy` are None where flash runs compiled."""
     tried = backends(compile_flex=compile_flex)
-    flash = _compiled_flash()
-    cause, remedy = (None, None) if flash else _cause_and_remedy()
+    flash = _compiled_flash(tried)
+    cause, remedy = (None, None) if flash else _cause_and_remedy(tried)
     return {
         "environment": environment().as_dict(),
         "triton_kernels": "interpreter" if runtime.interpreted else "compiled",
         "backends": [asdict(backend) for backend in tried],
         "compiled_flash_kernels_on_gpu": flash,
-        "status": _status().removeprefix("Status: "),
+        "status": _status(tried).removeprefix("Status: "),
         "cause": cause,
         "remedy": remedy,
     }
@@ -452,12 +452,13 @@ def report(*, compile_flex: bool | None = None) -> str:
     lines += ["", f"FlashAttention, each backend tried on tensors (B, N, H, D) = ({shape})"]
     lines.append(_row(machine.gpu is not None, "GPU", memory if machine.gpu else why_no_gpu()[0]))
     lines.append(_row(machine.capability is not None, "compute capability", _about_capability(machine.capability)))
-    found = {backend.name: backend for backend in backends(compile_flex=compile_flex)}
+    tried = backends(compile_flex=compile_flex)
+    found = {backend.name: backend for backend in tried}
     for name in ("flash_attn", *(other for other in TITLES if other != "flash_attn")):
         backend = found[name]
         version = f"{machine.flash_attn}, " if name == "flash_attn" and backend.available else ""
         lines.append(_row(backend.available, TITLES[name], version + backend.reason))
-    return "\n".join([*lines, "", _status()])
+    return "\n".join([*lines, "", _status(tried)])
 
 
 def _about_capability(capability: tuple[int, int] | None) -> str:
@@ -474,27 +475,27 @@ def _row(there: bool, what: str, text: str) -> str:
     return f"  [{'x' if there else ' '}] {what:<{width}}  {text}"
 
 
-def _compiled_flash() -> list[str]:
+def _compiled_flash(tried: Sequence[Backend]) -> list[str]:
     """Names of the FlashAttention backends that ran as compiled kernels on a GPU."""
-    return [b.name for b in backends() if b.name in FLASH and b.available and b.runs_on == "gpu"]
+    return [b.name for b in tried if b.name in FLASH and b.available and b.runs_on == "gpu"]
 
 
-def _status() -> str:
-    names = _compiled_flash()
+def _status(tried: Sequence[Backend]) -> str:
+    names = _compiled_flash(tried)
     if names:
         titles = "; ".join(TITLES[name] for name in names)  # some have a comma in their name
         return f"Status: FlashAttention runs compiled on this GPU ({titles})."
-    cause, _ = _cause_and_remedy()
-    here = [f"{TITLES[b.name]} ({b.runs_on})" for b in backends() if b.name in FLASH and b.available]
+    cause, _ = _cause_and_remedy(tried)
+    here = [f"{TITLES[b.name]} ({b.runs_on})" for b in tried if b.name in FLASH and b.available]
     instead = f" What runs instead: {'; '.join(here)}." if here else ""
     return f"Status: no FlashAttention kernel compiled for a GPU runs here: {cause}.{instead}"
 
 
-def _cause_and_remedy() -> tuple[str, str]:
+def _cause_and_remedy(tried: Sequence[Backend]) -> tuple[str, str]:
     """Why no compiled flash kernel ran on a GPU, and what to do."""
     if runtime.device.type != "cuda":
         return why_no_gpu()
-    failed = "; ".join(f"{TITLES[b.name]}: {b.reason}" for b in backends() if b.name in FLASH)
+    failed = "; ".join(f"{TITLES[b.name]}: {b.reason}" for b in tried if b.name in FLASH)
     return (
         f"none of them ran on this GPU ({failed})",
         "A driver older than PyTorch's CUDA, or torch and triton versions that do not belong together, break "
@@ -514,10 +515,11 @@ def verify_flash_attention(force: bool = False, verbose: bool = True) -> bool:
     """
     if verbose:
         print(report())
-    if _compiled_flash():
+    tried = backends()
+    if _compiled_flash(tried):
         return True
     if force:
-        cause, remedy = _cause_and_remedy()
+        cause, remedy = _cause_and_remedy(tried)
         raise RuntimeError(f"No FlashAttention kernel compiled for a GPU runs here: {cause}. {remedy}")
     return False
 

@@ -166,7 +166,7 @@ def test_check_prints_the_report(monkeypatch, capsys):
 
 def test_check_force_passes_where_a_compiled_kernel_ran(monkeypatch):
     monkeypatch.setattr(environment, "report", lambda compile_flex: "")
-    monkeypatch.setattr(environment, "_compiled_flash", lambda: ["triton_v2"])
+    monkeypatch.setattr(environment, "_compiled_flash", lambda tried: ["triton_v2"])
     assert command_line.main(["check", "--force"]) == 0
 
 

@@ -284,6 +284,18 @@ def test_flex_is_compiled_where_asked_for(monkeypatch):
     monkeypatch.setattr(environment, "_RUNNERS", environment._RUNNERS | {"flex": right})
     (flex,) = (backend for backend in environment.backends(compile_flex=True) if backend.name == "flex")
     assert flex.available
+    told = environment.report(compile_flex=True).splitlines()
+    assert any(line.startswith("  [x] FlexAttention") for line in told) and "FlexAttention" in told[-1]
+    assert "FlexAttention" in environment.as_dict(compile_flex=True)["status"]
+
+
+def test_flex_is_not_compiled_for_the_status_line_of_a_report_without_it(gpu):
+    gpu((9, 0), flex=refuse("it was compiled"))
+    environment._try.cache_clear()
+    told = environment.report(compile_flex=False)
+    assert "[ ] FlexAttention                   not tried" in told and "it was compiled" not in told
+    assert "FlexAttention" not in told.splitlines()[-1]
+    assert environment._try.cache_info().currsize == len(environment.TITLES) - 1  # all but flex were tried
 
 
 def test_report_is_fit_for_a_notebook():
