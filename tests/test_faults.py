@@ -81,6 +81,28 @@ def test_results_and_launch_tables_that_cannot_be_written(tmp_path, full_disk, c
         assert "labutils tune: " in capsys.readouterr().err
 
 
+def test_a_table_that_cannot_be_written_leaves_its_environment_too(tmp_path, request):
+    stored = benchmark.reference_results(table="training")
+    benchmark.save_results(stored[:1], tmp_path, {"gpu": "A", "date": "1"}, table="training")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    request.getfixturevalue("full_disk")  # the environment would fit, the table does not
+    with pytest.raises(OSError, match=r"training\.csv"):
+        benchmark.save_results(stored, tmp_path, {"gpu": "A", "date": "2"}, table="training")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_file_system_that_is_read_only_is_told_by_the_file_that_was_to_be_written(tmp_path, monkeypatch):
+    """It refuses to write, and to remove, also what is not there."""
+
+    def refuse(path, *_, **__):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OSError, match=r"Read-only.*nothing was written.*/a\.csv'$"):
+        files.replace(tmp_path / "a.csv", "new")
+
+
 def test_a_ladder_goes_on_behind_a_full_disk(tmp_path, request):
     def find(size, rung, cap_gib, *, on_try, **_):
         return dict.fromkeys(benchmark.SCHEMAS["training"], 0) | {"rung": rung.name}

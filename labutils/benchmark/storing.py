@@ -93,25 +93,27 @@ def save_results(df: pd.DataFrame, directory: str | Path, environment: Any, *, t
 
     Raises:
         ValueError: wrong columns, no "gpu" in the environment, or a directory with results of another GPU.
+        OSError: they could not be written; then both files are as they were.
     """
     check_schema(df, table)
-    _save_environment(Path(directory), environment, table)
     path = Path(directory) / f"{table}.csv"
-    files.replace(path, df.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    rows = df.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    # An old table beside a new environment would be a measurement that nobody made: both change, or neither.
+    files.replace_together(_with_environment(Path(directory), environment, table) | {path: rows})
     return path
 
 
-def _save_environment(directory: Path, environment: Any, table: str) -> None:
+def _with_environment(directory: Path, environment: Any, table: str) -> dict[Path, str]:
+    """`environment.json` of a folder -> what it will hold, once a table was made in this environment."""
     made_by = dict(environment.as_dict() if hasattr(environment, "as_dict") else environment)
     if "gpu" not in made_by:
         raise ValueError(f"the environment has no entry 'gpu' (it has {sorted(made_by)}): which machine measured this?")
-    directory.mkdir(parents=True, exist_ok=True)
     environments = _environments(directory)
     others = {e["gpu"] for name, e in environments.items() if name != table} - {made_by["gpu"]}
     if others:
         raise ValueError(f"{directory} holds results of {others}, not of {made_by['gpu']}: use another directory.")
     environments[table] = made_by
-    files.replace(directory / "environment.json", json.dumps(environments, indent=2, sort_keys=True) + "\n")
+    return {directory / "environment.json": json.dumps(environments, indent=2, sort_keys=True) + "\n"}
 
 
 def _environments(directory: Path) -> dict[str, dict]:
@@ -190,7 +192,7 @@ def reference_results(
 def _check_rows(df: pd.DataFrame) -> None:
     """Raises ValueError, with the line, at a row of an attention table that no sweep wrote, or that repeats one."""
     seen: dict[tuple, int] = {}
-    numbers = {"ms", "tflops", "peak_mib", "spread_ms", "max_error"} & set(df.columns)
+    numbers = set(NUMBERS) & set(df.columns)
     for line, row in enumerate(df.to_dict("records"), start=2):
         wrong = [name for name in ("head_dim", "batch", "heads", "seqlen") if not _whole(row[name])]
         wrong += [
@@ -282,7 +284,7 @@ class Recorder:
                 )
         if self.settings_known:
             made_by["settings"] = dict(settings or {})
-        _save_environment(self.directory, made_by, "attention")
+        files.replace_together(_with_environment(self.directory, made_by, "attention"))
 
     def write(self) -> None:
         """Puts all rows on disk; whoever reads the file meanwhile finds whole rows."""
@@ -330,7 +332,11 @@ def as_table(rows: Mapping[Point, Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def save_json(df: pd.DataFrame, path: str | Path, environment: Mapping[str, Any]) -> None:
-    """The same table as JSON: {"environment": {...}, "rows": [{column: value, ...}, ...]}, null where there is none."""
+    """A table as JSON: {"environment": {...}, "rows": [{column: value, ...}, ...]}, null where there is no value.
+
+    Raises:
+        OSError: as for `files.replace`.
+    """
     rows = [{name: _plain(value) for name, value in record.items()} for record in df.to_dict("records")]
     files.replace(path, json.dumps({"environment": dict(environment), "rows": rows}, indent=1) + "\n")
 
@@ -385,7 +391,7 @@ def speedup(df: pd.DataFrame, over: str = "naive") -> pd.DataFrame:
     """
     if over not in set(df["impl"]):
         raise ValueError(f"over={over!r} is not in the table, which has {', '.join(sorted(set(df['impl'])))}.")
-    keys = ["pass", "dtype", "head_dim", "causal", "batch", "heads", "seqlen"]
+    keys = [name for name in KEY if name != "impl"]
     base = df.loc[df["impl"] == over, [*keys, "ms"]].rename(columns={"ms": "base_ms"})
     if base.duplicated(keys).any():
         raise ValueError(f"{over} stands more than once at the same point: pass one sweep at a time.")
