@@ -213,6 +213,12 @@ def test_bad_arguments(arguments, message):
         benchmark.sweep(*arguments, progress=False)
 
 
+@pytest.mark.parametrize("rounds", [0, -1])
+def test_no_round_is_refused_and_not_called_an_interrupt(rounds):
+    with pytest.raises(ValueError, match=f"rounds={rounds}"):
+        benchmark.sweep(["naive"], [16], rounds=rounds, progress=False)
+
+
 def test_bad_pass():
     with pytest.raises(ValueError, match="'fwd', 'bwd'"):
         benchmark.sweep(["naive"], [16], passes=("forward",), progress=False)
@@ -820,11 +826,20 @@ def test_compare_two_sweeps():
         ({"batches": (2, 0)}, "batch=0"),
         ({"batches": ()}, "batch=0"),
         ({"tokens": 0}, "tokens=0"),
+        ({"causal": ()}, "at least one of each"),
+        ({"dtypes": ()}, "at least one of each"),
     ],
 )
 def test_a_plan_that_makes_no_sense_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         sweeping.plan(["naive"], [16], **options)
+
+
+def test_a_plan_takes_what_can_be_gone_through_once():
+    once = {name: iter(values) for name, values in {
+        "head_dims": (16, 32), "causal": (False, True), "dtypes": (torch.float16, torch.float32), "batches": (1, 2),
+    }.items()}  # fmt: skip
+    assert len(sweeping.plan(iter(["naive"]), iter([16, 32]), **once)) == 2**5
 
 
 def test_a_plan_keeps_tokens_and_width():

@@ -53,7 +53,8 @@ def plan(
         ValueError: nothing to measure, a number below 1, an unknown pass, or a `hidden` that D does not divide.
     """
     lengths, widths, impls = sorted(set(seqlens)), list(dict.fromkeys(head_dims)), list(dict.fromkeys(impls))
-    batches = list(dict.fromkeys(batches))
+    batches, masks = list(dict.fromkeys(batches)), list(dict.fromkeys(causal))
+    dtypes = list(dict.fromkeys((runtime.dtype,) if dtypes is None else dtypes))
     if not lengths or lengths[0] < 1:
         raise ValueError(f"seqlens={lengths}: give at least one sequence length, each 1 or more.")
     if not passes or set(passes) - {"fwd", "bwd"}:
@@ -62,6 +63,8 @@ def plan(
         raise ValueError("no implementation to measure: name at least one.")
     if not widths or min(widths) < 1:
         raise ValueError(f"head_dims={widths}: give at least one head dimension, each 1 or more.")
+    if not masks or not dtypes:
+        raise ValueError(f"causal={masks}, dtypes={dtypes}: give at least one of each.")
     for name, value in {"batch": min(batches, default=0), "tokens": tokens, "heads": heads, "hidden": hidden}.items():
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: it must be 1 or more.")
@@ -74,9 +77,9 @@ def plan(
             impl, which, dtype_name(dtype), d, mask, b if tokens is None else max(1, tokens // n),
             heads if hidden is None else hidden // d, n,
         )
-        for dtype in dict.fromkeys((runtime.dtype,) if dtypes is None else dtypes)
+        for dtype in dtypes
         for d in widths
-        for mask in dict.fromkeys(causal)
+        for mask in masks
         for b in (batches if tokens is None else [0])
         for n in lengths
         for impl in impls
@@ -114,8 +117,11 @@ def measure_rounds(
         How many of `pending(points, rows, rounds)` are done with the row that was written last.
 
     Raises:
+        ValueError: less than one round.
         DeviceLost: the GPU computes nothing more in this process. The point that was being measured has its row.
     """
+    if rounds < 1:
+        raise ValueError(f"rounds={rounds}: it must be 1 or more.")
     oracle_seconds: dict[tuple, float] = {}  # what is left of the oracle's patience, for each dtype, D and mask
     for number in range(rounds):
         exhausted: dict[tuple, list[Point]] = {}  # what has run out of memory, by all but batch and length
@@ -227,8 +233,7 @@ def _merged(point: Point, before: Mapping | None, found: Mapping) -> dict:
 
 
 def _inputs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> list[torch.Tensor]:
-    """q, k, v and dout: the same numbers for every implementation, and no effect on PyTorch's global
-    generator."""
+    """q, k, v and dout: the same numbers for every implementation, and no effect on PyTorch's global generator."""
     generator = torch.Generator(device=runtime.device).manual_seed(0)
     return [torch.randn(shape, generator=generator, device=runtime.device, dtype=dtype) for _ in range(4)]
 
@@ -259,23 +264,21 @@ def sweep(
         dtype: `runtime.dtype` where not given.
         causal: lower-triangular mask.
         passes: "fwd", "bwd" or both.
-        tokens: keeps B * N at this number: the batch of each point is tokens // N, at least 1, and `batch` is
-            not used.
+        tokens: keeps B * N at this number: the batch of each point is tokens // N, at least 1, and `batch` is not used.
         seconds_per_point: time spent on the repeats of one point.
         warm_up: seconds before the repeats, in each round (see `measuring.time_call`).
-        error_seconds: what the float64 oracle may take for one length; where it takes longer `max_error` is
-            NaN.
+        error_seconds: what the float64 oracle may take for one length; where it takes longer `max_error` is NaN.
         rounds: how often the whole sweep is gone through; `seconds_per_point` is shared among the rounds.
         progress: a progress bar on stdout.
 
     Returns:
         One row for each length, implementation and pass, with `COLUMNS`: `ms` (median of the rounds' medians) and
         `spread_ms` (interquartile range of a round's repeats, the largest, and what the rounds' medians range over on
-        top); `tflops` (TFLOP/s by the convention of `attention_flops`); `peak_mib` over the
-        inputs; `max_error`, the largest absolute difference from `exact_attention` (of dq, dk and dv in the
-        backward pass); `status` ok, oom or unsupported, and the `reason`; `overhead_bound`, whether the time is that
-        of launching (see `measuring.overhead_bound`); `rounds_ms`, the medians of the rounds, separated by semicolons.
-        What was not measured is NaN.
+        top); `tflops` (TFLOP/s by the convention of `attention_flops`); `peak_mib` over the inputs; `max_error`, the
+        largest absolute difference from `reference.exact_attention` (of dq, dk and dv in the backward pass); `status`
+        ok, oom or unsupported, and the `reason`; `overhead_bound`, whether the time is that of launching (see
+        `measuring.overhead_bound`); `rounds_ms`, the medians of the rounds, separated by semicolons. What was not
+        measured is NaN.
         A "bwd" row times the backward pass alone; its `peak_mib` is that of forward and backward together.
         `.attrs`: "machine" and "interrupted" (True after a KeyboardInterrupt, or, with a warning, after an error that
         leaves the GPU without use to this process: points that were not reached are then rows that say so, and what
@@ -285,7 +288,7 @@ def sweep(
     What runs in Triton's interpreter gets status unsupported and no time, and its error where that is cheap.
 
     Raises:
-        ValueError: an unknown implementation or pass, no length, or a length below 1.
+        ValueError: an unknown implementation or pass, no length, or a number below 1.
     """
     functions = chosen(impls)
     points = plan(
