@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import subprocess
 
 import numpy as np
 import pytest
@@ -112,6 +113,32 @@ def test_the_gpu_of_a_folder(tmp_path, monkeypatch):
     assert prediction.gpu_for(tmp_path / "nvidia_h200") is GPU  # a folder of that name with nobody's ceilings
     with pytest.raises(ValueError, match="gpu='abacus' is not known: nvidia_h200"):
         prediction.Gpu.stored("abacus")
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (FileNotFoundError(2, "No such file or directory: 'nvidia-smi'"), "No such file.*install NVIDIA's driver"),
+        (subprocess.CompletedProcess([], 0, "[N/A]\n", ""), r"\(\[N/A\]\).*mhz="),
+        (subprocess.CompletedProcess([], 9, "", "no devices"), "no devices"),
+        (subprocess.CompletedProcess([], 0, "", ""), "prints nothing"),
+    ],
+)
+def test_a_clock_that_nvidia_smi_does_not_say(answer, message, monkeypatch):
+    def run(*_, **__):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(prediction.subprocess, "run", run)
+    with pytest.raises(RuntimeError, match=message):
+        prediction._highest_clock_mhz()
+
+
+def test_the_clock_that_nvidia_smi_says(monkeypatch):
+    done = subprocess.CompletedProcess([], 0, "1980\n", "")
+    monkeypatch.setattr(prediction.subprocess, "run", lambda *_, **__: done)
+    assert prediction._highest_clock_mhz() == 1980
 
 
 def test_errors_are_relative_and_summed_up():

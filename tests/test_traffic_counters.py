@@ -124,6 +124,17 @@ def test_a_planned_table_takes_what_was_measured(monkeypatch, tmp_path):
     assert path.exists() and tuple(back.columns) == benchmark.SCHEMAS["traffic"]
 
 
+def test_a_plan_takes_what_can_be_gone_through_once():
+    planned = counters.planned_traffic(iter(["naive", "sdpa_flash"]), iter([256, 512]))
+    assert list(planned["impl"]) == ["naive", "sdpa_flash"] * 2
+
+
+def test_copies_that_ncu_did_not_mark_are_told(monkeypatch):
+    monkeypatch.setattr(counters, "run_under_ncu", lambda *_, **__: [])
+    with pytest.raises(RuntimeError, match="2 copies ran under ncu, and it marked 0"):
+        counters.measure_coalescing(counters.planned_coalescing([1, 2]))
+
+
 @pytest.mark.skipif(not counters.runtime.interpreted, reason="counting happens in the interpreter")
 def test_counts_are_filled_in_and_equal_the_model():
     blocks = {"v1": (64, 64), "v2": (64, 64), "dq": (64, 32), "dkdv": (32, 64)}

@@ -158,7 +158,7 @@ def summed(launches: pd.DataFrame, kernel: str | None = None) -> dict[str, float
     """What the launches of a case take together, by our names; with `kernel`, those of that name alone.
 
     Bytes and sectors are added up (sectors given as bytes); sectors per request are those of the launch that read most
-    from L2, or of the only one.
+    from DRAM, or of the only one.
 
     Raises:
         RuntimeError: no launch of that name.
@@ -307,6 +307,7 @@ def planned_traffic(
     """
     from labutils.kernels.launch import pick_config
 
+    impls = list(impls)
     unknown = [name for name in impls if name not in CASES]
     if unknown:
         raise ValueError(f"impls={unknown}: choose from {', '.join(CASES)}.")
@@ -484,7 +485,7 @@ def comes_back(row: Mapping[str, Any]) -> int:
 
 
 def sectors_touched(stride: int, elements: int = 1024, itemsize: int = 4) -> int:
-    """How many sectors `elements` numbers lie in, of which each is `stride` numbers behind the one before it."""
+    """How many sectors `elements` numbers of `itemsize` bytes lie in, each `stride` numbers behind the one before."""
     return len({i * stride * itemsize // SECTOR for i in range(elements)})
 
 
@@ -521,9 +522,19 @@ def time_copies(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def measure_coalescing(table: pd.DataFrame, *, keep: Path | None = None) -> pd.DataFrame:
-    """The table of `planned_coalescing` with what ncu measured on this machine; arguments as for `measure_traffic`."""
+    """The table of `planned_coalescing` with what ncu measured on this machine, in bytes and sectors per request.
+
+    Args:
+        table: of `planned_coalescing`.
+        keep: a file to which ncu's own text is copied.
+
+    Raises:
+        RuntimeError: see `run_under_ncu`.
+    """
     elements = int(table["elements"].iloc[0])
     found = run_under_ncu("_run_copies", [int(s) for s in table["stride"]], elements, keep=keep)
+    if len(found) != len(table):
+        raise RuntimeError(f"{len(table)} copies ran under ncu, and it marked {len(found)}.")
     table = table.copy()
     for place, launches in zip(table.index, found, strict=True):
         for name, value in summed(launches, _copy_with_gaps.fn.__name__).items():

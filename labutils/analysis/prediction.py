@@ -70,8 +70,11 @@ class Gpu:
     def of_this_machine(cls, ceilings: Ceilings) -> Gpu:
         """This machine's GPU, with ceilings measured on it.
 
+        Args:
+            ceilings: of `measure_ceilings`.
+
         Raises:
-            RuntimeError: no GPU.
+            RuntimeError: no GPU, or nvidia-smi does not say its highest clock.
         """
         if runtime.device.type != "cuda":
             raise RuntimeError("this machine has no GPU: Gpu.stored() is the H200 of the stored results.")
@@ -97,6 +100,12 @@ def gpu_for(folder: Path) -> Gpu:
     """The GPU whose results a folder holds: with the stored ceilings where these are its own, else this machine's.
 
     What is stored must follow from what is stored beside it, so that anybody can compute it again.
+
+    Args:
+        folder: of tables, such as labutils/results/nvidia_h200.
+
+    Raises:
+        RuntimeError: the stored ceilings are not its own, and this machine has no GPU.
     """
     if (
         folder.resolve().parent == RESULTS.resolve()
@@ -117,10 +126,17 @@ def _highest_clock_mhz() -> float:
         "--format=csv,noheader,nounits",
         f"--id={runtime.device.index or 0}",
     ]
-    done = subprocess.run(asked, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"nvidia-smi does not say the highest clock: {done.stdout.strip()}{done.stderr.strip()}")
-    return float(done.stdout.split()[0])
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True)
+        return float(done.stdout.split()[0])
+    except OSError as error:
+        said = str(error)
+    except (ValueError, IndexError):  # "[N/A]", or nothing
+        said = f"{done.stdout.strip()} {done.stderr.strip()}".strip() or "it prints nothing"
+    raise RuntimeError(
+        f"nvidia-smi does not say the highest clock of an SM ({said}): install NVIDIA's driver with its tools, or give "
+        "the clock as Gpu(..., mhz=...)."
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -360,8 +376,8 @@ _FIT_LENGTHS, _FIT_HEADS = (1024, 2048, 4096, 8192, 16384), (1, 4, 12, 32, 128, 
 def fit_shapes() -> list[dict]:
     """Shapes for the fit: N a power of two, D 64 and 128, and from few programs to many.
 
-    Each is {"batch", "heads", "seqlen", "head_dim", "causal"}. None is in the stored sweep of 16,384 tokens, but for
-    those with as many tokens and as wide heads.
+    Each is {"batch", "heads", "seqlen", "head_dim", "causal"}. Those with 16,384 tokens and H * D = 2,048 are in the
+    stored sweep (attention.csv) as well.
     """
     shapes = [
         {"batch": max(1, total // 32), "heads": min(total, 32), "seqlen": n, "head_dim": d, "causal": causal}

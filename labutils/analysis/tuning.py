@@ -34,7 +34,8 @@ def sweep_blocks(
 
     Args:
         batch, heads, seqlen, head_dim, dtype, causal: B, H, N, D and so on.
-        blocks: of rows and of columns. warps, stages: as in `LaunchConfig`.
+        blocks: sizes of a block of rows, and of one of columns; all pairs of them are timed.
+        warps, stages: as in `LaunchConfig`.
         seconds: of repeats for each.
         done: told 1 after each combination.
 
@@ -56,7 +57,8 @@ def sweep_blocks(
     options = flash_v2.Options(head_dim**-0.5, (None, 0 if causal else None))
     tma = runtime.capability >= (9, 0)
     rows = []
-    for m, n, w, s in product(blocks, blocks, warps, stages):
+    sizes = tuple(blocks)
+    for m, n, w, s in product(sizes, sizes, warps, stages):
         config = LaunchConfig(m, n, w, s, tma)
         ms, status = float("nan"), "ok"
         try:
