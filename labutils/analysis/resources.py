@@ -72,7 +72,7 @@ def launches_of_the_table(capabilities: Iterable[tuple[int, int]] = CAPABILITIES
         for capability in capabilities
         for program in ("v1", "forward", "backward", "decode")
         for d in HEAD_DIMS
-        if not (program == "v1" and (d > 128))
+        if not (program == "v1" and d > 128)
         for causal in (False, True)
     ]
 

@@ -228,8 +228,7 @@ def device_error() -> str | None:
 
     An illegal access, or an assertion that failed on the device, leaves the process's CUDA context in a state in which
     every later call returns the same error: https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html
-    says so of each such error.
-    A launch that was refused does not: waiting succeeds after it.
+    says so of each such error. A launch that was refused does not: waiting succeeds after it.
     """
     if runtime.device.type != "cuda":
         return None
@@ -262,7 +261,7 @@ def attempt(
     Args:
         attention: the implementation.
         which: "fwd" or "bwd".
-        tensors: q, k, v and the gradient of the output, (B, N, H, D) each.
+        tensors: q, k, v and the gradient of the output, (B, N, H, D); k and v may have fewer heads.
         causal: lower-triangular mask.
         oracle: exact results for these tensors, in the first round; None in later rounds, which only time.
         seconds, warm_up: of the repeats, and before them (see `measuring.time_call`).

@@ -264,6 +264,9 @@ class OnGpu:
 
     Args:
         place: what is timed. seconds: of recorded repeats, at each size.
+
+    Raises:
+        RuntimeError: no GPU.
     """
 
     def __init__(self, place: Place, *, seconds: float = SECONDS):
@@ -346,7 +349,7 @@ class OnGpu:
             out, lse = flash_v2.forward(q, k, v, options, self.shipped["forward"])
             configs = self.shipped | {self.place.kernel: config}
             launched = flash_v2_backward.start(dout, q, k, v, out, lse, options, configs)[1][self.place.kernel]
-        assert launched is not None  # it is for an empty grid
+        assert launched is not None  # as it would be for an empty grid
         again = launched().again
 
         # A launch that is done again knows addresses alone; `launched` holds the tensors that are there.
