@@ -123,7 +123,9 @@ def test_help_is_answered_without_torch(command):
     assert "usage: python -m labutils" in done.stdout
 
 
-@pytest.mark.parametrize("argv", [[], ["chekc"], ["check", "--forse"], ["check", "--forc"]])
+@pytest.mark.parametrize(
+    "argv", [[], ["chekc"], ["check", "--forse"], ["check", "--forc"], ["study", "traffic", "--out", "x", "--res"]]
+)
 def test_a_command_line_that_makes_no_sense_is_refused(argv, capsys):
     with pytest.raises(SystemExit) as caught:
         command_line.main(argv)

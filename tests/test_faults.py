@@ -269,7 +269,7 @@ def test_a_comparison_of_losses_that_was_interrupted_gives_no_half_of_it():
 def test_a_study_that_was_interrupted_says_so(part, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(study, f"_{part}", interrupted)
     assert main(["study", part, "--out", str(tmp_path)]) == INTERRUPTED
-    assert "Interrupted: the table was not written." in capsys.readouterr().err
+    assert "Interrupted: the table that was being made was not written." in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

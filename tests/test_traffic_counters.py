@@ -6,6 +6,7 @@ pytest.importorskip("pandas")
 
 from labutils import analysis, benchmark  # noqa: E402
 from labutils.analysis import counters  # noqa: E402
+from labutils.commands.arguments import INTERRUPTED  # noqa: E402
 
 HEADER = (
     '"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device",'
@@ -264,6 +265,18 @@ def test_the_command_says_that_it_needs_a_gpu(part, tmp_path, capsys):
     message = capsys.readouterr().err
     assert message.startswith(f"labutils study {part}: ") and "GPU" in message
     assert not list(tmp_path.glob("*.csv"))
+
+
+def test_an_interrupt_while_counting_says_what_is_kept(tmp_path, capsys, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    plan = counters.planned_traffic(["triton_v2"], [64], heads=2, head_dim=16, blocks={"v2": (32, 32)})
+    benchmark.save_results(plan.assign(measured_bytes=1.0), tmp_path, {"gpu": "G"}, table="traffic")
+    monkeypatch.setattr(counters, "with_counts", stop)
+    assert study("traffic", "--out", str(tmp_path), "--counts-only") == INTERRUPTED
+    assert f"what was measured is in {tmp_path}" in capsys.readouterr().err
+    assert benchmark.read_results(tmp_path, "traffic")["measured_bytes"].iloc[0] == 1.0
 
 
 @pytest.mark.skipif(not counters.runtime.interpreted, reason="counting happens in the interpreter")

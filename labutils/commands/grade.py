@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 
-def add(subparsers: argparse._SubParsersAction) -> None:
-    """Adds the command to the command line."""
-    grade = subparsers.add_parser(
+def add(commands: argparse._SubParsersAction) -> None:
+    """Adds the command's parser."""
+    grade = commands.add_parser(
         "grade",
         help="execute returned notebooks and score their exercises",
         description=(

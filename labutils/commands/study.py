@@ -12,7 +12,7 @@ PARTS = ("traffic", "shapes", "blocks", "decoding", "resources")
 
 
 def add(commands: argparse._SubParsersAction) -> None:
-    """Puts the command on the command line."""
+    """Adds the command's parser."""
     parser = commands.add_parser(
         "study",
         help="measure what notebook 04 shows: traffic by counters, shapes to predict, resources by compiling",
@@ -20,6 +20,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         "GPU whose counters may be read. shapes: times of shapes to fit a prediction on and of others to judge it by, "
         "on a GPU. blocks: times of all block sizes, on a GPU. decoding: bandwidth of reading a cache, on a GPU. "
         "resources: registers, spills and occupancy of kernels compiled for other GPUs; needs no GPU.",
+        allow_abbrev=False,
     )
     parser.add_argument("part", choices=PARTS, help="what to do")
     parser.add_argument(
@@ -73,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"labutils study {arguments.part}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Interrupted: the table was not written.", file=sys.stderr)
+        print("Interrupted: the table that was being made was not written.", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -100,8 +101,16 @@ def _traffic(arguments: argparse.Namespace) -> int:
         benchmark.save_results(launches, arguments.out, made_by, table="launches")
         benchmark.save_results(table, arguments.out, made_by, table="traffic")  # counting may be interrupted
     print(f"Counting in the interpreter, up to N = {arguments.count_up_to:,} ...", flush=True)
-    with progress_bar(len(table)) as bar:
-        table = counters.with_counts(table, arguments.count_up_to, bar.update)
+    try:
+        with progress_bar(len(table)) as bar:
+            table = counters.with_counts(table, arguments.count_up_to, bar.update)
+    except KeyboardInterrupt:
+        print(
+            f"Interrupted: what was measured is in {arguments.out}, without the counts of this run. The same command "
+            "with --counts-only counts, and measures nothing again.",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
     path = benchmark.save_results(table, arguments.out, made_by, table="traffic")
     print(table.to_string(index=False))
     print(f"\nWritten: {path}")
