@@ -564,7 +564,7 @@ def test_bad_arguments_are_named(monkeypatch, capsys):
     assert "8.7 nothing is known: 7.5, 8.0" in capsys.readouterr().err
     monkeypatch.setattr(runtime, "capability", (8, 6))
     assert main(["tune"]) == 2 and "LABUTILS_LAUNCH_TABLE=none says" in capsys.readouterr().err
-    for bad in (["--kernels", "all"], ["--head-dims", "96"], ["--rounds", "0"], ["--show", "--reset"]):
+    for bad in (["--kernels", "all"], ["--head-dims", "96,x"], ["--rounds", "0"], ["--show", "--reset"]):
         with pytest.raises(SystemExit):
             parser().parse_args(["tune", *bad])
 

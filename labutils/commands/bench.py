@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from labutils.commands.arguments import INTERRUPTED, seconds, whole_number
+from labutils.commands.arguments import INTERRUPTED, listed, seconds, whole_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,26 +32,9 @@ SHORTEST_MS = 0.1  # shorter times are not held to that
 COVERED = 0.9
 
 
-def _listed(kind: Callable[[str], Any], choices: Sequence[Any] | None = None) -> Callable[[str], list]:
-    """An argparse type: values separated by commas."""
-
-    def parse(text: str) -> list:
-        try:
-            values = [kind(part.strip()) for part in text.split(",") if part.strip()]
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r}: give values such as 512,1024") from error
-        wrong = [value for value in values if choices is not None and value not in choices]
-        if wrong or not values:
-            known = "" if choices is None else f" Choose from {', '.join(map(str, choices))}."
-            raise argparse.ArgumentTypeError(f"{', '.join(map(str, wrong)) or 'nothing'} is not known.{known}")
-        return values
-
-    return parse
-
-
 def _formats(text: str) -> list[str]:
     """The argparse type of --write."""
-    values = _listed(str, (*FORMATS, "none"))(text)
+    values = listed(str, (*FORMATS, "none"))(text)
     if "none" in values and set(values) != {"none"}:
         raise argparse.ArgumentTypeError(f"{text}: 'none' stands alone, since it asks for nothing beside the tables.")
     return values
@@ -83,24 +66,24 @@ def add(commands: argparse._SubParsersAction) -> None:
 def _add_what_is_measured(what: argparse._ArgumentGroup) -> None:
     what.add_argument(
         "--impls",
-        type=_listed(str, NAMES),
+        type=listed(str, NAMES),
         metavar="A,B",
         default=argparse.SUPPRESS,
         help=f"of {', '.join(NAMES)} (default: without a GPU naive, sdpa_math, sdpa_flash; with one all but tiled_*)",
     )
     what.add_argument(
         "--seqlens",
-        type=_listed(whole_number),
+        type=listed(whole_number),
         metavar="N,N",
         default=argparse.SUPPRESS,
         help="sequence lengths (default: 256 to 2048 without a GPU, 512 to 16384 with one, in powers of two)",
     )
     what.add_argument(
-        "--head-dims", type=_listed(whole_number), metavar="D,D", default=[64], help="head dimensions (default: 64)"
+        "--head-dims", type=listed(whole_number), metavar="D,D", default=[64], help="head dimensions (default: 64)"
     )
     batch = what.add_mutually_exclusive_group()
     batch.add_argument(
-        "--batch", type=_listed(whole_number), metavar="B,B", default=argparse.SUPPRESS, help="batch sizes"
+        "--batch", type=listed(whole_number), metavar="B,B", default=argparse.SUPPRESS, help="batch sizes"
     )
     batch.add_argument(
         "--tokens",
@@ -120,7 +103,7 @@ def _add_what_is_measured(what: argparse._ArgumentGroup) -> None:
     )
     what.add_argument(
         "--dtype",
-        type=_listed(str, DTYPES),
+        type=listed(str, DTYPES),
         metavar="T,T",
         default=argparse.SUPPRESS,
         help=f"of {', '.join(DTYPES)} (default: the fastest that the machine computes well in)",
@@ -130,7 +113,7 @@ def _add_what_is_measured(what: argparse._ArgumentGroup) -> None:
     what.add_argument(
         "--pass",
         dest="passes",
-        type=_listed(str, ("fwd", "bwd")),
+        type=listed(str, ("fwd", "bwd")),
         metavar="P,P",
         default=["fwd"],
         help="fwd, bwd or fwd,bwd; bwd times the backward pass alone (default: fwd)",
@@ -208,20 +191,25 @@ def run(arguments: argparse.Namespace) -> int:
 def _bench(arguments: argparse.Namespace) -> int:
     try:
         from labutils import benchmark, environment, runtime  # a device that is not there raises here
-        from labutils.benchmark import sweeping
+        from labutils.benchmark import storing, sweeping
         from labutils.benchmark.points import DeviceLost
 
         if arguments.reference is not None:  # a wrong name is told before anything is measured
             benchmark.reference_results(arguments.reference, dtype=None)
         earlier = None if arguments.against is None else benchmark.read_results(arguments.against)
         points = _plan(arguments)
+        if earlier is not None and not storing.rows_by_point(earlier).keys() & set(points):
+            raise ValueError(
+                f"{arguments.against} has none of the points that were asked for: give the shapes, dtypes, passes and "
+                "implementations of that sweep, or leave --against out."
+            )
         recorder = benchmark.Recorder(
             arguments.out, environment.environment(), resume=arguments.resume, settings=_settings(arguments)
         )
     except (ValueError, RuntimeError, OSError) as error:
         print(f"labutils bench: {error}", file=sys.stderr)
         return 2
-    kept = len(points) - sum(point not in recorder.rows for point in points)
+    kept = sum(point in recorder.rows for point in points)
     steps = sweeping.pending(points, recorder.rows, arguments.rounds)
     print(f"{runtime.machine}: {len(points)} points, {kept} of them in {recorder.path} already.")
     if (recorder.environment["git_revision"] or "").endswith("+changes"):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from labutils.commands.arguments import INTERRUPTED, some_seconds, whole_number
+from labutils.commands.arguments import INTERRUPTED, listed, some_seconds, whole_number
 
 if TYPE_CHECKING:
     from labutils.kernels.launch_table import Place
@@ -16,21 +16,6 @@ if TYPE_CHECKING:
 KERNELS = ("v1", "forward", "dkdv", "dq", "decode")
 HEAD_DIMS = (64, 128, 256)
 DTYPES = {"16-bit": "16 bit", "float32": "float32"}
-
-
-def _listed(choices: Sequence[Any], kind: Callable[[str], Any] = str) -> Callable[[str], list]:
-    """An argparse type: values separated by commas."""
-
-    def parse(text: str) -> list:
-        try:
-            values = [kind(part.strip()) for part in text.split(",") if part.strip()]
-        except ValueError:
-            values = []
-        if not values or any(value not in choices for value in values):
-            raise argparse.ArgumentTypeError(f"{text!r}: choose from {', '.join(map(str, choices))}")
-        return list(dict.fromkeys(values))
-
-    return parse
 
 
 def _capability(text: str) -> tuple[int, int]:
@@ -62,18 +47,22 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     what = parser.add_argument_group("what is tuned")
     what.add_argument(
-        "--kernels", type=_listed(KERNELS), metavar="K,K", default=list(KERNELS), help=f"of {', '.join(KERNELS)} (all)"
+        "--kernels",
+        type=listed(str, KERNELS),
+        metavar="K,K",
+        default=list(KERNELS),
+        help=f"of {', '.join(KERNELS)} (all)",
     )
     what.add_argument(
         "--head-dims",
-        type=_listed(HEAD_DIMS, int),
+        type=listed(int, HEAD_DIMS),
         metavar="D,D",
         default=list(HEAD_DIMS),
         help="of 64, 128, 256; each is for all up to it (all)",
     )
     what.add_argument(
         "--dtypes",
-        type=_listed(list(DTYPES)),
+        type=listed(str, list(DTYPES)),
         metavar="T,T",
         default=["16-bit"],
         help=f"of {', '.join(DTYPES)} (default: 16-bit, which is float16 and bfloat16)",
