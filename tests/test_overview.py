@@ -4,6 +4,7 @@ import re
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 from notebook_format import ROOT
 from PIL import Image
@@ -45,6 +46,16 @@ def test_what_cannot_be_drawn_says_why(tmp_path, capsys):
     one = attention[(attention["head_dim"] == 64) & attention["causal"]]
     with pytest.raises(ValueError, match="no rows of 7B"):
         plotting.plot_overview(one, ladder, model="7B")
+    with pytest.raises(ValueError, match="choose one cap_gib"):
+        plotting.plot_overview(one, pd.concat([ladder, ladder.assign(cap_gib=8.0)]))
+
+
+def test_the_cap_of_the_ladder_stands_in_the_title():
+    attention, ladder = benchmark.reference_results(), benchmark.reference_results(table="ladder")
+    one = attention[(attention["head_dim"] == 64) & attention["causal"]]
+    for cap, title in ((ladder["cap_gib"].iloc[0], "within 16 GB"), (24e9 / 2**30, "within 24 GB")):
+        axes = plotting.plot_overview(one, ladder.assign(cap_gib=cap)).axes
+        assert any(title in ax.get_title(loc="left") for ax in axes)
 
 
 def test_the_readme_s_speeds_are_the_stored_ones():

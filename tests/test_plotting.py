@@ -161,6 +161,11 @@ def test_a_table_of_several_sweeps_is_refused():
         plotting.plot_time(table(), which="bwd")
 
 
+def test_a_quantity_that_time_has_not_is_refused():
+    with pytest.raises(ValueError, match="quantity='peak_mib' is not known: 'ms' or 'tflops'"):
+        plotting.plot_time(benchmark.reference_results(), quantity="peak_mib")
+
+
 def test_a_real_sweep_can_be_drawn():
     df = benchmark.sweep(
         ["naive", "sdpa_flash", "flash_attn", "triton_v2"], [16, 32], heads=1, head_dim=16, seconds_per_point=0,

@@ -329,6 +329,15 @@ def test_stored_rows_are_judged_without_a_gpu(capsys, tmp_path):
     assert main(["targets", "--of", str(tmp_path), "--resume"]) == 2
 
 
+@pytest.mark.parametrize("content", ["", "a,b\n1,2\n"])
+def test_damaged_tables_are_told_by_their_name(gpu, content, tmp_path, capsys):
+    assert main(["targets", "--out", str(tmp_path)]) in (0, 1)
+    (tmp_path / "host.csv").write_text(content)
+    for asked in (["--of", str(tmp_path)], ["--out", str(tmp_path), "--resume"]):
+        assert main(["targets", *asked]) == 2
+        assert "host.csv" in (said := capsys.readouterr().err) and "--resume measures it again" in said
+
+
 @pytest.mark.gpu
 def test_what_the_sweep_does_not_measure_on_this_gpu(monkeypatch):
     monkeypatch.setattr(targets, "HEAD_DIMS", (64,))

@@ -23,7 +23,11 @@ def run(arguments: argparse.Namespace) -> int:
         ladder = benchmark.reference_results(arguments.gpu, "ladder")
         kept = (attention["head_dim"] == arguments.head_dim) & (attention["causal"] != arguments.full)
         if not kept.any():
-            raise ValueError(f"no stored rows with head dimension {arguments.head_dim}.")
+            known = ", ".join(map(str, sorted(set(attention["head_dim"]))))
+            mask = "full" if arguments.full else "causal"
+            raise ValueError(
+                f"no stored rows with head dimension {arguments.head_dim}, {mask}; the dimensions stored are {known}."
+            )
         figure = plotting.plot_overview(attention[kept], ladder)
         drawn_from = source(arguments.gpu, head_dim=arguments.head_dim, causal=not arguments.full)
         metadata = {KEY: drawn_from, "Software": None}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,14 @@ def run(arguments: argparse.Namespace) -> int:
         try:
             table = benchmark.read_results(arguments.of)
             return _judge(arguments.of, table, *_others(arguments.of), write=False)
-        except (ValueError, FileNotFoundError) as error:
+        except (ValueError, OSError) as error:
             return _complain(error, 2)
     if runtime.device.type != "cuda":
         cause, remedy = environment.why_no_gpu()
         return _complain(f"there is no GPU to time kernels on: {cause}. {remedy}", 1)
     try:
+        if arguments.resume:
+            _others(arguments.out)  # what is damaged is told before anything is measured
         recorder = benchmark.Recorder(arguments.out, environment.environment(), resume=arguments.resume)
     except (ValueError, OSError) as error:
         return _complain(error, 2)
@@ -87,7 +90,7 @@ def _measure(arguments: argparse.Namespace, recorder: Any) -> int:
     steps = sweeping.pending(points, recorder.rows, arguments.rounds)
     host_file, features_file = arguments.out / "host.csv", arguments.out / "features.csv"
     print(f"{recorder.environment['gpu']}: {len(points)} points, kept in {arguments.out}")
-    with sweeping.progress_bar(steps + 9) as bar:
+    with sweeping.progress_bar(steps + 1 + 4 * len(targets.HEAD_DIMS)) as bar:  # host times, rows of features
         try:
             # Host time first: a sweep leaves a warm machine, and it is no part of it.
             if not (arguments.resume and host_file.exists()):
@@ -122,12 +125,31 @@ def _measure(arguments: argparse.Namespace, recorder: Any) -> int:
 
 
 def _others(folder: Path) -> tuple[Any, Any]:
-    """The tables of kernels without features and of host times; None where the folder has none."""
+    """The tables of kernels without features and of host times; None where the folder has none.
+
+    Raises:
+        ValueError: one of them is damaged.
+    """
+    from labutils.benchmark import targets
+
+    return _read(folder / "features.csv", targets.FEATURE_COLUMNS), _read(folder / "host.csv", targets.HOST_COLUMNS)
+
+
+def _read(file: Path, columns: Sequence[str]) -> Any:
     import pandas as pd
 
-    files = (folder / "features.csv", folder / "host.csv")
-    features, host = (pd.read_csv(file) if file.exists() else None for file in files)
-    return features, host
+    if not file.exists():
+        return None
+    try:
+        table = pd.read_csv(file)
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read ({error}): delete it, and --resume measures it again.") from error
+    if list(table.columns) != list(columns):
+        raise ValueError(
+            f"{file} is damaged: its columns are {', '.join(table.columns)}, and not {', '.join(columns)}. Delete it, "
+            "and --resume measures it again."
+        )
+    return table
 
 
 def _judge(folder: Path, table: Any, features: Any, host: Any, *, write: bool) -> int:

@@ -24,6 +24,7 @@ from labutils.plotting.style import (
     YELLOW,
     length_axis,
     look_of,
+    machine_of,
     short_size,
     styled,
 )
@@ -61,7 +62,7 @@ def plot_ladder(rows: pd.DataFrame) -> Figure:
     left.set(xlabel="longest sequence that trains (tokens)", xlim=(0, 1.85 * rows["seqlen"].max()))
     left.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     left.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n:,.0f}"))
-    left.set_title(f"How long? {rows.attrs.get('machine') or runtime.machine}")
+    left.set_title(f"How long? {machine_of(rows)}")
     right.set(xlabel="peak allocated at that length (GiB)")
     right.set_title("Does the prediction hold?")
     fig.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -138,6 +139,7 @@ def plot_accuracy(tables: Mapping[str, pd.DataFrame]) -> Figure:
         tables: of `tasks.accuracy`, of one task or several, by the name of the model.
     """
     names = list(dict.fromkeys(name for table in tables.values() for name in table["task"]))
+    guess = max(table["guess"].max() for table in tables.values())  # the same for all: one of `tasks.VALUES`
     fig, axes = plt.subplots(1, len(names), figsize=(max(WIDTH, 2.9 * len(names)), 3.8), sharey=True, squeeze=False)
     for ax, task in zip(axes[0], names, strict=True):
         for i, (name, table) in enumerate(tables.items()):
@@ -146,7 +148,7 @@ def plot_accuracy(tables: Mapping[str, pd.DataFrame]) -> Figure:
         lengths = sorted({int(d) for table in tables.values() for d in table["distance"]})
         length_axis(ax, lengths)
         ax.set_xticks(lengths, [short_size(n) for n in lengths], rotation=45)
-        ax.axhline(table["guess"].iloc[0], color=GREY, linestyle="--", label="guessing")
+        ax.axhline(guess, color=GREY, linestyle="--", label="guessing")
         ax.set(xlabel="distance (tokens)", ylim=(-0.03, 1.05))
         ax.set_title(task)
     axes[0][0].set_ylabel("right answers")

@@ -33,7 +33,8 @@ def plot_overview(attention: pd.DataFrame, ladder: pd.DataFrame, *, model: str =
         model: whose ladder.
 
     Raises:
-        ValueError: the attention table mixes dtypes, head dimensions or masks, or the ladder lacks the model.
+        ValueError: the attention table mixes dtypes, head dimensions or masks, or the ladder lacks the model or mixes
+            caps.
     """
     for column in ("dtype", "head_dim", "causal"):
         if attention[column].nunique() != 1:
@@ -41,6 +42,8 @@ def plot_overview(attention: pd.DataFrame, ladder: pd.DataFrame, *, model: str =
     rungs = ladder[(ladder["model"] == model) & (ladder["status"] == "ok")]
     if rungs.empty:
         raise ValueError(f"the ladder has no rows of {model}; it has {', '.join(sorted(set(ladder['model'])))}.")
+    if rungs["cap_gib"].nunique() != 1:
+        raise ValueError(f"choose one cap_gib before drawing: the ladder has {sorted(set(rungs['cap_gib']))}.")
     fig, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 4.4), width_ratios=(1, 1.05))
     _throughput(left, attention)
     _contexts(right, rungs, model)
@@ -85,4 +88,4 @@ def _contexts(ax: Axes, rungs: pd.DataFrame, model: str) -> None:
     ax.xaxis.set_major_locator(MultipleLocator(2**15))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda n, _: short_size(n)))
     ax.grid(axis="y", visible=False)
-    ax.set_title(f"How long? GPT-2 {model} within 16 GB")
+    ax.set_title(f"How long? GPT-2 {model} within {rungs['cap_gib'].iloc[0] * 2**30 / 1e9:.0f} GB")

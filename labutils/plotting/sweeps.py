@@ -202,7 +202,7 @@ def _pass_name(which: str) -> str:
 def plot_time(
     df: pd.DataFrame, reference: pd.DataFrame | None = None, *, which: str = "fwd", quantity: str = "ms"
 ) -> Figure:
-    """Time over sequence length, of one pass.
+    """Time, or throughput, over sequence length, of one pass.
 
     Args:
         df: a table of `benchmark.sweep`, at one dtype and shape.
@@ -211,8 +211,10 @@ def plot_time(
         quantity: "ms", or "tflops" for throughput.
 
     Raises:
-        ValueError: no row of that pass, or several at one length.
+        ValueError: another quantity, no row of that pass, or several at one length.
     """
+    if quantity not in ("ms", "tflops"):
+        raise ValueError(f"quantity={quantity!r} is not known: 'ms' or 'tflops'.")
     fig, ax = plt.subplots(figsize=(WIDTH, 4.6))
     _draw_quantity(ax, df, quantity, which, reference)
     ax.set_title(f"{_QUANTITIES[quantity][1]} of the {_pass_name(which)}, {machine_of(df)}")
