@@ -325,6 +325,7 @@ def test_stored_rows_are_judged_without_a_gpu(capsys, tmp_path):
     assert main(["targets", "--of", str(benchmark.RESULTS / "nvidia_h200")]) == 1
     printed = capsys.readouterr().out
     assert "NVIDIA H200" in printed and "not measured forward at N = 4,095" in printed
+    assert all(f"NOT MET      {name} over sdpa_flash, geo" in printed for name in ("forward", "backward"))  # see README
     assert main(["targets", "--of", str(tmp_path)]) == 2 and "has no attention.csv" in capsys.readouterr().err
     assert main(["targets", "--of", str(tmp_path), "--resume"]) == 2
 
