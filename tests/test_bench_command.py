@@ -294,6 +294,14 @@ def test_a_full_disk_ends_it_without_a_traceback(tmp_path):
     assert len(benchmark.read_results(tmp_path)) == 2 and not list(tmp_path.glob(".*"))
 
 
+def test_an_error_that_was_not_measured_is_explained():
+    stored = benchmark.reference_results()
+    for error, told in ((float("nan"), True), (1e-3, False)):
+        table = stored.assign(max_error=error)
+        table.attrs.update(stored.attrs)
+        assert ("- no error: the float64 result" in bench.describe(table)) is told
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("pandas")
 
-from labutils import analysis, benchmark  # noqa: E402
+from labutils import analysis, benchmark, environment  # noqa: E402
 from labutils.analysis import counters  # noqa: E402
 from labutils.commands.arguments import INTERRUPTED  # noqa: E402
 
@@ -262,8 +262,9 @@ def study(*arguments):
 @pytest.mark.parametrize("part", ["traffic", "shapes", "blocks", "decoding"])
 def test_the_command_says_that_it_needs_a_gpu(part, tmp_path, capsys):
     assert study(part, "--out", str(tmp_path), "--work", str(tmp_path / "work")) == 2
-    message = capsys.readouterr().err
-    assert message.startswith(f"labutils study {part}: ") and "GPU" in message
+    printed, message = capsys.readouterr()
+    assert message.startswith(f"labutils study {part}: there is no GPU") and not printed
+    assert environment.why_no_gpu()[1] in message
     assert not list(tmp_path.glob("*.csv"))
 
 

@@ -325,6 +325,8 @@ def describe(df: pd.DataFrame) -> str:
         lines.append("")
     if df["overhead_bound"].map(lambda value: str(value) == "True").any():
         lines += ["* bound by launching: for a tenth of this time or more the GPU waits for the host.", ""]
+    if ((df["status"] == "ok") & df["max_error"].isna()).any():
+        lines += ["- no error: the float64 result takes longer than --error-seconds, or memory that is not there.", ""]
     lines += [f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in reasons.items()]
     return "\n".join(lines)
 

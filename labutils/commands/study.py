@@ -78,6 +78,15 @@ def run(arguments: argparse.Namespace) -> int:
         return INTERRUPTED
 
 
+def _ask_for_a_gpu() -> None:
+    """Raises RuntimeError, with cause and remedy, where the lab uses none."""
+    from labutils import environment, runtime
+
+    if runtime.device.type != "cuda":
+        cause, remedy = environment.why_no_gpu()
+        raise RuntimeError(f"there is no GPU to measure on: {cause}. {remedy}")
+
+
 def _traffic(arguments: argparse.Namespace) -> int:
     from labutils import benchmark, environment
     from labutils.analysis import counters
@@ -87,6 +96,7 @@ def _traffic(arguments: argparse.Namespace) -> int:
         table = benchmark.read_results(arguments.out, "traffic")
         made_by = table.attrs["environment"]
     else:
+        _ask_for_a_gpu()
         made_by = environment.environment().as_dict()
         logs = [None, None]
         if arguments.log is not None:
@@ -118,12 +128,11 @@ def _traffic(arguments: argparse.Namespace) -> int:
 
 
 def _shapes(arguments: argparse.Namespace) -> int:
-    from labutils import benchmark, environment, runtime
+    from labutils import benchmark, environment
     from labutils.analysis import prediction
     from labutils.benchmark import sweeping
 
-    if runtime.device.type != "cuda":
-        raise RuntimeError("the shapes are for a GPU: this machine has none that the lab can use.")
+    _ask_for_a_gpu()
     splits = prediction.points_to_measure()
     points = list(splits)
     recorder = benchmark.Recorder(arguments.work, environment.environment(), resume=arguments.resume)
@@ -162,6 +171,7 @@ def _blocks(arguments: argparse.Namespace) -> int:
     from labutils.analysis import tuning
     from labutils.benchmark.sweeping import progress_bar
 
+    _ask_for_a_gpu()
     tables = []
     each = len(tuning.BLOCKS) ** 2 * len(tuning.WARPS) * len(tuning.STAGES)
     shapes = [(d, causal) for d in (64, 128) for causal in (False, True)]
@@ -178,6 +188,7 @@ def _blocks(arguments: argparse.Namespace) -> int:
 def _decoding(arguments: argparse.Namespace) -> int:
     from labutils import analysis, benchmark, environment
 
+    _ask_for_a_gpu()
     table = analysis.decode_points((1, 8, 32, 64))
     path = benchmark.save_results(table, arguments.out, environment.environment(), table="decoding")
     print(table.to_string(index=False))
