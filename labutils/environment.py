@@ -413,7 +413,11 @@ def _condense(text: str, longest: int = 220) -> str:
 
 
 def as_dict(*, compile_flex: bool | None = None) -> dict[str, Any]:
-    """Environment, backends and verdict as JSON takes them; `cause` and `remedy` are None where flash runs compiled."""
+    """Environment, backends and verdict as JSON takes them; `cause` and `remedy` are None where flash runs compiled.
+
+    Args:
+        compile_flex: as for `backends`.
+    """
     tried = backends(compile_flex=compile_flex)
     flash = _compiled_flash(tried)
     cause, remedy = (None, None) if flash else _cause_and_remedy(tried)
@@ -430,7 +434,11 @@ def as_dict(*, compile_flex: bool | None = None) -> dict[str, Any]:
 
 def report(*, compile_flex: bool | None = None) -> str:
     """The machine, then FlashAttention as a checklist: GPU, compute capability, the flash-attn package, each backend
-    with its reason, and one line that sums up."""
+    with its reason, and one line that sums up.
+
+    Args:
+        compile_flex: as for `backends`.
+    """
     machine = environment()
     facts = [  # what, its value, and what to say where there is none
         ("driver", machine.driver, "none found"),

@@ -89,6 +89,12 @@ def ncu_command(ncu: str, metrics: Iterable[str], log: str | Path, program: Sequ
     """The command line that measures `metrics` (ncu's names) of what `program` runs between profiler start and stop.
 
     The clock is left to the GPU, since bytes do not depend on it.
+
+    Args:
+        ncu: of `find_ncu`.
+        metrics: ncu's names, as the values of `METRICS`.
+        log: the file that ncu writes.
+        program: a command line.
     """
     return [
         ncu, "--csv", "--page", "details", "--print-units", "base", "--profile-from-start", "off",
@@ -390,7 +396,12 @@ def _cases(table: pd.DataFrame) -> tuple[pd.DataFrame, list[dict]]:
 
 
 def merged(table: pd.DataFrame, calls: pd.DataFrame, cases: list[dict], found: list[pd.DataFrame]) -> pd.DataFrame:
-    """The table with what was found of each case, in the columns that the schema has for it."""
+    """The table with what was found of each case, in the columns that the schema has for it.
+
+    Args:
+        table: of `planned_traffic`. calls: the call of each of its rows.
+        cases: each call once, as `_run_attention` takes them. found: the launches of each.
+    """
     by_call = {tuple(case.values()): launches for case, launches in zip(cases, found, strict=True)}
     table = table.copy()
     for place, call in zip(table.index, calls.itertuples(index=False, name=None), strict=True):
@@ -419,6 +430,9 @@ def by_launch(cases: list[dict], found: list[pd.DataFrame]) -> pd.DataFrame:
 
 def explained(traffic: pd.DataFrame) -> pd.DataFrame:
     """Where the model's bytes go, of the rows of a measured table: ratios that a sentence can stand on.
+
+    Args:
+        traffic: of `measure_traffic`, or the stored table "traffic".
 
     Returns:
         By impl and seqlen: `SM / model`, bytes that came into L1 and shared memory and bytes stored, by those of the IO
@@ -491,7 +505,12 @@ def sectors_touched(stride: int, elements: int = 1024, itemsize: int = 4) -> int
 
 def planned_coalescing(strides: Iterable[int] = STRIDES, elements: int = 2**22) -> pd.DataFrame:
     """What a float32 copy with gaps should ask of memory: `useful_bytes`, and `model_bytes` by whole sectors, read and
-    written."""
+    written.
+
+    Args:
+        strides: numbers from one element to the next.
+        elements: how many are copied, a multiple of 1,024.
+    """
     rows = [
         {
             "stride": s,

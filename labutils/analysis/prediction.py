@@ -86,6 +86,9 @@ class Gpu:
     def stored(cls, gpu: str = "nvidia_h200") -> Gpu:
         """A GPU of which ceilings are stored.
 
+        Args:
+            gpu: a folder under labutils/results.
+
         Raises:
             ValueError: its number of SMs and its clock are not known here.
             FileNotFoundError: its ceilings are not stored.
@@ -216,12 +219,13 @@ class Fit:
     rows: int
 
     def parts(self, row: Mapping[str, Any], gpu: Gpu) -> dict[str, float]:
-        """Milliseconds of a shape on a GPU, by the terms of the model; their sum is the prediction."""
+        """Milliseconds of a shape (a row as `terms` takes it) on a GPU, by the terms of the model; their sum is the
+        prediction."""
         asked = terms(row, gpu, self.block, self.resident, self.slowdown)
         return {name: self.constants[name] * asked[name] for name in FITTED}
 
     def predict(self, row: Mapping[str, Any], gpu: Gpu) -> float:
-        """Milliseconds of a shape on a GPU."""
+        """Milliseconds of a shape (a row as `terms` takes it) on a GPU."""
         return sum(self.parts(row, gpu).values())
 
 
@@ -259,6 +263,10 @@ def fit_one(rows: Sequence[Mapping[str, Any]], gpu: Gpu) -> Fit:
     Which block, how many resident programs and what slowdown is tried out. Where all rows fill the GPU several times
     over, as a sweep of a fixed number of tokens does, the last two make no difference, and the smallest are taken; nor
     can such a sweep tell bytes, which are then all the same, from overhead.
+
+    Args:
+        rows: shapes as `terms` takes them, with `ms`.
+        gpu: that measured them.
 
     Raises:
         ValueError: fewer rows than constants.
@@ -318,7 +326,15 @@ def errors(predicted: pd.DataFrame) -> pd.Series:
 
 
 def judged(predicted: pd.DataFrame, by: Iterable[str] = ("impl", "pass")) -> pd.DataFrame:
-    """Median and 90th percentile of the absolute relative error, for each group of rows and for all."""
+    """Median, 90th percentile and largest of the absolute relative errors, for each group of rows and for all.
+
+    Args:
+        predicted: with `ms` and `predicted_ms`.
+        by: the columns that make the groups.
+
+    Returns:
+        Rows by the names of the groups and "all"; columns shapes (how many), median, 90 % and largest.
+    """
     parts = {" ".join(map(str, key)): rows for key, rows in predicted.groupby(list(by), sort=False)}
     table = {
         name: [len(rows), errors(rows).median(), errors(rows).quantile(0.9), errors(rows).max()]
@@ -329,6 +345,10 @@ def judged(predicted: pd.DataFrame, by: Iterable[str] = ("impl", "pass")) -> pd.
 
 def each_length_in_turn(measured: pd.DataFrame, gpu: Gpu) -> pd.DataFrame:
     """The table with `predicted_ms`, each row from a fit of the rows of all other lengths.
+
+    Args:
+        measured: as for `fit`.
+        gpu: that measured it.
 
     Raises:
         ValueError: too few rows remain of one group.
@@ -390,6 +410,9 @@ def held_out_shapes(count: int = 60) -> list[dict]:
     """Shapes for the judgement: N no power of two, batches and heads of all kinds, D 64, 96 and 128; always the same.
 
     The model never sees one of these lengths in its fit.
+
+    Args:
+        count: how many; fewer are the first of more.
     """
     generator = np.random.default_rng(0)
     shapes: dict[tuple, dict] = {}
@@ -417,7 +440,12 @@ def _flops(shape: Mapping[str, Any]) -> float:
 def points_to_measure(
     impls: Iterable[str] = MEASURED, passes: Iterable[str] = ("fwd", "bwd"), dtype: str = "bfloat16"
 ) -> dict[Point, str]:
-    """Every point of `fit_shapes` and `held_out_shapes` -> its split; points of one shape follow each other."""
+    """Every point of `fit_shapes` and `held_out_shapes` -> its split, "fit" or "held_out"; points of one shape follow
+    each other.
+
+    Args:
+        impls, passes, dtype: as in a `Point`, of which there is one for each of them at each shape.
+    """
     impls, passes = list(impls), list(passes)
     return {
         Point(impl, which, dtype, s["head_dim"], s["causal"], s["batch"], s["heads"], s["seqlen"]): split
@@ -431,6 +459,9 @@ def points_to_measure(
 def stored_predictions(gpu: str = "nvidia_h200") -> pd.DataFrame:
     """The stored measurements to fit and to judge on, with their predictions: the columns of `SCHEMAS["prediction"]`.
 
+    Args:
+        gpu: a folder under labutils/results.
+
     Raises:
         FileNotFoundError: none is stored: `python -m labutils study shapes` measures one.
     """
@@ -438,5 +469,13 @@ def stored_predictions(gpu: str = "nvidia_h200") -> pd.DataFrame:
 
 
 def predicted_table(measured: pd.DataFrame, gpu: Gpu) -> pd.DataFrame:
-    """Fits the rows with split "fit" and predicts all rows of a table that has `split`, `ms` and the shapes."""
+    """The table with `predicted_ms`: all rows, by a fit of those with split "fit".
+
+    Args:
+        measured: as for `fit`, with `split`.
+        gpu: that measured it.
+
+    Raises:
+        ValueError: too few rows to fit.
+    """
     return predict(fit(measured[measured["split"] == "fit"], gpu), measured, gpu)

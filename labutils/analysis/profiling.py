@@ -181,6 +181,10 @@ class LaunchOverhead:
 def launch_overhead(fn: Callable[[], Any], *, repeats: int = 50) -> LaunchOverhead:
     """What starting a call's kernels from Python costs: the call as it is, against the same as a CUDA graph.
 
+    Args:
+        fn: called without arguments; a CUDA graph must be able to hold it.
+        repeats: calls in a row that are timed together.
+
     Raises:
         Unsupported: no GPU.
     """

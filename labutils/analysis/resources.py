@@ -66,6 +66,9 @@ def launches_of_the_table(capabilities: Iterable[tuple[int, int]] = CAPABILITIES
     """What the launch table holds for 16-bit inputs: v1, forward, backward and decode, causal and full.
 
     v1 has no entry above D = 128, which is its own limit.
+
+    Args:
+        capabilities: compute capabilities, as (8, 9).
     """
     return [
         Launch("table", program, d, capability, causal)
@@ -81,6 +84,9 @@ def launches_of_the_grid(capabilities: Iterable[tuple[int, int]] = CAPABILITIES)
     """Forward kernels with all pairs of `GRID_BLOCKS` and numbers of `GRID_WARPS`, at D = 64 and 128.
 
     From 9.0 on through tensor descriptors, as the launch table has it.
+
+    Args:
+        capabilities: compute capabilities, as (8, 9).
     """
     from labutils.kernels.launch import LaunchConfig
 

@@ -72,6 +72,9 @@ def measure_ceilings(*, dtype: torch.dtype | None = None, seconds: float = 0.5) 
 def stored_ceilings(gpu: str = "nvidia_h200") -> Ceilings:
     """The ceilings of a named GPU, as `measure_ceilings` found them there.
 
+    Args:
+        gpu: a folder under labutils/results.
+
     Raises:
         FileNotFoundError: none are stored for this GPU.
     """
@@ -93,6 +96,9 @@ def _exponentials(out_ptr, STEPS: tl.constexpr, BLOCK: tl.constexpr):
 def measure_exponentials(*, seconds: float = 0.2) -> float:
     """Exponentials (base 2, float32) that this GPU computes in a second, with nothing else to do.
 
+    Args:
+        seconds: of recorded repeats.
+
     Raises:
         Unsupported: no GPU.
     """
@@ -106,7 +112,12 @@ def measure_exponentials(*, seconds: float = 0.2) -> float:
 
 
 def exponential_tflops(exponentials_per_s: float, head_dim: int) -> float:
-    """TFLOP/s at which a forward pass would run if its exponentials alone took time: 4 * D FLOPs belong to each."""
+    """TFLOP/s at which a forward pass would run if its exponentials alone took time: 4 * D FLOPs belong to each.
+
+    Args:
+        exponentials_per_s: of the GPU, as `measure_exponentials` finds it.
+        head_dim: D.
+    """
     return 4e-12 * head_dim * exponentials_per_s
 
 

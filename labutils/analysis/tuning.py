@@ -75,7 +75,10 @@ def sweep_blocks(
 
 
 def stored_blocks(gpu: str = "nvidia_h200") -> pd.DataFrame:
-    """The stored sweep of a GPU.
+    """The stored sweep of a GPU, as `sweep_blocks` made it there.
+
+    Args:
+        gpu: a folder under labutils/results.
 
     Raises:
         FileNotFoundError: none is stored: `python -m labutils study blocks` makes one.

@@ -190,6 +190,10 @@ def time_replayed(calls: Sequence[Callable[[], Any]], *, repeats: int = 30) -> f
     For work shorter than its launch. The L2 cache is not flushed: give each call tensors of its own, several times the
     cache's size in all, so that none finds its inputs there.
 
+    Args:
+        calls: functions without arguments, which a CUDA graph must be able to hold.
+        repeats: of the graph.
+
     Raises:
         Unsupported: no GPU.
     """

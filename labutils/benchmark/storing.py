@@ -132,6 +132,10 @@ def _environments(directory: Path) -> dict[str, dict]:
 def read_results(directory: str | Path, table: str = "attention") -> pd.DataFrame:
     """A table that `save_results` or a `Recorder` wrote, with the environment that made it.
 
+    Args:
+        directory: the folder that holds it.
+        table: a key of `SCHEMAS`.
+
     Returns:
         The table; `.attrs["environment"]` (dict) and `.attrs["machine"]` (the GPU's name, or the CPU's).
 
@@ -355,6 +359,9 @@ def _plain(value: Any) -> Any:
 def compare(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
     """The points that two tables have in common, side by side.
 
+    Args:
+        first, second: attention tables, with `ms` and `spread_ms`.
+
     Returns:
         The columns of the point, then `first_ms` and `second_ms`; `difference`, of the medians, relative to the
         larger one; `spread`, the larger of both `spread_ms`, relative to the same; `covered`, whether the difference is
@@ -385,6 +392,10 @@ def speedup(df: pd.DataFrame, over: str = "naive") -> pd.DataFrame:
     """The table with a column `speedup`: time of `over` by time of the row, at the same pass, dtype and shape.
 
     NaN where either did not run.
+
+    Args:
+        df: an attention table.
+        over: an implementation in it.
 
     Raises:
         ValueError: `over` is not among the implementations, or stands twice at the same point.

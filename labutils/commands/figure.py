@@ -43,7 +43,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def source(gpu: str, *, head_dim: int = HEAD_DIM, causal: bool = True) -> str:
-    """Names what a figure was drawn from: the tables, by a hash of their bytes, and which rows."""
+    """Names what a figure was drawn from: the tables, by a hash of their bytes, and which rows.
+
+    Args:
+        gpu: a folder under labutils/results, with all `TABLES`.
+        head_dim, causal: D and mask of the rows.
+
+    Raises:
+        OSError: a table is not there.
+    """
     from labutils import benchmark
 
     content = b"".join((benchmark.RESULTS / gpu / f"{table}.csv").read_bytes() for table in TABLES)

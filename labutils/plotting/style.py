@@ -148,7 +148,12 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def look_of(name: str, index: int = 0) -> dict[str, Any]:
-    """Colour, marker and label of an implementation, or of some other series by its position."""
+    """Colour, marker and label of an implementation, as `Axes.plot` takes them, or of some other series.
+
+    Args:
+        name: of `COLORS`, or any other.
+        index: the position of a series that is no implementation, which decides how it looks.
+    """
     color = COLORS.get(name, OTHER_COLORS[index % len(OTHER_COLORS)])
     look = {
         "color": color,
@@ -193,7 +198,12 @@ def footnote(fig: Figure, text: str) -> None:
 
 
 def legend_above(fig: Figure, *axes: Axes, ncols: int = 3) -> None:
-    """One legend for all panels, over them, where it covers no data."""
+    """One legend for all panels, over them, where it covers no data.
+
+    Args:
+        axes: whose entries it has, each once.
+        ncols: columns, at most: fewer where their texts are too wide for the figure.
+    """
     entries: dict[str, Any] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):

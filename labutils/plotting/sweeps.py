@@ -225,7 +225,7 @@ def plot_time(
 
 @styled
 def plot_memory(df: pd.DataFrame, reference: pd.DataFrame | None = None, *, which: str = "fwd") -> Figure:
-    """Peak memory over sequence length, with the slopes of N and N² beside it. Arguments as in `plot_time`."""
+    """Peak memory over sequence length, with the slopes of N and N² beside it. Arguments, errors: as in `plot_time`."""
     fig, ax = plt.subplots(figsize=(WIDTH, 4.6))
     _slope_guides(ax, df, which)
     _draw_quantity(ax, df, "peak_mib", which, reference)
@@ -238,7 +238,7 @@ def plot_memory(df: pd.DataFrame, reference: pd.DataFrame | None = None, *, whic
 
 @styled
 def plot_error(df: pd.DataFrame, *, which: str = "fwd") -> Figure:
-    """Largest absolute difference from exact attention over sequence length. Arguments as in `plot_time`."""
+    """Largest absolute difference from exact attention over sequence length. Arguments, errors: as in `plot_time`."""
     fig, ax = plt.subplots(figsize=(WIDTH, 4.6))
     _draw_quantity(ax, df, "max_error", which, None)
     ax.set_title(f"Rounding error against float64, {_pass_name(which)}, {machine_of(df)}")
