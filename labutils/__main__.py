@@ -33,7 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if extra and not getattr(arguments, "takes_extra", False):
         command_line.error(f"unrecognized arguments: {' '.join(extra)}")
     arguments.extra = [argument for argument in extra if argument != "--"]
-    return arguments.run(arguments)
+    try:
+        return arguments.run(arguments)
+    except (RuntimeError, ValueError) as error:
+        if "labutils.runtime" in sys.modules:
+            raise
+        # `runtime` refused to be imported: LABUTILS_DEVICE asks for what is not known, or not there
+        print(f"labutils {arguments.command}: {error}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

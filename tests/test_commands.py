@@ -15,6 +15,7 @@ import webbrowser
 from pathlib import Path
 
 import pytest
+import torch
 
 from labutils import __main__ as command_line
 from labutils import environment, runtime
@@ -149,10 +150,13 @@ def test_check_runs_as_a_process_and_force_decides_its_status():
         assert done.stderr.splitlines()[-1].startswith("labutils check: No FlashAttention kernel compiled for a GPU")
 
 
-@pytest.mark.parametrize("command", ["check", "bench"])
+@pytest.mark.parametrize("command", [
+    "lab", "check", "bench", "targets", "tune --show", "study decoding --out x", "figure --out x.png",
+    "train --smoke-test", "grade . --csv x.csv",
+])  # fmt: skip
 def test_a_device_that_is_not_known_is_told_without_a_traceback(command, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "labutils", command], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        [sys.executable, "-m", "labutils", *command.split()], cwd=tmp_path, capture_output=True, text=True, timeout=300,
         env=os.environ | {"LABUTILS_DEVICE": "gpu", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
     )  # fmt: skip
     assert done.returncode in (1, 2) and "LABUTILS_DEVICE='gpu' is not known" in done.stderr
@@ -243,6 +247,16 @@ def test_lab_starts_jupyter_without_our_interpreter_switch(desktop, monkeypatch,
         assert os.environ["TRITON_INTERPRET"] == "1"
         assert "TRITON_INTERPRET" not in kept
     assert "It opens in your browser" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("device", "kept"), [("", True), ("cpu", False), (" CPU", False)])
+def test_lab_knows_whose_switch_it_is(device, kept, monkeypatch):
+    """On a machine with a GPU the switch is the user's own, unless the device is the CPU, however that is written."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(runtime, "interpreted", True)
+    monkeypatch.setenv("LABUTILS_DEVICE", device)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert ("TRITON_INTERPRET" in lab.environment_for_kernels()) is kept
 
 
 def test_lab_finds_the_checkout_from_anywhere(monkeypatch, tmp_path):

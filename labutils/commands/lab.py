@@ -84,8 +84,8 @@ def environment_for_kernels() -> dict[str, str]:
     from labutils import runtime
 
     kept = dict(os.environ)
-    asked_for = torch.cuda.is_available() and os.environ.get("LABUTILS_DEVICE") != "cpu"
-    if runtime.interpreted and not asked_for:
+    without_gpu = os.environ.get("LABUTILS_DEVICE", "").strip().lower() == "cpu" or not torch.cuda.is_available()
+    if runtime.interpreted and without_gpu:  # else it was the user who set the switch
         kept.pop("TRITON_INTERPRET", None)
     return kept
 
