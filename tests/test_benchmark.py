@@ -1008,3 +1008,5 @@ def test_vary_refuses_shapes_that_are_none():
         benchmark.vary(["naive"], BASE, {"odd": {"kv_heads": 3}}, progress=False)
     with pytest.raises(ValueError, match="'wide' needs"):
         benchmark.vary(["naive"], BASE, {"wide": {"width": 3}}, progress=False)
+    with pytest.raises(ValueError, match="'none' has kv_heads=0"):
+        benchmark.vary(["naive"], BASE, {"none": {"kv_heads": 0}}, progress=False)

@@ -269,6 +269,8 @@ def test_advice_says_what_it_does_not_know_and_what_cannot_be():
         analysis.recommend(**ASKED | {"capability": (7, 5), "available": ["sdpa_flash"]})
     with pytest.raises(ValueError, match="features=.*sink.*choose from window"):
         analysis.recommend(**ASKED, features=["sink"])
+    with pytest.raises(ValueError, match="dtype='bf16' is none of torch's"):
+        analysis.recommend(**ASKED, dtype="bf16")
     with pytest.raises(ValueError, match="seqlen=0"):
         analysis.recommend(**ASKED | {"seqlen": 0})
     assert "flash kernel" not in analysis.recommend(**ASKED | {"capability": None, "available": ["naive"]}).reasons[0]

@@ -94,9 +94,12 @@ def recommend(
         available: implementations to choose from; all where not given.
 
     Raises:
-        ValueError: an unknown feature or a size below 1, or nothing available can do it; the message says what failed.
+        ValueError: an unknown feature or dtype, a size below 1, or nothing available can do it; the message says what
+            failed.
     """
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype={dtype!r} is none of torch's: give torch.bfloat16, or its name.")
     features = set(features)
     if unknown := features - set(FEATURES):
         raise ValueError(f"features={sorted(unknown)}: choose from {', '.join(FEATURES)}.")

@@ -45,13 +45,17 @@ def vary(
         overhead_bound, status and reason, as in `sweep`'s table. `.attrs`: "machine".
 
     Raises:
-        ValueError: a shape that misses a value or has one of another name, heads that kv_heads does not divide.
+        ValueError: a shape that misses a value, has one of another name or a size below 1; heads that kv_heads does not
+            divide.
     """
     functions = chosen(impls)
     shapes = {name: dict(base) | dict(changes) for name, changes in variants.items()}
     for name, shape in shapes.items():
         if set(shape) != set(SHAPE):
             raise ValueError(f"the variant {name!r} needs {', '.join(SHAPE)}; it has {', '.join(shape)}.")
+        for size in ("batch", "heads", "kv_heads", "seqlen", "head_dim"):
+            if shape[size] < 1:
+                raise ValueError(f"the variant {name!r} has {size}={shape[size]}: it must be 1 or more.")
         if shape["heads"] % shape["kv_heads"]:
             raise ValueError(f"the variant {name!r} has {shape['heads']} heads, no multiple of {shape['kv_heads']}.")
     rows = []
