@@ -327,13 +327,25 @@ def flash_attn_with_kvcache(
 
         options = (softmax_scale, causal, window_size, softcap)
         out, lse = prepared.decoding(q, k_cache, v_cache, cache_seqlens, options, num_splits, prepare)
-        return (out, lse) if return_softmax_lse else out
+    else:
+        out, lse = _append_and_attend(
+            q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad,
+            block_table, softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits,
+        )  # fmt: skip
+    return (out, lse) if return_softmax_lse else out
+
+
+def _append_and_attend(
+    q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad,
+    block_table, softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """out and lse of `flash_attn_with_kvcache` by the long way, which knows all of its arguments."""
     paged = block_table is not None
     checks.tensors(q, k_cache, v_cache, paged=paged, names=("k_cache", "v_cache"))
     checks.cache(q, k_cache, v_cache, k, v, (rotary_cos, rotary_sin), cache_seqlens, num_splits)
     batch = q.shape[0]
     full = k_cache.shape[1]
-    if block_table is not None:
+    if paged:
         block_table = checks.table(block_table, batch, q.device)
         full *= block_table.shape[1]
     seqlen = full if cache_seqlens is None else 0 if isinstance(cache_seqlens, torch.Tensor) else cache_seqlens
@@ -351,13 +363,12 @@ def flash_attn_with_kvcache(
         torch.autograd.graph.increment_version([t for t in (k_cache, v_cache) if not t.is_inference()])
     rotary_cos, rotary_sin = (None if t is None else t.contiguous() for t in (rotary_cos, rotary_sin))
     left, right = _window(window_size, causal)
-    out, lse = run(
+    return run(
         q, k_cache, v_cache, k, v, rotary_cos, rotary_sin,
         seqlens, seqlen, batch_idx, leftpad, block_table,
         checks.scale(softmax_scale, q.shape[-1]), left, right, checks.cap(softcap) or 0.0,
         bool(rotary_interleaved), checks.slopes(alibi_slopes, batch, q.shape[-2], q.device), num_splits,
     )  # fmt: skip
-    return (out, lse) if return_softmax_lse else out
 
 
 def _enough_rows(q: torch.Tensor, k_cache: torch.Tensor) -> None:
