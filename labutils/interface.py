@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TypeAlias
 
 import torch
+from torch.autograd import forward_ad
 
 from labutils import checks, operators, runtime
 from labutils.kernels import flash_v1, prepared
@@ -38,11 +39,23 @@ def _needs_gradient(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+def _refuse_tangents(*tensors: torch.Tensor | None) -> None:
+    """No kernel returns a tangent: forward-mode differentiation would take the derivative for zero, and say nothing."""
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise NotImplementedError(
+            "flash_attn functions have no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad): use "
+            "backward(), or compute it with labutils.reference.naive_attention."
+        )
+
+
 def _attention(
     q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs, batch,
     cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0, block_table=None,
 ) -> Result:  # fmt: skip
     """Checks what all functions share, draws a seed for dropout, and runs."""
+    _refuse_tangents(q, k, v, alibi_slopes if isinstance(alibi_slopes, torch.Tensor) else None)
     dropout_p = checks.dropout(dropout_p)
     scale = checks.scale(softmax_scale, q.shape[-1])
     window = _window(window_size, causal)
@@ -99,8 +112,9 @@ def flash_attn_func(
     Raises:
         ValueError: shapes that do not fit together, values out of range, tensors on different devices.
         TypeError: a type or dtype that the kernels or the GPU do not have.
-        NotImplementedError: a gradient by alibi_slopes.
-        RuntimeError: a GPU too old or too small.
+        NotImplementedError: a gradient by alibi_slopes, or a derivative in forward mode.
+        RuntimeError: a GPU too old or too small; in the backward, a second derivative (NotImplementedError where the
+            call went over PyTorch's dispatcher).
     """
     q, k, v = _cast(q, k, v)
     if dropout_p == 0.0 and alibi_slopes is None and type(window_size) is tuple and prepared.may_be_short(q, k, v):
@@ -304,6 +318,7 @@ def flash_attn_with_kvcache(
     Raises:
         ValueError: shapes that do not fit, a cache without room for k, an index outside of it.
         TypeError: a type or dtype that is not supported.
+        NotImplementedError: alibi_slopes that require a gradient, or a derivative in forward mode.
         RuntimeError: a GPU too old or too small; in the backward, that there is none.
     """
     q, k, v = _cast(q, k, v)
@@ -343,6 +358,7 @@ def _append_and_attend(
     paged = block_table is not None
     checks.tensors(q, k_cache, v_cache, paged=paged, names=("k_cache", "v_cache"))
     checks.cache(q, k_cache, v_cache, k, v, (rotary_cos, rotary_sin), cache_seqlens, num_splits)
+    _refuse_tangents(q, k_cache, v_cache, k, v)
     batch = q.shape[0]
     full = k_cache.shape[1]
     if paged:
@@ -396,10 +412,11 @@ def flash_attn_v1_func(
     Shapes, dtypes and errors as in `flash_attn_func`; D up to 128.
 
     Raises:
-        NotImplementedError: an input requires a gradient.
+        NotImplementedError: an input requires a gradient, or has a tangent (forward-mode differentiation).
     """
     checks.tensors(q, k, v, largest=128)
     softmax_scale = checks.scale(softmax_scale, q.shape[-1])
+    _refuse_tangents(q, k, v)
     if _needs_gradient(q, k, v):
         raise NotImplementedError(
             "flash_attn_v1_func has no backward pass: call it under torch.no_grad(), or use flash_attn_func."

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from labutils import interface, runtime
 from labutils.interface import flash_attn_func, flash_attn_v1_func
@@ -55,6 +56,29 @@ def test_second_derivatives_are_refused():
     (dq,) = torch.autograd.grad(flash_attn_func(q, k, v).square().sum(), q, create_graph=True)
     with pytest.raises((NotImplementedError, RuntimeError), match="no second derivative|once_differentiable"):
         dq.sum().backward()
+
+
+def packed(function):
+    """`function` of one sequence, packed."""
+    starts = torch.tensor([0, 20], dtype=torch.int32, device=DEVICE)
+    return lambda q, k, v: function(q[0], k[0], v[0], starts, starts, 20, 20)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [flash_attn_func, flash_attn_v1_func, packed(interface.flash_attn_varlen_func), interface.flash_attn_with_kvcache],
+    ids=["fixed", "v1", "varlen", "cache"],
+)
+def test_a_derivative_in_forward_mode_is_refused(function):
+    """A kernel returns no tangent, which PyTorch would take for a derivative of zero."""
+    q, k, v = make()
+    for place in range(3):
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            torch.func.jvp(lambda t: function(*(q, k, v)[:place], t, *(q, k, v)[place + 1 :]), (q,), (q,))  # noqa: B023
+    with forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            function(q, forward_ad.make_dual(k, k), v)
+        function(q, k, v)  # of what has no tangent the derivative is zero
 
 
 def test_returns_lse_like_flash_attn():

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from labutils import runtime
@@ -27,19 +28,22 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter}
 def may_be_short(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether nothing needs the long way, over PyTorch's dispatcher.
 
-    It is for whatever looks at operators as they run: a compiler, a FLOP counter, a transform, a subclass of
-    tensors; for a view with a minus sign that is still due (the imaginary part of a conjugate), which the dispatcher
+    It is for whatever looks at operators as they run: a compiler, a FLOP counter, a transform, forward-mode
+    differentiation, a subclass of tensors; for a view with a minus sign that is still due (the imaginary part of a conjugate), which the dispatcher
     resolves; for the interpreter; and for a GPU that is not the current one, which is where Triton launches. Autocast
     needs nothing: whoever asks has cast the tensors, and nothing on the short way is an operation that it casts.
     """
     return (
         not torch.compiler.is_compiling()  # first: what follows cannot be traced
         and not runtime.interpreted
-        and {type(q), type(k), type(v)} <= _PLAIN
+        and type(q) in _PLAIN
+        and type(k) in _PLAIN
+        and type(v) in _PLAIN
         and q.device.index == torch._C._cuda_getDevice()
         and torch._C._len_torch_dispatch_stack() == 0
         and not (q.is_neg() or k.is_neg() or v.is_neg())
         and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
     )
 
 
