@@ -149,7 +149,10 @@ class Worker:
                 number = message["cell"]
                 progress(number)
             elif isinstance(message, dict) and isinstance(message.get("executed"), list):
-                return [(int(n), str(text)) for n, text in message["executed"]]
+                try:
+                    return [(int(n), str(text)) for n, text in message["executed"]]
+                except (TypeError, ValueError, OverflowError):  # it may come from the notebook and hold anything
+                    break
             else:
                 break
         raise Lost(CRASHED, f"its process sent something that is no answer, in cell {number}")
