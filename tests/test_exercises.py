@@ -233,7 +233,27 @@ def test_progress_survives_a_new_process_and_a_damaged_file_begins_anew(fresh, m
     exercises.report()
     assert "damaged" in capsys.readouterr().out
     exercises.check.safe_softmax(answers.softmax_by_torch)
+    assert "damaged" in capsys.readouterr().out  # who never asks for a report is told as well
     assert progress.load()[0]["safe_softmax"]["passed"]
+    exercises.check.safe_softmax(answers.softmax_by_torch)
+    assert "damaged" not in capsys.readouterr().out
+
+
+def test_progress_that_cannot_be_read_is_not_written_over(fresh, monkeypatch, capsys):
+    from labutils.exercises import progress
+
+    exercises.check.safe_softmax(answers.softmax_by_torch)
+    before = fresh.read_bytes()
+    monkeypatch.setattr(progress, "_session", {})
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", lambda *a, **k: open("/dev/null/none"))  # who runs as root may read anything
+        exercises.check.kv_head(lambda h, n, g: h)
+        said = capsys.readouterr().out
+        assert "this session alone" in said and "cannot be read" in said and "LABUTILS_STATE" in said
+        exercises.check.kv_head(lambda h, n, g: h)
+        assert "this session alone" not in capsys.readouterr().out
+    assert fresh.read_bytes() == before
 
 
 def test_a_home_that_cannot_be_written_is_said_once_and_breaks_nothing(monkeypatch, tmp_path, fresh, capsys):

@@ -16,6 +16,7 @@ from typing import Any
 from labutils import files
 from labutils.exercises.core import PASSED, Outcome
 
+_DAMAGED = "The file with the progress of earlier sessions is damaged; it begins anew."
 _told = False
 _session: dict[str, dict[str, Any]] = {}  # what this process has recorded, for where no file can hold it
 
@@ -44,28 +45,37 @@ def load() -> tuple[dict[str, dict[str, Any]], str]:
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home
         return dict(_session), f"The progress of earlier sessions cannot be read ({_reason(error)})."
     except (ValueError, KeyError, TypeError, AttributeError):
-        return dict(_session), "The file with the progress of earlier sessions is damaged; it begins anew."
+        return dict(_session), _DAMAGED
     return states | {name: entry for name, entry in _session.items() if name not in states}, ""
 
 
 def record(outcome: Outcome) -> str:
-    """Keeps an outcome; an exercise once passed stays so. Returns a sentence where that fails, the first time alone."""
+    """Keeps an outcome; an exercise once passed stays so.
+
+    Returns:
+        "", or a sentence: that a damaged file begins anew, or, the first time alone, that nothing can be kept. A file
+        that cannot be read is left as it is.
+    """
     global _told
-    states, _ = load()
+    states, note = load()
     passed = states.get(outcome.exercise, {}).get("passed")
     if outcome.status == PASSED:
         passed = passed or datetime.date.today().isoformat()
     _session[outcome.exercise] = states[outcome.exercise] = {"last": outcome.status, "passed": passed}
-    try:
-        _write(states)
-    except (OSError, RuntimeError) as error:
-        if not _told:
-            _told = True
-            return (
-                f"Your progress is kept in this session alone: {_reason(error)}. To keep it, set LABUTILS_STATE to a "
-                "file that you may write, before you start JupyterLab."
-            )
-    return ""
+    reason = note
+    if note in ("", _DAMAGED):
+        try:
+            _write(states)
+            return note
+        except (OSError, RuntimeError) as error:
+            reason = f"{_reason(error)}."
+    if _told:
+        return ""
+    _told = True
+    return (
+        f"Your progress is kept in this session alone: {reason} To keep it, set LABUTILS_STATE to a file that you may "
+        "read and write, before you start JupyterLab."
+    )
 
 
 def _write(states: dict[str, dict[str, Any]]) -> None:
