@@ -388,7 +388,6 @@ def grade_cells(
 
     try:
         while waiting:
-            start = time.monotonic()
             try:
                 worker = Worker(limits)
                 failed = worker.execute(cells, lambda number: progress(f"cell {number} of {cells[-1][0]}"))
