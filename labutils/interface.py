@@ -372,7 +372,11 @@ def _append_and_attend(
     )  # fmt: skip
     if not paged and batch_idx is None:
         _enough_rows(q, k_cache)
-    direct = prepared.may_be_short(q, k_cache, v_cache) and not _needs_gradient(q, k_cache, v_cache, k, v)
+    direct = (
+        prepared.may_be_short(q, k_cache, v_cache)
+        and (k is None or not (k.is_neg() or v.is_neg()))  # the dispatcher resolves that
+        and not _needs_gradient(q, k_cache, v_cache, k, v)
+    )
     run = operators.attend_with_cache if direct else operators.flash_attention_with_cache
     if direct and k is not None:
         # What an operator does for tensors that it writes to: a gradient that needs their old values is an error.
@@ -421,4 +425,5 @@ def flash_attn_v1_func(
         raise NotImplementedError(
             "flash_attn_v1_func has no backward pass: call it under torch.no_grad(), or use flash_attn_func."
         )
+    q, k, v = (t.resolve_neg() for t in (q, k, v))  # no dispatcher does that on the way to this kernel
     return flash_v1.forward(q, k, v, softmax_scale, bool(causal))[0]

@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 
 from labutils import interface, runtime
 from labutils.interface import flash_attn_func, flash_attn_v1_func
+from labutils.kernels import prepared
 from labutils.reference import check_attention, check_gradients
 
 DEVICE = runtime.device
@@ -37,11 +38,15 @@ def test_only_the_gradients_that_are_asked_for():
     assert q.grad is not None and k.grad is None and v.grad is None
 
 
+def pending(t):
+    """`t` as the imaginary part of a conjugate: a view with the signs of what it looks at the wrong way round."""
+    view = torch.complex(t, -t).conj().imag
+    assert view.is_neg()
+    return view
+
+
 def test_views_with_a_minus_sign_that_is_still_due():
-    """The imaginary part of a conjugate is a view, with the signs of what it looks at the wrong way round."""
     q, k, v = make()
-    pending = lambda t: torch.complex(t, -t).conj().imag  # noqa: E731
-    assert pending(q).is_neg()
     inputs = [pending(t).requires_grad_() for t in (q, k, v)]
     out = flash_attn_func(*inputs, causal=True)
     check_attention(out, q, k, v, causal=True).raise_if_failed()
@@ -49,6 +54,36 @@ def test_views_with_a_minus_sign_that_is_still_due():
     gradients = torch.autograd.grad(flash_attn_func(*(t.requires_grad_() for t in (q, k, v))), (q, k, v), pending(dout))
     for verdict in check_gradients(gradients, dout, q, k, v):
         verdict.raise_if_failed()
+
+
+@pytest.mark.parametrize("way", ["as the machine has it", "short"])
+def test_gradients_with_a_minus_sign_that_is_still_due(way, monkeypatch):
+    if way == "short":  # for GPUs otherwise
+        monkeypatch.setattr(prepared, "may_be_short", lambda *tensors: True)
+        monkeypatch.setattr(prepared, "_forms", {})
+    inputs = [t.requires_grad_() for t in make()]
+    out, lse, _ = flash_attn_func(*inputs, return_attn_probs=True)
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    wanted = torch.autograd.grad((out, lse), inputs, (dout, dlse), retain_graph=True)
+    got = torch.autograd.grad((out, lse), inputs, (pending(dout), torch._neg_view(-dlse)))
+    for one, other in zip(got, wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("way", ["as the machine has it", "short"])
+def test_new_keys_with_a_minus_sign_that_is_still_due(way, monkeypatch):
+    if way == "short":
+        monkeypatch.setattr(prepared, "may_be_short", lambda *tensors: not any(t.is_neg() for t in tensors))
+    q, k, v = make()
+    caches = torch.zeros(2, 1, 24, 2, 16, device=DEVICE)
+    out = interface.flash_attn_with_kvcache(q, *caches, pending(k), pending(v), cache_seqlens=0)
+    assert torch.equal(caches[:, :, :20], torch.stack([k, v]))
+    check_attention(out, q, k, v).raise_if_failed()
+
+
+def test_v1_with_a_minus_sign_that_is_still_due():
+    q, k, v = make()
+    check_attention(flash_attn_v1_func(*map(pending, (q, k, v))), q, k, v).raise_if_failed()
 
 
 def test_second_derivatives_are_refused():

@@ -230,4 +230,5 @@ class _FlashAttention(torch.autograd.Function):
     def backward(ctx, dout, dlse):
         q, k, v, out, lse = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout.resolve_neg()
+        dlse = None if dlse is None else dlse.resolve_neg()
         return *ctx.form.backward(dout, q, k, v, out, lse, dlse), None
