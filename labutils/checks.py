@@ -62,6 +62,8 @@ def tensors(
             f"{k_name} has shape {tuple(k.shape)} and {v_name} {tuple(v.shape)}: both must be {layout_k}, with the "
             "heads of k and v."
         )
+    if paged and k.shape[1] == 0:
+        raise ValueError(f"{both} have shape {tuple(k.shape)}, blocks of 0 rows: pass blocks with a row or more.")
     if layout_k == batched and q.shape[0] != k.shape[0] and k_name == "k":
         raise ValueError(f"q has batch size {q.shape[0]}, {both} have {k.shape[0]}: they must agree.")
     if q.shape[-1] != k.shape[-1]:

@@ -50,9 +50,14 @@ def attend(
     block_table: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """out and lse, as `flash_v2.forward` gives them; differentiable, also by lse, but not twice."""
-    if cu_seqlens_q is not None:
-        if cu_seqlens_k is None:
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        if cu_seqlens_q is not None:
             raise ValueError("cu_seqlens_q came without cu_seqlens_k: packed sequences need both.")
+        if cu_seqlens_k is not None:
+            raise ValueError("cu_seqlens_k came without cu_seqlens_q: packed sequences need both.")
+        if block_table is not None:
+            raise ValueError("block_table came without cu_seqlens_q and cu_seqlens_k: it is for packed sequences.")
+    else:
         checks.packed_values("cu_seqlens_q", cu_seqlens_q, max_seqlen_q, q.shape[0])
         checks.packed_values("cu_seqlens_k", cu_seqlens_k, max_seqlen_k, k.shape[0] if block_table is None else None)
         if block_table is not None:

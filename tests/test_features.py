@@ -268,6 +268,11 @@ WRONG_SEQUENCES = {
     "max a fraction": (TypeError, "max_seqlen_k=20.5", dict(max_seqlen_k=lambda n: n + 0.5)),
     "elsewhere": (ValueError, "move it to the device", dict(cu_seqlens_q=lambda s: s.to("meta"))),
     "paged": (ValueError, "as a block_table asks for", dict(block_table=lambda _: torch.zeros(1))),
+    "blocks of no rows": (
+        ValueError,
+        "k and v have shape .*blocks of 0 rows",
+        dict.fromkeys("kv", lambda t: t.new_zeros(3, 0, *t.shape[1:])) | dict(block_table=lambda _: torch.zeros(1)),
+    ),
 }
 
 

@@ -206,14 +206,22 @@ class TestGradientOfTheLogSumExp:
             verdict.raise_if_failed()
 
 
-@pytest.mark.parametrize("paged", [False, True])
-def test_packed_sequences_without_the_borders_of_the_keys(paged):
+@pytest.mark.parametrize(
+    ("there", "paged", "message"),
+    [
+        ("q", False, "cu_seqlens_q came without cu_seqlens_k"),
+        ("q", True, "cu_seqlens_q came without cu_seqlens_k"),
+        ("k", False, "cu_seqlens_k came without cu_seqlens_q"),
+        ("", True, "block_table came without cu_seqlens_q and cu_seqlens_k"),
+    ],
+)
+def test_packed_sequences_without_their_borders(there, paged, message):
     """The functions of the interface cannot be called so; the operator can."""
-    q, k, v = (t[0] for t in make(20, 20))
+    q, k, v = (t[0] if there else t for t in make(20, 20))
     table = torch.zeros(2, 2, dtype=torch.int32, device=DEVICE) if paged else None
-    rest = (0.25, -1, 0, 0.0, None, 0.0, None, starts(8, 12), None, 12, 20, table)
-    with pytest.raises(ValueError, match="without cu_seqlens_k"):
-        torch.ops.labutils.flash_attention(q, k, v, *rest)
+    borders = [starts(8, 12) if name == there else None for name in "qk"]
+    with pytest.raises(ValueError, match=message):
+        torch.ops.labutils.flash_attention(q, k, v, 0.25, -1, 0, 0.0, None, 0.0, None, *borders, 12, 20, table)
 
 
 def test_the_cache_has_no_backward_and_says_so():
