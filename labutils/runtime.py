@@ -32,12 +32,17 @@ _BYTES_PER_SECOND = {"cpu": 4e9, "gpu": 150e9, "large_gpu": 1500e9}
 _CPU_SCORE_LIMIT_GIB = 1.0  # one copy of the scores; the rest of a laptop's memory belongs to its owner
 
 
+def _asked_to_interpret() -> bool:
+    """Whether TRITON_INTERPRET is set, in any of the words that Triton takes for yes."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
 def _cuda_capability() -> tuple[int, int] | None:
     """Compute capability of the GPU to use, or None where kernels cannot be compiled for one."""
     wanted = os.environ.get("LABUTILS_DEVICE", "").strip().lower()
     if wanted not in ("", "cpu", "cuda"):
         raise ValueError(f"LABUTILS_DEVICE={wanted!r} is not known: unset it, or set it to 'cpu' or 'cuda'.")
-    if wanted == "cpu" or os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y"):
+    if wanted == "cpu" or _asked_to_interpret():
         return None
     if not torch.cuda.is_available():
         if wanted == "cuda":
@@ -67,10 +72,9 @@ def _cuda_capability() -> tuple[int, int] | None:
 def _switch_interpreter_on() -> None:
     """Sets TRITON_INTERPRET for the import of triton that follows, mends the interpreter and tests the result."""
     if "triton" in sys.modules:
-        already_interpreting = os.environ.get("TRITON_INTERPRET", "0") == "1"
         # Triton wraps its own library (tl.max, tl.sum, ...) while it is imported; afterwards the switch is half-dead.
         standard = sys.modules.get("triton.language.standard")
-        if not already_interpreting or type(getattr(standard, "max", None)).__name__ != "InterpretedFunction":
+        if not _asked_to_interpret() or type(getattr(standard, "max", None)).__name__ != "InterpretedFunction":
             raise RuntimeError(
                 "triton was imported before labutils, so its interpreter can no longer be switched on, and this "
                 "machine has no GPU to compile for. Restart the kernel (or the program) and import labutils first: "

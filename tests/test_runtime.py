@@ -53,8 +53,9 @@ def test_triton_imported_first_is_an_error_that_says_restart():
     assert "Restart the kernel" in result.stderr and "import labutils first" in result.stderr
 
 
-def test_triton_imported_first_with_its_interpreter_on_is_fine():
-    result = run_python("import triton, labutils", TRITON_INTERPRET="1")
+@pytest.mark.parametrize("on", ["1", "true", "ON"])
+def test_triton_imported_first_with_its_interpreter_on_is_fine(on):
+    result = run_python("import triton, labutils", TRITON_INTERPRET=on)
     assert result.returncode == 0, result.stderr
 
 
