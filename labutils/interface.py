@@ -7,7 +7,7 @@ so, never ignored. The arguments that several functions share are described in `
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch.autograd import forward_ad
@@ -16,7 +16,7 @@ from labutils import checks, operators, runtime
 from labutils.kernels import flash_v1, prepared
 from labutils.kernels.flash_v2 import Options
 
-Result: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]
+_Result: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]
 
 
 def _window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
@@ -25,14 +25,19 @@ def _window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
     return -1 if left is None else left, -1 if right is None else right
 
 
-def _cast(*tensors: torch.Tensor) -> list[torch.Tensor]:
+def _cast(*tensors: torch.Tensor | None) -> list[Any]:
     """What autocast does for PyTorch's own attention: q, k and v in its dtype where it is on."""
     device = runtime.device.type
     if not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
-    may = lambda t: isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64  # noqa: E731
-    return [t.to(dtype) if may(t) else t for t in tensors]
+
+    def cast(t: torch.Tensor | None) -> torch.Tensor | None:
+        if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64:
+            return t.to(dtype)
+        return t  # for the checks to refuse, where it is no tensor of these
+
+    return list(map(cast, tensors))
 
 
 def _needs_gradient(*tensors: torch.Tensor | None) -> bool:
@@ -53,7 +58,7 @@ def _refuse_tangents(*tensors: torch.Tensor | None) -> None:
 def _attention(
     q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs, batch,
     cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0, block_table=None,
-) -> Result:  # fmt: skip
+) -> _Result:  # fmt: skip
     """Checks what all functions share, draws a seed for dropout, and runs."""
     _refuse_tangents(q, k, v, alibi_slopes if isinstance(alibi_slopes, torch.Tensor) else None)
     dropout_p = checks.dropout(dropout_p)
@@ -86,7 +91,7 @@ def flash_attn_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Result:
+) -> _Result:
     """softmax(softmax_scale * Q Kᵀ) V without the N_q x N_k matrix in memory; differentiable.
 
     Args:
@@ -143,8 +148,11 @@ def flash_attn_kvpacked_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Result:
-    """`flash_attn_func` with K and V in one tensor: q (B, N_q, H, D), kv (B, N_k, 2, H_kv, D). No copy is made."""
+) -> _Result:
+    """`flash_attn_func` with K and V in one tensor: q (B, N_q, H, D), kv (B, N_k, 2, H_kv, D). No copy is made.
+
+    The other arguments, the result and the errors are those of `flash_attn_func`.
+    """
     k, v = _unpack("kv", kv, 2, 5)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
@@ -161,8 +169,11 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Result:
-    """`flash_attn_func` with Q, K and V in one tensor: qkv (B, N, 3, H, D). No copy is made."""
+) -> _Result:
+    """`flash_attn_func` with Q, K and V in one tensor: qkv (B, N, 3, H, D). No copy is made.
+
+    The other arguments, the result and the errors are those of `flash_attn_func`.
+    """
     q, k, v = _unpack("qkv", qkv, 3, 5)
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
@@ -186,7 +197,7 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: torch.Tensor | None = None,
-) -> Result:
+) -> _Result:
     """Attention within each of several sequences of different lengths, packed one after the other, without padding.
 
     Args:
@@ -237,8 +248,11 @@ def flash_attn_varlen_kvpacked_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Result:
-    """`flash_attn_varlen_func` with K and V in one tensor: q (total_q, H, D), kv (total_k, 2, H_kv, D)."""
+) -> _Result:
+    """`flash_attn_varlen_func` with K and V in one tensor: q (total_q, H, D), kv (total_k, 2, H_kv, D).
+
+    No copy is made. The other arguments, the result and the errors are those of `flash_attn_varlen_func`.
+    """
     k, v = _unpack("kv", kv, 2, 4)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
@@ -258,8 +272,12 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
-) -> Result:
-    """`flash_attn_varlen_func` with Q, K and V in one tensor: qkv (total, 3, H, D)."""
+) -> _Result:
+    """`flash_attn_varlen_func` with Q, K and V in one tensor: qkv (total, 3, H, D). No copy is made.
+
+    `cu_seqlens` and `max_seqlen` are those of queries and keys alike; the other arguments, the result and the errors
+    are those of `flash_attn_varlen_func`.
+    """
     q, k, v = _unpack("qkv", qkv, 3, 4)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
@@ -403,7 +421,8 @@ def _unpack(name: str, packed: torch.Tensor, parts: int, dimensions: int) -> tup
     if not isinstance(packed, torch.Tensor):
         raise TypeError(f"{name} is a {type(packed).__name__}: pass a torch.Tensor.")
     if packed.dim() != dimensions or packed.shape[-3] != parts:
-        layout = ("(total, " if dimensions == 4 else "(B, N, ") + f"{parts}, H, D)"
+        heads = "H_kv" if name == "kv" else "H"
+        layout = ("(total, " if dimensions == 4 else "(B, N, ") + f"{parts}, {heads}, D)"
         raise ValueError(f"{name} has shape {tuple(packed.shape)}: pass {layout}.")
     return packed.unbind(dim=-3)
 
@@ -413,11 +432,17 @@ def flash_attn_v1_func(
 ) -> torch.Tensor:
     """Attention by the FlashAttention-1 kernel, forward alone: for comparison, slower than `flash_attn_func`.
 
-    Shapes, dtypes and errors as in `flash_attn_func`; D up to 128.
+    Args:
+        q, k, v, softmax_scale, causal: as in `flash_attn_func`, D up to 128.
+
+    Returns:
+        out (B, N_q, H, D); zeros for a query that sees no key.
 
     Raises:
+        ValueError, TypeError, RuntimeError: as `flash_attn_func`.
         NotImplementedError: an input requires a gradient, or has a tangent (forward-mode differentiation).
     """
+    q, k, v = _cast(q, k, v)
     checks.tensors(q, k, v, largest=128)
     softmax_scale = checks.scale(softmax_scale, q.shape[-1])
     _refuse_tangents(q, k, v)

@@ -180,7 +180,7 @@ def test_the_command_says_how_it_isolates_and_how_each_notebook_fared(graded):
     assert "honest/01.ipynb: 2 of 6 passed" in out and "ends-its-process/01.ipynb: 0 of 6 passed; 6 crashed" in out
 
 
-@pytest.mark.parametrize("executed", ['[1]', '[["one", ""]]', '[[1, 2, 3]]', '[[float("inf"), ""]]'])
+@pytest.mark.parametrize("executed", ["[1]", '[["one", ""]]', "[[1, 2, 3]]", '[[float("inf"), ""]]'])
 def test_a_notebook_that_answers_in_its_process_s_stead_costs_itself_alone(tmp_path, executed):
     forged = (
         "import socket, sys\nfrom labutils.exercises import wire\n"

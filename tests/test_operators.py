@@ -148,10 +148,11 @@ class TestAutocast:
         out.sum().backward()
         assert q.grad.dtype == torch.float32
 
-    def test_mends_dtypes_that_differ(self):
+    @pytest.mark.parametrize("function", [interface.flash_attn_func, interface.flash_attn_v1_func])
+    def test_mends_dtypes_that_differ(self, function):
         q, k, v = make(dtype=torch.float32)
         with torch.autocast(DEVICE.type, torch.bfloat16):
-            assert interface.flash_attn_func(q, k.bfloat16(), v).dtype == torch.bfloat16
+            assert function(q, k.bfloat16(), v).dtype == torch.bfloat16
 
 
 @pytest.mark.gpu

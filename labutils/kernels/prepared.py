@@ -29,9 +29,10 @@ def may_be_short(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether nothing needs the long way, over PyTorch's dispatcher.
 
     It is for whatever looks at operators as they run: a compiler, a FLOP counter, a transform, forward-mode
-    differentiation, a subclass of tensors; for a view with a minus sign that is still due (the imaginary part of a conjugate), which the dispatcher
-    resolves; for the interpreter; and for a GPU that is not the current one, which is where Triton launches. Autocast
-    needs nothing: whoever asks has cast the tensors, and nothing on the short way is an operation that it casts.
+    differentiation, a subclass of tensors; for a view with a minus sign that is still due (the imaginary part of a
+    conjugate), which the dispatcher resolves; for the interpreter; and for a GPU that is not the current one, which is
+    where Triton launches. Autocast needs nothing: whoever asks has cast the tensors, and nothing on the short way is an
+    operation that it casts.
     """
     return (
         not torch.compiler.is_compiling()  # first: what follows cannot be traced
