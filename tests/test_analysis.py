@@ -18,7 +18,7 @@ import triton.language as tl  # noqa: E402
 
 from labutils import analysis, benchmark, interface  # noqa: E402
 from labutils.kernels import flash_v2  # noqa: E402
-from labutils.kernels.launch import LaunchConfig  # noqa: E402
+from labutils.kernels.launch_table import LaunchConfig  # noqa: E402
 
 interpreted_only = pytest.mark.skipif(
     not runtime.interpreted, reason="counting happens in the interpreter; kernels are compiled in this process"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from labutils import interface, runtime
 from labutils.kernels import flash_v2, flash_v2_backward
 from labutils.kernels.flash_v2 import Options
-from labutils.kernels.launch import LaunchConfig
+from labutils.kernels.launch_table import LaunchConfig
 from labutils.reference import check_attention, check_gradients, judge, naive_attention
 
 DEVICE = runtime.device

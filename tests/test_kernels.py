@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from labutils import interface, runtime
 from labutils.kernels import flash_v1, flash_v2, flash_v2_backward, prepared
 from labutils.kernels.flash_v2 import Options
-from labutils.kernels.launch import LaunchConfig, pick_config
+from labutils.kernels.launch import pick_config
+from labutils.kernels.launch_table import LaunchConfig
 from labutils.reference import check_attention, check_gradients, naive_attention
 
 DEVICE = runtime.device

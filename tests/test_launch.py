@@ -13,7 +13,8 @@ from triton.runtime import driver
 
 from labutils import checks
 from labutils.kernels import flash_decode, flash_v2, flash_v2_backward, launch_table, prepared
-from labutils.kernels.launch import LaunchConfig, Launched, describe
+from labutils.kernels.launch import Launched, describe
+from labutils.kernels.launch_table import LaunchConfig
 
 SIGNATURE = {
     "q_ptr": "*fp16", "k": "tensordesc<fp16[1, 1, 64, 32]>", "v": "tensordesc<fp16[1, 1, 64, 32]>", "o_ptr": "*fp16",

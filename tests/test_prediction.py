@@ -13,7 +13,7 @@ pd = pytest.importorskip("pandas")
 from labutils import analysis, benchmark, runtime  # noqa: E402
 from labutils.analysis import advice, prediction, resources, tuning  # noqa: E402
 from labutils.kernels import launch  # noqa: E402
-from labutils.kernels.launch import LaunchConfig  # noqa: E402
+from labutils.kernels.launch_table import LaunchConfig  # noqa: E402
 
 GPU = prediction.Gpu("Some GPU", tflops=500.0, gb_per_s=2000.0, processors=100, mhz=1500.0)
 SHAPE = {"pass": "fwd", "dtype": "float16", "head_dim": 64, "causal": False, "batch": 2, "heads": 4, "seqlen": 1024}

@@ -88,7 +88,7 @@ def launches_of_the_grid(capabilities: Iterable[tuple[int, int]] = CAPABILITIES)
     Args:
         capabilities: compute capabilities, as (8, 9).
     """
-    from labutils.kernels.launch import LaunchConfig
+    from labutils.kernels.launch_table import LaunchConfig
 
     return [
         Launch("grid", "forward", d, c, False, LaunchConfig(m, n, warps, GRID_STAGES, c >= (9, 0)))

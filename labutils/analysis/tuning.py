@@ -47,7 +47,7 @@ def sweep_blocks(
         Unsupported: no GPU.
     """
     from labutils.kernels import flash_v2
-    from labutils.kernels.launch import LaunchConfig
+    from labutils.kernels.launch_table import LaunchConfig
 
     if runtime.capability is None:
         raise Unsupported("block sizes are timed on a GPU: in the interpreter a time means nothing.")

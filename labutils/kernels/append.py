@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from labutils.kernels.flash_decode import Cache
-from labutils.kernels.launch import SEQUENCE_LENGTHS, SMALLEST_BLOCK, LaunchConfig, launch
+from labutils.kernels.launch import SEQUENCE_LENGTHS, launch
+from labutils.kernels.launch_table import SMALLEST_BLOCK, LaunchConfig, next_power_of_2
 
 
 @triton.jit(do_not_specialize=SEQUENCE_LENGTHS)
@@ -71,7 +72,7 @@ def _run(x, y, cache, cos, sin, interleaved, *, to_cache, one_position=False) ->
         _append_kernel, (batch * n,), LaunchConfig(SMALLEST_BLOCK, SMALLEST_BLOCK, 4, 1),
         x, y, cos, sin, *cache.arguments(), heads, n, cache.seqlen, *x.stride(), *y.stride(),
         *((0, 0) if cos is None else cos.stride()),
-        D=head_dim, BLOCK_D=triton.next_power_of_2(head_dim), BLOCK_H=triton.next_power_of_2(heads),
+        D=head_dim, BLOCK_D=next_power_of_2(head_dim), BLOCK_H=next_power_of_2(heads),
         PAGE=cache.page(y) if to_cache else 0, ROTARY=0 if cos is None else 2 * cos.shape[1],
         INTERLEAVED=interleaved, TO_CACHE=to_cache, ONE_POSITION=one_position,
     )  # fmt: skip

@@ -5,7 +5,8 @@ idle. Two things change. The query heads that share a key head become the rows o
 once for all of them; and the keys are split in `splits` parts (flash decoding), each giving an output and a
 log-sum-exp, of which a second kernel makes the whole.
 
-Source: arXiv 2311.01282 names the technique; the merge is the associativity of the online softmax.
+Source: T. Dao, D. Haziza, F. Massa, G. Sizov, "Flash-Decoding for long-context inference" (PyTorch blog, 2023). The
+merge is the associativity of the online softmax.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import triton
 import triton.language as tl
 
 from labutils.kernels.flash_v2 import Options, attend
-from labutils.kernels.launch import SEQUENCE_LENGTHS, SMALLEST_BLOCK, LaunchConfig, Launched, launch, pick_config
-from labutils.kernels.launch_table import cdiv, next_power_of_2
+from labutils.kernels.launch import SEQUENCE_LENGTHS, Launched, launch, pick_config
+from labutils.kernels.launch_table import SMALLEST_BLOCK, LaunchConfig, cdiv, next_power_of_2
 from labutils.kernels.scores import LN_2, LOG2_E, columns_of
 from labutils.kernels.tiles import load_tile, row_pointers, source, store_tile
 

@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from labutils.kernels.launch import SEQUENCE_LENGTHS, LaunchConfig, launch, pick_config
+from labutils.kernels.launch import SEQUENCE_LENGTHS, launch, pick_config
+from labutils.kernels.launch_table import LaunchConfig
 from labutils.kernels.tiles import load_tile, tile_pointers
 
 

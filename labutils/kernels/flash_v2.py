@@ -17,14 +17,13 @@ import triton.language as tl
 
 from labutils.kernels.launch import (
     SEQUENCE_LENGTHS,
-    LaunchConfig,
     Launched,
     describe,
     descriptors_fit,
     launch,
     pick_config,
 )
-from labutils.kernels.launch_table import cdiv
+from labutils.kernels.launch_table import LaunchConfig, cdiv
 from labutils.kernels.scores import LN_2, columns_of, dropout_keep, mask_tile, score_tile, score_unit, sequence
 from labutils.kernels.tiles import load_rows, load_tile, source, store_tile, tile_pointers
 

@@ -17,7 +17,6 @@ import triton.language as tl
 from labutils.kernels.flash_v2 import Options, with_batch
 from labutils.kernels.launch import (
     SEQUENCE_LENGTHS,
-    LaunchConfig,
     Launched,
     describe,
     describe_vectors,
@@ -25,7 +24,7 @@ from labutils.kernels.launch import (
     launch,
     pick_config,
 )
-from labutils.kernels.launch_table import cdiv
+from labutils.kernels.launch_table import LaunchConfig, cdiv
 from labutils.kernels.scores import (
     LOG2_E,
     columns_of,

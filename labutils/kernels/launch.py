@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import triton
 from triton import knobs
 from triton.backends.nvidia.driver import make_tensordesc_arg
 from triton.runtime import driver
@@ -18,7 +17,7 @@ from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from labutils.kernels import launch_table
-from labutils.kernels.launch_table import SMALLEST_BLOCK, LaunchConfig, Place
+from labutils.kernels.launch_table import SMALLEST_BLOCK, LaunchConfig, Place, next_power_of_2
 
 # Triton compiles a kernel anew for an integer argument that is 1 or a multiple of 16. For these it must not: decoding
 # calls with a new length for every token.
@@ -38,7 +37,7 @@ def pick_config(
     """The launch configuration for a kernel on a device: the user's own where they have tuned it, or the shipped one.
 
     Args:
-        kernel: one of `KERNELS`.
+        kernel: one of `launch_table.KERNELS`.
         head_dim: D. dtype: of q. causal: whether the causal mask is on.
         device: where the tensors are; the CPU means the interpreter.
         longest: the longer of N_q and N_k; the interpreter takes no tile larger than it needs.
@@ -48,7 +47,7 @@ def pick_config(
             cannot be used (see `launch_table.tuned_here`).
     """
     if device.type == "cpu":
-        block = min(_INTERPRETER_BLOCK, max(SMALLEST_BLOCK, triton.next_power_of_2(longest)))
+        block = min(_INTERPRETER_BLOCK, max(SMALLEST_BLOCK, next_power_of_2(longest)))
         return LaunchConfig(block, block)
     capability = _capability(device.index or 0)
     # Tensors without data stand for a GPU that is not here: what its user has tuned is not known.
