@@ -3,6 +3,9 @@
 import ast
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -113,6 +116,12 @@ def test_plain_kernels_compute_the_same(causal):
         with pytest.raises(ValueError, match="softcap, window_left: a kernel without features"):
             flash_v2.forward(q, k, v, Options(0.25, (3, None), softcap=2.0))
     assert flash_v2._forward_kernel is kernel
+
+
+def test_plain_kernels_leave_no_files(tmp_path):
+    program = "import labutils\nfrom labutils.kernels import plain\nwith plain.plain_kernels():\n    pass"
+    subprocess.run([sys.executable, "-c", program], env=os.environ | {"TMPDIR": str(tmp_path)}, check=True, timeout=300)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_plain_sources_have_no_feature_left():

@@ -8,8 +8,10 @@ them on. What is left is attention with or without the causal mask, which is a c
 from __future__ import annotations
 
 import ast
+import atexit
 import functools
 import importlib
+import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -141,8 +143,9 @@ def sources() -> dict[str, str]:
 
 @functools.cache
 def _modules() -> dict[str, ModuleType]:
-    """The same, imported; Triton wants kernels to have a file."""
+    """The same, imported; Triton wants kernels to have a file, which goes when this process ends."""
     folder = Path(tempfile.mkdtemp(prefix=_PACKAGE))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     (folder / _PACKAGE).mkdir()
     for name, text in sources().items():
         (folder / _PACKAGE / f"{name}.py").write_text(text, encoding="utf-8")
