@@ -1,4 +1,4 @@
-"""Puts right what Triton's interpreter gets wrong, and proves on import that it is right.
+"""Puts right what Triton's interpreter gets wrong, and tests what our kernels need of it.
 
 Triton's interpreter (TRITON_INTERPRET=1) runs a kernel block by block in NumPy. NumPy has no bfloat16, so the
 interpreter keeps such values as uint16 bit patterns, and in Triton 3.6 and 3.7 it multiplies, adds and compares these

@@ -26,6 +26,8 @@ NAMES = {
     "dq": "flash_v2_backward._dq_kernel",
     "decode": "flash_decode._decode_kernel",
 }
+"""What `compiled.Resources.kernel` calls each kernel of the launch table."""
+
 REPRESENTATIVE = {"16 bit": torch.float16, "float32": torch.float32}
 """The dtype that is compiled for a class; bfloat16 takes what float16 takes."""
 

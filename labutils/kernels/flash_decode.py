@@ -205,7 +205,7 @@ class Plan(NamedTuple):
 
     @staticmethod
     def of(q: torch.Tensor, heads_kv: int, right: int | None, n_k: int, config: LaunchConfig | None = None) -> Plan:
-        """For queries (B, N_q, H, D) against up to `n_k` keys, which only the interpreter asks for."""
+        """For queries (B, N_q, H, D) against up to `n_k` keys, of which the interpreter alone takes note."""
         batch, n_q, heads, head_dim = q.shape
         rows = n_q * heads // heads_kv
         if right is not None and right >= n_q - 1:
@@ -250,7 +250,11 @@ def decode(
         config: block sizes and warps; the launch table's where not given, cut to the rows that there are.
 
     Returns:
-        out (B, N_q, H, D) in the dtype of q, lse (B, H, N_q) float32.
+        out (B, N_q, H, D) in the dtype of q, lse (B, H, N_q) float32, natural logarithm; zeros and -inf for rows that
+        see no key.
+
+    Raises:
+        RuntimeError: as `launch.pick_config` and `launch.launch`.
     """
     n_k = cache.seqlen + n_new  # of the longest sequence
     plan = Plan.of(q, k_cache.shape[2], options.window[1], n_k, config)
@@ -277,12 +281,10 @@ def start(
     else:  # the parts stay float32: rounding each would add to the error
         parts = torch.empty((splits, *q.shape), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((splits, batch, n_q, heads), dtype=torch.float32, device=q.device)
-    slopes = options.alibi_slopes
     launched = [launch(
         _decode_kernel, (plan.programs * splits,), config,
         q, k_cache, v_cache, parts, part_lse, *cache.arguments(),
-        slopes, None if slopes is None else slopes.stride(0) if slopes.dim() == 2 else 0,
-        options.softmax_scale, options.softcap, options.window[0], plan.right, heads_kv, splits,
+        *options.slopes(), options.softmax_scale, options.softcap, options.window[0], plan.right, heads_kv, splits,
         n_q, cache.seqlen, n_new, *q.stride(), *k_cache.stride(), *v_cache.stride(), *parts.stride(),
         part_lse.stride(0), part_lse.stride(1), part_lse.stride(3), part_lse.stride(2),
         D=head_dim, BLOCK_D=config.block_d(head_dim), GROUP=heads // heads_kv, PAGE=cache.page(k_cache),

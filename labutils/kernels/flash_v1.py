@@ -96,7 +96,11 @@ def forward(
         config: block sizes and warps; the launch table's where not given.
 
     Returns:
-        out (B, N_q, H, D) in the dtype of q, and lse (B, H, N_q) float32, natural logarithm.
+        out (B, N_q, H, D) in the dtype of q, and lse (B, H, N_q) float32, natural logarithm; zeros and -inf for rows
+        that see no key.
+
+    Raises:
+        RuntimeError: as `launch.pick_config` and `launch.launch`.
     """
     batch, n_q, heads, head_dim = q.shape
     n_k, heads_kv = k.shape[1:3]

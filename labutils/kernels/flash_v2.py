@@ -63,14 +63,17 @@ class Options:
         return len(self.cu_seqlens_q) - 1, self.max_seqlen_q, self.max_seqlen_k
 
     def arguments(self) -> tuple:
-        """What every kernel takes, in its order: from `cu_seqlens_q_ptr` to `window_right`."""
-        slopes = self.alibi_slopes
+        """What forward and backward kernels take, in their order: from `cu_seqlens_q_ptr` to `window_right`."""
         return (
-            self.cu_seqlens_q, self.cu_seqlens_k,
-            slopes, None if slopes is None else slopes.stride(0) if slopes.dim() == 2 else 0,
+            self.cu_seqlens_q, self.cu_seqlens_k, *self.slopes(),
             self.seed, self.dropout_p if self.seed is not None else None,
             self.softmax_scale, self.softcap, *self.window,
         )  # fmt: skip
+
+    def slopes(self) -> tuple:
+        """`slopes_ptr` and `stride_sb`, which is 0 where all sequences have the same slopes."""
+        slopes = self.alibi_slopes
+        return slopes, None if slopes is None else slopes.stride(0) if slopes.dim() == 2 else 0
 
     def paging(self) -> tuple:
         """`table_ptr` and `stride_tb`, for kernels that read keys from pages."""
@@ -206,6 +209,9 @@ def forward(
     Returns:
         out in the shape and dtype of q, and lse (B, H, N_q), or (H, total_q) of packed sequences: float32, natural
         logarithm, -inf for rows that see no key.
+
+    Raises:
+        RuntimeError: as `launch.pick_config` and `launch.launch`.
     """
     return start(q, k, v, options, config)[:2]
 

@@ -262,6 +262,9 @@ def backward(
 
     Returns:
         dq, dk and dv in the shapes of q, k and v, contiguous, in the dtype of q.
+
+    Raises:
+        RuntimeError: as `launch.pick_config` and `launch.launch`.
     """
     return start(dout, q, k, v, out, lse, options, configs, dlse)[0]
 

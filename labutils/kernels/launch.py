@@ -152,8 +152,8 @@ class Launched:
         grid = grid or self._grid
         arguments = self._arguments.copy()
         arguments[place : place + len(numbers)] = numbers
-        for address, (place, map_of) in zip(addresses, self._tensors, strict=False):
-            arguments[place] = address if map_of is None else map_of(address)
+        for address, (at, map_of) in zip(addresses, self._tensors, strict=False):
+            arguments[at] = address if map_of is None else map_of(address)
         active = driver.active
         stream = active.get_current_stream(active.get_current_device())
         enter, leave, about = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, None

@@ -114,7 +114,7 @@ class _Form:
         """
         if self.launched is None:
             out, lse, launched = flash_v2.start(q, k, v, self.options)
-            if self.seen and launched is not None:  # it is for an empty grid
+            if self.seen and launched is not None:  # None: an empty grid, and nothing was launched
                 self.out, self.lse = (out.shape, out.stride()), (lse.shape, lse.stride())
                 self.launched = launched()
             self.seen = True
@@ -137,7 +137,7 @@ class _Form:
             return known.again(q, *addresses)
         gradients, launched, per_row = flash_v2_backward.start(dout, q, k, v, out, lse, self.options)
         dq, dkdv = launched["dq"], launched["dkdv"]
-        if dq is not None and dkdv is not None:  # they are for an empty grid
+        if dq is not None and dkdv is not None:  # None: an empty grid, and nothing was launched
             self.backwards[key] = _Backward(gradients, dq(), dkdv(), per_row)
         return gradients
 
@@ -192,7 +192,7 @@ class _Decoding:
         if known is None:
             cache = flash_decode.Cache(None, seqlen)
             out, lse, launched = flash_decode.start(q, k, v, cache, self.options, self.plan, 0, splits)
-            if all(launched):  # it is for an empty grid
+            if all(launched):  # None: an empty grid, and nothing was launched
                 self.known[key] = [each() for each in launched if each is not None]
             return out, lse
         out = q.new_empty_strided(*self.out)  # in half the time of new_empty

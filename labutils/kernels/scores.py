@@ -80,7 +80,8 @@ def mask_tile(s, rows, cols, n_k, offset, window_left, window_right):
 def columns_of(start_m, n_q, n_k, offset, window_left, window_right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Which columns a block of rows sees: first, begin and end of the part that needs no mask, last.
 
-    All multiples of BLOCK_N but `last`. Empty parts have begin >= end of them, and loops over them do not run.
+    All multiples of BLOCK_N but `last`. Where every tile needs a mask, begin is no less than end; where the rows see no
+    column, first is no less than last, and the loop between them does not run.
     """
     first = 0
     last = n_k
