@@ -58,6 +58,9 @@ def evaluate(name: str, function: Callable, seed: int = 0) -> Outcome:
 
     Args:
         name: of the exercise. function: the student's. seed: of the inputs.
+
+    Raises:
+        ValueError: no exercise of this name.
     """
     _find(name)
     return run(name, LocalCall(function), seed)
@@ -128,7 +131,11 @@ def hint(name: str, step: int | None = None) -> None:
 
 
 def solution_source(name: str) -> str:
-    """The source of the lab's own answer, as it could stand in the stub's cell."""
+    """The source of the lab's own answer, as it could stand in the stub's cell.
+
+    Raises:
+        ValueError: no exercise of this name.
+    """
     exercise = _find(name)
     text = (_SOLUTIONS / f"notebook{exercise.notebook}.py").read_text(encoding="utf-8")
     lines = text.splitlines()
@@ -141,7 +148,7 @@ def solution_source(name: str) -> str:
 
 
 def solution(name: str) -> None:
-    """Prints the lab's own answer to an exercise."""
+    """Prints the lab's own answer to an exercise; ValueError where there is none of this name."""
     print(solution_source(name))
 
 
@@ -162,4 +169,5 @@ def report() -> None:
         print(f"\n{note}")
 
 
+# Imported for the checks that they register: `check`, `hint` and the others are what this package has to offer.
 del notebook01, notebook02, notebook03, notebook04

@@ -194,7 +194,7 @@ def to_device(value: Any) -> Any:
 
 
 def to_cpu(value: Any) -> Any:
-    """A result with its tensors on the CPU, detached, and numbers of NumPy or of 0-d tensors as they are."""
+    """A result with its tensors on the CPU, detached; what NumPy has as a tensor, a list as a tuple."""
     if isinstance(value, torch.Tensor):
         return value.detach().cpu()
     if isinstance(value, tuple | list):
@@ -448,6 +448,6 @@ def describe(value: Any) -> str:
         if len(inside) > 160:
             inside = f"{inside[:157]}..."
         count = "1 value" if len(value) == 1 else f"{len(value)} values"
-        return f"{count}: {inside}" if value else "an empty tuple"
+        return f"{count}: {inside}" if value else f"an empty {type(value).__name__}"
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -107,9 +107,7 @@ def safe_softmax(call: Call, generator: torch.Generator) -> None:
             name="softmax(x)",
             requirement=f"Softmax over the last dimension is not right for {case}.",
             place=_index,
-            atol=(
-                1e-4 if "large" in case or "levels" in case else 1e-5
-            ),  # exp(x - lse) with lse near 300 is right to 3e-5
+            atol=1e-4 if "large" in case or "levels" in case else 1e-5,  # exp(x - lse), lse near 300: right to 3e-5
             mistakes={
                 "These are the numbers e^(x - m), not yet divided by their row's sum.": p,
                 "You divided by the sum of the whole tensor: each row has its own (dim=-1, keepdim=True).": (

@@ -114,9 +114,6 @@ def _as_if_contiguous(x: torch.Tensor) -> torch.Tensor | None:
     return torch.stack([memory[i * n : (i + 1) * n].logsumexp(dim=0) for i in range(len(x))])
 
 
-KINDS = ("skipped", "masked", "plain")
-
-
 @exercise(
     "02",
     "How many programs",
@@ -177,6 +174,9 @@ def program_count(call: Call, generator: torch.Generator) -> None:
             )
         },
     )
+
+
+KINDS = ("skipped", "masked", "plain")
 
 
 @exercise(
@@ -354,9 +354,7 @@ def window_attention(call: Call, generator: torch.Generator) -> None:
                 variant(left=window - 1) if window else torch.full(v.shape, math.inf)
             ),
             "The window is one too wide: offs_m - window - 1 is no longer visible.": variant(left=window + 1),
-            "The diagonal itself is masked: a row sees its own column (<=).": (
-                variant(right=-1, causal=False) if n == 1 else _strict(q, k, v, window)
-            ),
+            "The diagonal itself is masked: a row sees its own column (<=).": _strict(q, k, v, window),
             "The scale 1 / √D is missing.": variant(scale=1.0),
             "The scores were multiplied by the scale twice.": variant(scale=1 / 32),
             "log2(e) is missing from the scale: tl.exp2 computes 2^x.": variant(scale=32**-0.5 * math.log(2)),

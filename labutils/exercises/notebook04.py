@@ -160,13 +160,12 @@ def v2_bytes(call: Call, generator: torch.Generator) -> None:
                     "block of Q."
                 ): others(q=blocks, k=1, v=1),
                 "The log-sum-exp is missing: one float32 is stored for each row.": others(rows_lse=0),
-                "The log-sum-exp is kept in float32, 4 bytes a row, whatever the inputs are.": (
-                    others() - lse + size * n if size != 4 else -1
-                ),
                 "V is missing: each block of Q loads all of it, as it does K.": others(v=0),
                 "Q or O is missing: Q is loaded once, and O stored once.": others(o=0),
                 "m and l were counted: version 2 stores one number a row, the log-sum-exp.": others(rows_lse=2),
-                "The log-sum-exp was counted in 16 bits: it is kept in float32, 4 bytes a row.": others() - 2 * n,
+                "The log-sum-exp was counted in 16 bits: it is in float32, 4 bytes a row, whatever the inputs are.": (
+                    others() - 2 * n
+                ),
                 "Rows that do not exist were counted: the last block of Q and of K ends at N.": (
                     2 * blocks * block * depth * size * (1 + blocks) + lse
                 ),
