@@ -29,18 +29,18 @@ def tensors(
     *,
     packed: bool = False,
     paged: bool = False,
-    names: tuple[str, str] = ("k", "v"),
+    cached: bool = False,
     largest: int = LARGEST_HEAD_DIM,
 ) -> None:
     """q, k and v fit together, and the kernels and this GPU have their dtype.
 
-    `packed`: the sequences of q (and of k and v, where they are not `paged`) lie one after the other. `names` are what
-    the caller calls k and v.
+    `packed`: the sequences of q (and of k and v, where they are not `paged`) lie one after the other. `cached`: k and v
+    are k_cache and v_cache, which may have another batch size than q. `largest`: head dimension.
     """
     batched, flat, pages = "(B, N, H, D)", "(total, H, D)", "(blocks, rows of a block, H, D)"
     layout_q = flat if packed else batched
     layout_k = pages if paged else layout_q
-    k_name, v_name = names
+    k_name, v_name = ("k_cache", "v_cache") if cached else ("k", "v")
     for name, t, layout in (("q", q, layout_q), (k_name, k, layout_k), (v_name, v, layout_k)):
         if not isinstance(t, torch.Tensor):
             raise TypeError(f"{name} is a {type(t).__name__}: pass a torch.Tensor of shape {layout}.")
@@ -64,7 +64,7 @@ def tensors(
         )
     if paged and k.shape[1] == 0:
         raise ValueError(f"{both} have shape {tuple(k.shape)}, blocks of 0 rows: pass blocks with a row or more.")
-    if layout_k == batched and q.shape[0] != k.shape[0] and k_name == "k":
+    if layout_k == batched and q.shape[0] != k.shape[0] and not cached:
         raise ValueError(f"q has batch size {q.shape[0]}, {both} have {k.shape[0]}: they must agree.")
     if q.shape[-1] != k.shape[-1]:
         raise ValueError(f"q has head dimension {q.shape[-1]}, {both} have {k.shape[-1]}: they must agree.")
@@ -82,7 +82,7 @@ def tensors(
         raise TypeError(f"q, {both} have dtypes {q.dtype}, {k.dtype}, {v.dtype}: convert them to one.")
     if q.dtype not in DTYPES:
         raise TypeError(f"dtype {q.dtype} is not supported: use torch.float16, torch.bfloat16 or torch.float32.")
-    _device(q, k, v, *names)
+    _device(q, k, v, k_name, v_name)
 
 
 def _device(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_name: str, v_name: str) -> None:

@@ -352,7 +352,7 @@ def flash_attn_with_kvcache(
     ):
 
         def prepare() -> Options:
-            checks.tensors(q, k_cache, v_cache, names=("k_cache", "v_cache"))
+            checks.tensors(q, k_cache, v_cache, cached=True)
             checks.cache(q, k_cache, v_cache, None, None, (None, None), cache_seqlens, num_splits)
             _enough_rows(q, k_cache)
             window = checks.window(window_size, causal)
@@ -374,7 +374,7 @@ def _append_and_attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """out and lse of `flash_attn_with_kvcache` by the long way, which knows all of its arguments."""
     paged = block_table is not None
-    checks.tensors(q, k_cache, v_cache, paged=paged, names=("k_cache", "v_cache"))
+    checks.tensors(q, k_cache, v_cache, paged=paged, cached=True)
     checks.cache(q, k_cache, v_cache, k, v, (rotary_cos, rotary_sin), cache_seqlens, num_splits)
     _refuse_tangents(q, k_cache, v_cache, k, v)
     batch = q.shape[0]

@@ -102,12 +102,14 @@ def naive_attention(
         causal: mask aligned to the bottom right, see `causal_mask`.
         softmax_scale: D ** -0.5 where not given.
         window_size: see `visible_mask`.
-        softcap: c > 0 turns the scores s into c * tanh(s / c).
+        softcap: c > 0 turns the scaled scores s into c * tanh(s / c).
         alibi_slopes: (H,) or (B, H), see `alibi_bias`.
         dropout_mask: boolean (B, H, N_q, N_k), True where a probability is kept; with the `dropout_p` it was drawn by.
         return_lse: also return the log-sum-exp of each row's scores (B, H, N_q), natural logarithm.
 
-    A query that sees no key gives zeros, and -inf as its log-sum-exp. Differentiable.
+    Returns:
+        out (B, N_q, H, D); with `return_lse` a tuple (out, lse). A query that sees no key gives zeros, and -inf as its
+        log-sum-exp. Differentiable.
     """
     n_q, n_k = q.shape[1], k.shape[1]
     visible = None  # this is what benchmarks call naive attention: without a mask it must not pay for one
@@ -435,6 +437,12 @@ def check_attention(
         factor: see `judge`.
         lse: (B, H, N_q); where given it is judged too, and the worse of both verdicts is returned.
         options: what the kernel was asked for: `causal`, `softmax_scale` and the others of `naive_attention`.
+
+    Returns:
+        The verdict, which is true where `out` passes.
+
+    Raises:
+        ValueError: `out` or `lse` has another shape.
     """
     with torch.no_grad():
         ref, ref_lse = exact_attention(q, k, v, return_lse=True, **options)
@@ -467,6 +475,9 @@ def check_gradients(
 
     Returns:
         A verdict each for dq, dk and dv.
+
+    Raises:
+        ValueError: a gradient has another shape than its tensor, or there are not three.
     """
 
     def grads(inputs):

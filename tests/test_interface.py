@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from labutils import interface, runtime
+from labutils import checks, interface, runtime
 from labutils.interface import flash_attn_func, flash_attn_v1_func
-from labutils.kernels import prepared
+from labutils.kernels import flash_decode, launch_table, prepared
 from labutils.reference import check_attention, check_gradients
 
 DEVICE = runtime.device
@@ -254,6 +254,11 @@ def test_wrong_input_is_named(case):
     error, message, change, kwargs = WRONG_INPUTS[case]
     with pytest.raises(error, match=message):
         flash_attn_func(*change(*make(Q)), **kwargs)
+
+
+def test_the_checks_let_pass_what_the_kernels_have():
+    kernels = launch_table.HEAD_DIMS[-1], flash_decode.MOST_SPLITS
+    assert kernels == (checks.LARGEST_HEAD_DIM, checks.LARGEST_SPLITS)
 
 
 def test_layout_of_sdpa_is_recognised():
