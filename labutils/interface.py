@@ -340,11 +340,11 @@ def flash_attn_with_kvcache(
         RuntimeError: a GPU too old or too small; in the backward, that there is none.
     """
     q, k, v = _cast(q, k, v)
-    others = (k, v, rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad, block_table, alibi_slopes)
     if (
         type(cache_seqlens) is type(num_splits) is int
         and type(window_size) is tuple
-        and all(other is None for other in others)
+        and k is v is rotary_cos is rotary_sin is None
+        and cache_batch_idx is cache_leftpad is block_table is alibi_slopes is None
         and prepared.may_be_short(q, k_cache, v_cache)
         and not _needs_gradient(q, k_cache, v_cache)
         and k_cache.dim() == 4
