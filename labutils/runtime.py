@@ -6,7 +6,8 @@ interpreter, on the CPU. The decision is made once, at import, and every other m
     from labutils import runtime
     q = torch.randn(1, runtime.choose(cpu=256, gpu=4096), 8, 64, device=runtime.device, dtype=runtime.dtype)
 
-Environment: `LABUTILS_DEVICE=cpu` (or `TRITON_INTERPRET=1`) asks for the interpreter on a machine that has a GPU.
+Environment: `LABUTILS_DEVICE=cpu` (or `TRITON_INTERPRET=1`) asks for the interpreter on a machine that has a GPU, and
+`LABUTILS_DEVICE=cuda` for the GPU: where none can be used, the import ends in a RuntimeError that says why.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import TypeVar
 
 import torch
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 OLDEST_CAPABILITY = (7, 5)  # Turing: the oldest architecture that Triton 3.6 and 3.7 emit code for
 LARGE_GPU_GIB = 40  # from here on a GPU gets the sizes of a data-centre card
@@ -59,10 +60,14 @@ def _cuda_capability() -> tuple[int, int] | None:
         )
     capability = torch.cuda.get_device_capability()
     if capability < OLDEST_CAPABILITY:
-        warnings.warn(
+        why = (
             f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, and Triton "
-            f"compiles for {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} or higher: the lab runs on the CPU, in "
-            "Triton's interpreter. Set LABUTILS_DEVICE=cpu to say that you know.",
+            f"compiles for {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} or higher"
+        )
+        if wanted == "cuda":
+            raise RuntimeError(f"LABUTILS_DEVICE=cuda was asked for, but {why}. Unset it to run on the CPU.")
+        warnings.warn(
+            f"{why}: the lab runs on the CPU, in Triton's interpreter. Set LABUTILS_DEVICE=cpu to say that you know.",
             stacklevel=3,
         )
         return None
@@ -136,7 +141,7 @@ machine: str = _machine()
 """Name of this machine, short enough for a figure's title."""
 
 
-def choose(*, cpu: T, gpu: T, large_gpu: T | None = None) -> T:
+def choose(*, cpu: _T, gpu: _T, large_gpu: _T | None = None) -> _T:
     """The value meant for this machine.
 
     Args:

@@ -70,6 +70,19 @@ def test_asking_for_a_gpu_that_is_not_there_is_an_error():
     assert result.returncode != 0 and "torch.cuda.is_available() is False" in result.stderr
 
 
+def test_a_gpu_that_is_too_old_is_warned_of_and_refused_where_one_is_asked_for(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("LABUTILS_DEVICE", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
+    with pytest.warns(UserWarning, match=r"Tesla V100 has .* 7\.0.*7\.5 or higher: the lab runs on the CPU"):
+        assert runtime._cuda_capability() is None
+    monkeypatch.setenv("LABUTILS_DEVICE", "cuda")
+    with pytest.raises(RuntimeError, match=r"LABUTILS_DEVICE=cuda was asked for, but Tesla V100.*Unset it"):
+        runtime._cuda_capability()
+
+
 @pytest.mark.parametrize(
     "left_out", ["_mend_arithmetic", "_mend_casts", "_mend_reductions", "_patch_language_once_per_launch"]
 )
