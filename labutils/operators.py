@@ -49,7 +49,12 @@ def attend(
     max_seqlen_k: int,
     block_table: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse, as `flash_v2.forward` gives them; differentiable, also by lse, but not twice."""
+    """out and lse, as `flash_v2.forward` gives them; as an operator differentiable, also by lse, but not twice.
+
+    Raises:
+        ValueError: packed sequences, or a block table, without their borders; lengths or blocks that do not exist.
+        RuntimeError: as `flash_v2.forward`; NotImplementedError for a second derivative.
+    """
     if cu_seqlens_q is None or cu_seqlens_k is None:
         if cu_seqlens_q is not None:
             raise ValueError("cu_seqlens_q came without cu_seqlens_k: packed sequences need both.")
@@ -100,7 +105,7 @@ def flash_attention_backward(
     max_seqlen_q: int,
     max_seqlen_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv."""
+    """dq, dk and dv, as `flash_v2_backward.backward` gives them; no second derivative (NotImplementedError)."""
     options = _options(
         softmax_scale, window_left, window_right, softcap, alibi_slopes, dropout_p, seed,
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
@@ -162,7 +167,12 @@ def attend_with_cache(
     alibi_slopes: Tensor | None,
     num_splits: int,
 ) -> tuple[Tensor, Tensor]:
-    """Writes k and v to the cache, then out and lse; `seqlen` is every sequence's length without `cache_seqlens`."""
+    """Writes k and v to the cache, then out and lse; `seqlen` is every sequence's length without `cache_seqlens`.
+
+    Raises:
+        ValueError: a length, a row or a block that the cache does not have; nothing has been written then.
+        RuntimeError: as `flash_decode.decode`.
+    """
     n_new = 0 if k is None else k.shape[1]
     page = k_cache.shape[1]
     capacity = page if block_table is None else page * block_table.shape[1]

@@ -72,6 +72,7 @@ class Mark:
 
 
 COLUMNS = tuple(field.name for field in fields(Mark))
+"""Columns of the table, in their order."""
 
 
 @dataclass(frozen=True)

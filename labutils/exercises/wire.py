@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-LARGEST_HEADER = 2**20
-LARGEST_MESSAGE = 2**28
+LARGEST_HEADER = 2**20  # bytes of JSON
+LARGEST_MESSAGE = 2**28  # bytes of tensors
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (
@@ -40,7 +40,11 @@ class Garbled(Exception):
 
 
 def send(channel: socket.socket, message: Any) -> None:
-    """Sends a value made of None, booleans, numbers, strings, lists, tuples, dicts and tensors."""
+    """Sends a value made of None, booleans, numbers, strings, lists, tuples, dicts and tensors.
+
+    Raises:
+        ValueError: it is too large. OSError: the other side is gone.
+    """
     blobs: list[bytes] = []
     header = json.dumps(_packed(message, blobs)).encode()
     if len(header) > LARGEST_HEADER or sum(map(len, blobs)) > LARGEST_MESSAGE:

@@ -346,7 +346,11 @@ def _check_config(place: Place, config: LaunchConfig) -> None:
 
 
 def write(file: Path, tables: dict[Gpu, Tuned]) -> None:
-    """Replaces the file as a whole: whoever reads it, at any moment, finds all of the old or all of the new."""
+    """Replaces the file as a whole: whoever reads it, at any moment, finds all of the old or all of the new.
+
+    Raises:
+        OSError: it cannot be written; the old one stays.
+    """
     stored = [
         {
             "gpu": gpu.name, "capability": list(gpu.capability), "triton": gpu.triton, "finished": tuned.finished,
