@@ -422,6 +422,13 @@ def test_names_of_files_are_fit_for_the_table_whatever_bytes_they_have(tmp_path)
     assert "m\\xfcller" in (tmp_path / "grades.csv").read_text(encoding="utf-8")
 
 
+def test_leftovers_count_below_the_folder_alone(tmp_path):
+    folder = tmp_path / "__MACOSX" / "returned"
+    folder.mkdir(parents=True)
+    (folder / "a.ipynb").write_text("{", encoding="utf-8")
+    assert grading.find(folder) == [folder / "a.ipynb"]
+
+
 @pytest.mark.parametrize(
     ("content", "reason"),
     [

@@ -280,7 +280,7 @@ def find(folder: Path) -> list[Path]:
     found = sorted(
         path
         for path in folder.rglob("*.ipynb")
-        if not leftovers & set(path.parts) and not path.name.startswith("._") and path.is_file()
+        if not leftovers & set(path.relative_to(folder).parts) and not path.name.startswith("._") and path.is_file()
     )
     if not found:
         raise ValueError(f"There is no .ipynb in {folder} or below.")
