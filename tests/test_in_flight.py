@@ -45,6 +45,10 @@ WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
         # One product of two is waited for: the older.
         ([PRODUCT, "HGMMA.64x64x16.F32 R60, R104, gdesc[UR8], R60, gsb0", WAIT[:-1] + "1", "MOV R100, R1"], []),
         ([PRODUCT, "HGMMA.64x64x16.F32 R60, R104, gdesc[UR8], R60, gsb0", WAIT[:-1] + "1", "MOV R104, R1"], [0x30]),
+        # As many may run on as there are, or more.
+        ([PRODUCT, "HGMMA.64x64x16.F32 R60, R104, gdesc[UR8], R60, gsb0", WAIT[:-1] + "3", "MOV R100, R1"], [0x30]),
+        ([PRODUCT, "HMMA.16816.F32 R98, R2, R4, R98", WAIT], [0x10]),  # writes R98 to R101
+        ([PRODUCT, "HMMA.16816.F16 R98, R2, R4, R98", WAIT], []),
         # Around a loop, where ptxas does not look.
         ([".L_x_0:", "MOV R100, R1", WAIT, PRODUCT, "@!P0 BRA `(.L_x_0)", "EXIT"], [0x10]),
         ([".L_x_0:", WAIT, "MOV R100, R1", PRODUCT, "@!P0 BRA `(.L_x_0)", "EXIT"], []),

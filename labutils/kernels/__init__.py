@@ -5,5 +5,6 @@ The functions here take checked arguments; programs call `labutils.interface`, w
 The parts: `flash_v1` and `flash_v2` have the forward passes, `flash_v2_backward` the backward, `flash_decode` the
 attention over a KV cache and `append` what writes to it; `tiles` and `scores` are what the kernels share. `launch`
 starts them, `launch_table` has their configurations, `prepared` the short way for a call seen before. `compiled` and
-`candidates` ask the compiler about GPUs that need not be there; `plain` makes the kernels without their features.
+`candidates` ask the compiler about GPUs that need not be there, `in_flight` looks for races in what it made; `plain`
+makes the kernels without their features.
 """

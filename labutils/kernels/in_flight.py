@@ -60,6 +60,8 @@ class Instruction(NamedTuple):
         name, *modifiers = self.opcode.split(".")
         if name == "CS2R" and "32" not in modifiers:
             return 2
+        if name == "HMMA":  # a product of older tensor cores: 16 x 8 numbers, of which a thread has four
+            return 4 if "F32" in modifiers else 2
         if name.startswith(("LD", "IMAD", "ATOM", "F2F", "UIMAD")):
             return max((_MANY.get(modifier, 1) for modifier in modifiers), default=1)
         return 2 if re.fullmatch(r"D(ADD|MUL|FMA)", name) else 1
@@ -143,8 +145,8 @@ def overwritten(text: str) -> list[Instruction]:
                 state = (*state[:-1], state[-1] | registers, *([frozenset()] if ends else []))
             elif instruction.opcode.startswith("WARPGROUP.DEPBAR"):
                 match = _WAIT.search(instruction.operands)
-                left = int(match[1], 16) if match else 0
-                state = (*state[:-1][len(state) - 1 - left :], state[-1])
+                may_run_on = int(match[1], 16) if match else 0
+                state = (*state[:-1][max(0, len(state) - 1 - may_run_on) :], state[-1])
             elif any(register in group for register in instruction.writes() for group in state):
                 found[place] = instruction
             target = _TARGET.search(instruction.operands)
