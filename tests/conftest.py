@@ -56,9 +56,9 @@ def pytest_runtest_protocol(item: pytest.Item):
     """Runs a notebook with the environment that JupyterLab would give it, as somebody who has solved nothing."""
     if not getattr(item, "nbmake", False):
         return (yield)
-    ours = dict(os.environ)
+    ours, theirs = dict(os.environ), environment_for_kernels()
     os.environ.clear()
-    os.environ.update(environment_for_kernels())
+    os.environ.update(theirs)
     with tempfile.TemporaryDirectory() as folder:
         state = Path(folder) / "progress.json"
         os.environ["LABUTILS_STATE"] = str(state)

@@ -6,9 +6,12 @@ executes them.
 
 import ast
 import json
+import os
+from types import SimpleNamespace
 
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
 from notebook_format import NOTEBOOKS, ROOT
 from solve_notebooks import main, solved
@@ -112,6 +115,25 @@ def test_the_tool_writes_solved_copies_and_never_over_the_notebooks(tmp_path, ca
     assert "raise NotImplementedError" not in source
     with pytest.raises(SystemExit):
         main([str(ROOT)])
+
+
+def test_nbmake_runs_a_notebook_in_our_environment(monkeypatch):
+    """With all of it but the interpreter's switch: an empty one would go to the network, and read the user's table."""
+    import conftest
+
+    monkeypatch.setenv("ONLY_HERE", "yes")
+    before = dict(os.environ)
+    item = SimpleNamespace(nbmake=True, runtest=lambda: None, filename=NOTEBOOKS[0])
+    run = conftest.pytest_runtest_protocol(item)
+    next(run)
+    inside = dict(os.environ)
+    with pytest.raises(StopIteration):
+        run.send(None)
+    assert os.environ == before
+    assert inside.pop("LABUTILS_STATE") != before.get("LABUTILS_STATE")
+    assert inside["ONLY_HERE"] == "yes" and inside["HF_HUB_OFFLINE"] == "1"
+    switch = set() if torch.cuda.is_available() else {"TRITON_INTERPRET"}
+    assert set(before) - set(inside) <= switch | {"LABUTILS_STATE"}
 
 
 def test_a_passed_exercise_is_seen_by_the_proof_that_nothing_is_solved(tmp_path):
