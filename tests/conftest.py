@@ -38,6 +38,15 @@ if importlib.util.find_spec("hypothesis"):  # the notebooks can be executed with
     settings.load_profile("ci" if os.environ.get("CI") else "lab")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Files are handed to processes as they are collected: xdist would begin with those of many tests.
+
+    A notebook is one test, and the longest; last of all, it would leave the other processes waiting.
+    """
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips tests marked `gpu` where the lab uses none."""
     if runtime.device.type == "cuda":

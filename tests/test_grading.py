@@ -204,7 +204,7 @@ def test_a_function_that_hangs_is_stopped_and_the_next_is_tried(tmp_path):
     hang = "def score_bytes(*a):\n    while True: pass"
     found = marks(tmp_path, hang, *solved("safe_softmax"), limits=grading.Limits(120, 3))
     assert found["score_bytes"].result == "timed out" and "3 s for one call" in found["score_bytes"].message
-    assert found["safe_softmax"].result == "passed"
+    assert found["safe_softmax"].result == "passed", found["safe_softmax"].message
 
 
 def test_the_calls_of_an_exercise_may_not_add_up_to_hours(monkeypatch):
@@ -279,12 +279,12 @@ def test_a_cell_that_hangs_is_stopped_with_all_that_it_started(tmp_path):
     assert not running("# of-a-student")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the limit on a GPU machine is enforced by looking, not at once")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="with CUDA, PyTorch alone needs more than is allowed here")
 def test_memory_is_limited(tmp_path):
     greedy = "def score_bytes(*a):\n    hoard = [bytearray(2**28) for _ in range(200)]\n    return len(hoard)"
-    found = marks(tmp_path, greedy, *solved("safe_softmax"), limits=grading.Limits(120, 30))
+    found = marks(tmp_path, greedy, *solved("safe_softmax"), limits=grading.Limits(120, 30, 2))
     assert found["score_bytes"].result in ("error", "crashed") and found["score_bytes"].points == 0
-    assert found["safe_softmax"].result == "passed"
+    assert found["safe_softmax"].result == "passed", found["safe_softmax"].message
 
 
 def test_the_students_process_sees_no_secrets_and_no_home(tmp_path, monkeypatch):
