@@ -81,7 +81,7 @@ def test_a_loop_that_computes_ahead_is_found():
 def test_no_kernel_of_ours_has_it():
     wanted = [
         Request(program, head_dim, torch.float16, (9, 0), causal)
-        for program, head_dim, causal in itertools.product(("forward", "backward"), (64, 128), (False, True))
+        for program, head_dim, causal in itertools.product(("forward", "backward"), (64, 128, 256), (False, True))
     ]
     wanted += [
         Request(
