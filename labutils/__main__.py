@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments)
     except (RuntimeError, ValueError) as error:
-        if "labutils.runtime" in sys.modules:
+        if "labutils.machine.runtime" in sys.modules:
             raise
         # `runtime` refused to be imported: LABUTILS_DEVICE asks for what is not known, or not there
         print(f"labutils {arguments.command}: {error}", file=sys.stderr)

@@ -5,7 +5,8 @@ PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitc
 
 import torch
 
-from labutils import interface, runtime
+from labutils import runtime
+from labutils.attention import interface
 
 DTYPE = torch.float32 if runtime.interpreted else torch.float16
 

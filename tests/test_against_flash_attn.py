@@ -12,8 +12,9 @@ import pytest
 import torch
 from test_features import make, one_by_one, packed, slopes
 
-from labutils import interface, runtime
-from labutils.reference import exact_attention
+from labutils import runtime
+from labutils.attention import interface
+from labutils.attention.reference import exact_attention
 
 DEVICE = runtime.device
 HALF = [torch.float16, torch.bfloat16]

@@ -16,9 +16,10 @@ pytest.importorskip("pandas")
 import triton  # noqa: E402  after labutils, which switches its interpreter on
 import triton.language as tl  # noqa: E402
 
-from labutils import analysis, benchmark, interface  # noqa: E402
-from labutils.kernels import flash_v2  # noqa: E402
-from labutils.kernels.launch_table import LaunchConfig  # noqa: E402
+from labutils import analysis, benchmark
+from labutils.attention import interface  # noqa: E402
+from labutils.attention.kernels import flash_v2  # noqa: E402
+from labutils.attention.kernels.launch_table import LaunchConfig  # noqa: E402
 
 interpreted_only = pytest.mark.skipif(
     not runtime.interpreted, reason="counting happens in the interpreter; kernels are compiled in this process"

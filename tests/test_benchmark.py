@@ -11,9 +11,11 @@ import warnings
 import pytest
 import torch
 
-from labutils import analysis, benchmark, ledger, reference, runtime
+from labutils import analysis, benchmark, runtime
 from labutils.analysis import resources
-from labutils.benchmark import measuring, points, storing, sweeping
+from labutils.attention import reference
+from labutils.benchmark import points, sweeping, tables, timing
+from labutils.training import ledger
 
 pd = pytest.importorskip("pandas")
 QUICK = {"seconds_per_point": 0.0, "progress": False}
@@ -316,26 +318,26 @@ def test_any_function_is_found_out_that_runs_in_the_interpreter(monkeypatch):
 def test_time_call_on_a_cpu_is_what_the_clock_says(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(runtime, "device", torch.device("cpu"))
-    monkeypatch.setattr(measuring.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     at = []
 
     def call():
         at.append(now[0])
         now[0] += 0.02
 
-    timing = benchmark.time_call(call, seconds=0.11, warm_up=0.05)
-    assert timing.median_ms == pytest.approx(20) and timing.spread_ms == pytest.approx(0)
+    measured = benchmark.time_call(call, seconds=0.11, warm_up=0.05)
+    assert measured.median_ms == pytest.approx(20) and measured.spread_ms == pytest.approx(0)
     assert len(at) == 3 + 6  # the warm-up ends with the first call after 50 ms, and the repeats after 110
 
 
 def test_time_call_is_the_median_with_the_interquartile_range():
-    assert measuring._summary([1.0, 2.0, 3.0, 4.0, 100.0]) == (3.0, 2.0)
+    assert timing._summary([1.0, 2.0, 3.0, 4.0, 100.0]) == (3.0, 2.0)
 
 
 def test_time_call_repeats_three_times_at_least():
     calls = []
     benchmark.time_call(lambda: calls.append(1), seconds=0.0, warm_up=0.0)
-    assert len(calls) == 1 + measuring.MIN_REPEATS
+    assert len(calls) == 1 + timing.MIN_REPEATS
 
 
 class SimulatedGpu:
@@ -364,8 +366,8 @@ class SimulatedGpu:
         monkeypatch.setattr(runtime, "device", torch.device("cuda"))
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "synchronize", self.wait)
-        monkeypatch.setattr(measuring, "_l2_flush_buffer", Flush)
-        monkeypatch.setattr(measuring.time, "perf_counter", lambda: self.host / 1e3)
+        monkeypatch.setattr(timing, "_l2_flush_buffer", Flush)
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.host / 1e3)
 
     def launch(self, *, host, on_gpu):
         self.host += host
@@ -383,8 +385,8 @@ def test_time_call_warms_a_gpu_up_for_as_long_as_it_was_told(monkeypatch):
         gpu.launch(host=0.01, on_gpu=2.0)
 
     benchmark.time_call(call, seconds=0.0, warm_up=0.05)
-    assert at[0] < 50 and all(t >= 50 for t in at[-measuring.MIN_REPEATS :])
-    assert all(t < 50 for t in at[: -measuring.MIN_REPEATS])
+    assert at[0] < 50 and all(t >= 50 for t in at[-timing.MIN_REPEATS :])
+    assert all(t < 50 for t in at[: -timing.MIN_REPEATS])
 
 
 @pytest.mark.parametrize(
@@ -523,7 +525,7 @@ def test_speedup():
 
 
 def test_saved_results_come_back_with_their_environment(tmp_path, monkeypatch):
-    monkeypatch.setattr(storing, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     df = benchmark.sweep(["naive", "flash_attn"], [16], heads=1, head_dim=16, **QUICK)
     made_by = {"gpu": "Some GPU", "torch": "2.11.0"}
     path = benchmark.save_results(df, tmp_path / "some_gpu", made_by)
@@ -537,7 +539,7 @@ def test_saved_results_come_back_with_their_environment(tmp_path, monkeypatch):
 
 
 def test_each_stored_table_keeps_its_own_environment(tmp_path, monkeypatch):
-    monkeypatch.setattr(storing, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     attention = pd.DataFrame(columns=benchmark.SCHEMAS["attention"])
     training = pd.DataFrame(columns=benchmark.SCHEMAS["training"])
     benchmark.save_results(attention, tmp_path / "gpu", {"gpu": "G", "git_revision": "a"})
@@ -549,7 +551,7 @@ def test_each_stored_table_keeps_its_own_environment(tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_saved_or_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(storing, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     good = pd.DataFrame(columns=benchmark.SCHEMAS["attention"])
     with pytest.raises(ValueError, match="starts with"):
         benchmark.save_results(good[["pass", "impl"]], tmp_path, {"gpu": "G"})
@@ -563,7 +565,7 @@ def test_what_cannot_be_saved_or_read(tmp_path, monkeypatch):
 
 
 def test_the_stored_attention_table_is_read_in_one_dtype(tmp_path, monkeypatch):
-    monkeypatch.setattr(storing, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
     sweeps = [
         benchmark.sweep(["naive"], [16, 32], heads=1, head_dim=16, dtype=dtype, **QUICK)
         for dtype in (torch.float16, torch.bfloat16)
@@ -593,13 +595,13 @@ def test_every_stored_file_obeys_its_schema(path):
     made_by = df.attrs["environment"]
     assert set(made_by) - {"settings"} == set(MADE_BY.split())
     if "settings" in made_by:
-        assert path.stem == "attention" and set(made_by["settings"]) == set(storing.SETTINGS)
+        assert path.stem == "attention" and set(made_by["settings"]) == set(tables.SETTINGS)
         assert all(value >= 0 for value in made_by["settings"].values()) and made_by["settings"]["rounds"] >= 1
     assert df.attrs["machine"] and df.attrs["environment"]["git_revision"]
     assert "+changes" not in df.attrs["environment"]["git_revision"]  # nobody could check that code out
     schema = benchmark.SCHEMAS[path.stem]
     if "status" in schema:
-        assert set(df["status"]) <= set(storing.STATUSES)
+        assert set(df["status"]) <= set(tables.STATUSES)
         assert df[df["status"] == "ok"][[c for c in schema if c not in ("cap_gib", "bound")]].notna().all(axis=None)
     if path.stem != "attention":
         more = ledger.KINDS if path.stem == "ladder" else ()  # what was predicted of each kind
@@ -645,7 +647,7 @@ def test_rounds_go_through_all_points_before_the_next(monkeypatch):
 
     def timed(fn, **options):
         order.append(fn())
-        return measuring.Timing(next(times), 0.5)
+        return timing.Timing(next(times), 0.5)
 
     def one(q, k, v, *, causal, softmax_scale):
         return q * 1
@@ -715,7 +717,7 @@ def test_a_recorder_goes_on_where_it_stopped(tmp_path):
 def test_settings_are_all_of_them_or_none(tmp_path):
     with pytest.raises(ValueError, match="give seconds, rounds, warm_up, error_seconds"):
         benchmark.Recorder(tmp_path / "new", ENVIRONMENT, settings={"seconds": 1.0})
-    settings = dict.fromkeys(storing.SETTINGS, 1.0)
+    settings = dict.fromkeys(tables.SETTINGS, 1.0)
     measured(benchmark.Recorder(tmp_path, ENVIRONMENT, settings=settings), some_points(["naive"]), rounds=1)
     assert benchmark.read_results(tmp_path).attrs["environment"] == ENVIRONMENT | {"settings": settings}
     assert not benchmark.Recorder(tmp_path, ENVIRONMENT, resume=True).settings_known  # rows to come have others
@@ -777,7 +779,7 @@ def test_a_write_that_fails_leaves_the_table_before(tmp_path, monkeypatch):
             file.write(content[:10])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(storing.Path, "write_bytes", half)
+    monkeypatch.setattr(tables.Path, "write_bytes", half)
     with pytest.raises(OSError, match="No space"):
         recorder.write()
     assert recorder.path.read_bytes() == before and list(tmp_path.glob(".*")) == []
@@ -798,7 +800,7 @@ def test_a_failure_is_kept_and_not_tried_again(tmp_path):
 
 def test_a_stored_table_of_old_can_be_resumed():
     """Rows without rounds count as one round; their columns survive."""
-    rows = storing.rows_by_point(benchmark.reference_results(dtype=None))
+    rows = tables.rows_by_point(benchmark.reference_results(dtype=None))
     assert len(rows) == len(benchmark.reference_results(dtype=None))
     assert sweeping.pending(rows, rows, 1) == 0
     ok = sum(row["status"] == "ok" for row in rows.values())

@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from labutils import bounds, runtime
+from labutils import runtime
+from labutils.analysis import bounds
 
 import triton  # isort: skip  after labutils, which switches its interpreter on
 import triton.language as tl  # isort: skip

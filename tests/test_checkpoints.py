@@ -5,9 +5,11 @@ import random
 import pytest
 import torch
 
-from labutils import checkpoints, data, models, runtime, training
-from labutils.checkpoints import Checkpoint
+from labutils import runtime, training
 from labutils.commands.train import _deterministic
+from labutils.gpt2 import data, models
+from labutils.training import checkpoints
+from labutils.training.checkpoints import Checkpoint
 
 SEQUENCES = torch.randint(97, (10, 24), generator=torch.Generator().manual_seed(0))
 

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from labutils import __main__ as command_line
-from labutils import environment, runtime
+from labutils import runtime
+from labutils.benchmark import environment
 from labutils.commands import lab
 
 ROOT = Path(__file__).resolve().parent.parent

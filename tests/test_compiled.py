@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from labutils.kernels import compiled, launch, launch_table
-from labutils.kernels.compiled import GPUS, PROGRAMS, Request, Resources
-from labutils.kernels.launch_table import LaunchConfig
+from labutils.attention.kernels import launch, launch_table
+from labutils.attention.kernels.launch_table import LaunchConfig
+from labutils.attention.tuning import compiled
+from labutils.attention.tuning.compiled import GPUS, PROGRAMS, Request, Resources
 
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.float16, torch.float32)  # bfloat16 takes what float16 takes: see the test of that

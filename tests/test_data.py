@@ -1,11 +1,12 @@
-"""labutils.data: the texts are real and disjoint, the tokenizer is lossless, packing loses only the tail."""
+"""labutils.gpt2.data: the texts are real and disjoint, the tokenizer is lossless, packing loses only the tail."""
 
 import itertools
 
 import pytest
 import torch
 
-from labutils import data, models, positions, runtime, training
+from labutils import runtime, training
+from labutils.gpt2 import data, models
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +196,7 @@ def test_documents_kept_apart_lose_what_each_loses_alone(attention, rope):
     tokens = torch.randint(1, 50, (2, 40))
     tokens[0, 10] = tokens[1, 7] = 0
     model = models.gpt2("nano", n_positions=64, vocab_size=50, attention=attention, initializer_range=0.3)
-    model = (positions.use_rope(model) if rope else model).to(runtime.device)
+    model = (rope.use_rope(model) if rope else model).to(runtime.device)
     tokens = tokens.to(runtime.device)
     total, count = 0.0, 0
     with torch.no_grad():

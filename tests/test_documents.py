@@ -12,7 +12,7 @@ from notebook_format import NOTEBOOKS, ROOT, read
 from labutils import __main__ as command_line
 from labutils.commands import train
 
-PAGES = ("README.md", "CONTRIBUTING.md", "labutils/kernels/TUNING.md", *NOTEBOOKS)
+PAGES = ("README.md", "CONTRIBUTING.md", "labutils/attention/kernels/TUNING.md", *NOTEBOOKS)
 PACKAGE = ROOT / "labutils"
 MODULES = {p.stem for p in PACKAGE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
 COMMANDS = {module.__name__.split(".")[-1] for module in command_line.COMMANDS}
@@ -50,7 +50,7 @@ def missing_links(text: str, folder: Path) -> list[str]:
 
 
 def unknown_names(spans: list[str]) -> list[str]:
-    """Spans such as `labutils.models.gpt2` or `training.train(...)` that name nothing in labutils."""
+    """Spans such as `labutils.gpt2.models.gpt2` or `training.train(...)` that name nothing in labutils."""
     wrong = []
     for span in spans:
         found = re.match(r"(?:labutils\.)?(\w+)((?:\.\w+)*)", span)
@@ -120,7 +120,14 @@ def test_commands_are_understood(page, capsys):
 
 def test_what_is_not_there_is_noticed():
     assert missing_links("[a](gone.ipynb) [b](README.md) [c](https://example.org/x)", ROOT) == ["gone.ipynb"]
-    spans = ["labutils.models.gpt2", "training.try_step(...)", "labutils.gone", "training.gone", "models.csv", "x.y"]
+    spans = [
+        "labutils.gpt2.models.gpt2",
+        "training.try_step(...)",
+        "labutils.gone",
+        "training.gone",
+        "models.csv",
+        "x.y",
+    ]
     assert unknown_names(spans) == ["labutils.gone", "training.gone"]
     assert missing_files(["models.csv", "gone.csv", "tests/conftest.py"]) == ["gone.csv"]
     assert ["check"] in commands_in("README.md") and len(commands_in("CONTRIBUTING.md")) > 8

@@ -1,4 +1,4 @@
-"""labutils.environment: what it says of machines that are not here, and what it finds on the one that is."""
+"""labutils.benchmark.environment: what it says of machines that are not here, and what it finds on the one that is."""
 
 import json
 import re
@@ -8,7 +8,9 @@ import notebook_format
 import pytest
 import torch
 
-from labutils import environment, reference, runtime
+from labutils import runtime
+from labutils.attention import reference
+from labutils.benchmark import environment
 
 
 @pytest.fixture(autouse=True)
@@ -354,7 +356,7 @@ def test_git_revision_marks_changed_code(monkeypatch):
     answers = {"rev-parse": "0123456789ab", "status": ""}
     monkeypatch.setattr(environment, "_answer", lambda *command, cwd: answers[command[1]])
     assert environment._git_revision() == "0123456789ab"
-    answers["status"] = " M labutils/runtime.py"
+    answers["status"] = " M labutils/machine/runtime.py"
     assert environment._git_revision() == "0123456789ab+changes"
     answers["rev-parse"] = None
     assert environment._git_revision() is None

@@ -291,7 +291,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 # What an answer imports of the lab is not needed to compile its kernels, and would ask for the interpreter.
-sys.modules["labutils.interface"] = types.SimpleNamespace(flash_attn_func=None)
+sys.modules["labutils.attention.interface"] = types.SimpleNamespace(flash_attn_func=None)
 spec = importlib.util.spec_from_file_location("kernels", sys.argv[1])
 kernels = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(kernels)

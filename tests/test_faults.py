@@ -17,13 +17,17 @@ import torch
 from nbclient import NotebookClient
 from notebook_format import read
 
-from labutils import benchmark, files, ladder, model_benchmark, models, parity, training
+from labutils import benchmark, training
 from labutils.__main__ import main
+from labutils.attention.kernels import launch_table
+from labutils.attention.tuning import compiled
 from labutils.commands import study
 from labutils.commands.arguments import INTERRUPTED
 from labutils.commands.lab import environment_for_kernels
-from labutils.exercises import grading
-from labutils.kernels import compiled, launch_table
+from labutils.exercises.grading import grader
+from labutils.gpt2 import model_benchmark, models
+from labutils.machine import files
+from labutils.training import ladder, parity
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -63,9 +67,9 @@ def test_a_figure_that_cannot_be_written_leaves_the_one_before(tmp_path, full_di
 def test_a_table_of_marks_that_cannot_be_written_leaves_the_one_before(tmp_path, full_disk):
     table = tmp_path / "grades.csv"
     table.write_text("rows before")
-    mark = grading.Mark(*("x" * 20 for _ in grading.COLUMNS))
+    mark = grader.Mark(*("x" * 20 for _ in grader.COLUMNS))
     with pytest.raises(OSError, match=r"rows written before are kept.*grades\.csv"):
-        grading._save(table, [mark])
+        grader._save(table, [mark])
     assert table.read_text() == "rows before" and len(list(tmp_path.iterdir())) == 1
 
 

@@ -10,11 +10,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from labutils import interface, runtime
-from labutils.kernels import flash_v2, flash_v2_backward
-from labutils.kernels.flash_v2 import Options
-from labutils.kernels.launch_table import LaunchConfig
-from labutils.reference import check_attention, check_gradients, judge, naive_attention
+from labutils import runtime
+from labutils.attention import interface
+from labutils.attention.kernels import flash_v2, flash_v2_backward
+from labutils.attention.kernels.flash_v2 import Options
+from labutils.attention.kernels.launch_table import LaunchConfig
+from labutils.attention.reference import check_attention, check_gradients, judge, naive_attention
 
 DEVICE = runtime.device
 SLOPES = "slopes"  # stands for a tensor of the right shape

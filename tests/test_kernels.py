@@ -7,12 +7,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from labutils import interface, runtime
-from labutils.kernels import flash_v1, flash_v2, flash_v2_backward, prepared
-from labutils.kernels.flash_v2 import Options
-from labutils.kernels.launch import pick_config
-from labutils.kernels.launch_table import LaunchConfig
-from labutils.reference import check_attention, check_gradients, naive_attention
+from labutils import runtime
+from labutils.attention import interface
+from labutils.attention.kernels import fast_path, flash_v1, flash_v2, flash_v2_backward
+from labutils.attention.kernels.flash_v2 import Options
+from labutils.attention.kernels.launch import pick_config
+from labutils.attention.kernels.launch_table import LaunchConfig
+from labutils.attention.reference import check_attention, check_gradients, naive_attention
 
 DEVICE = runtime.device
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -152,12 +153,12 @@ def test_which_tensor_is_misaligned_makes_another_form():
 
     tensors = make(130, 130, head_dim=64, dtype=torch.float16)
     options = (0.125, True, (-1, -1), 0.0)
-    before = len(prepared._forms)
+    before = len(fast_path._forms)
     for misaligned in range(3):
         q, k, v = (at(4 * (place == misaligned), t) for place, t in enumerate(tensors))
-        out, lse = prepared.attention(q, k, v, options, lambda: Options(0.125, CAUSAL))
+        out, lse = fast_path.attention(q, k, v, options, lambda: Options(0.125, CAUSAL))
         check_attention(out, q, k, v, lse=lse, softmax_scale=0.125, causal=True).raise_if_failed()
-    assert len(prepared._forms) == before + 3
+    assert len(fast_path._forms) == before + 3
 
 
 def test_gradient_of_the_output_may_have_any_strides():
@@ -285,7 +286,7 @@ class TestLaunchTable:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("head_dim", [1, 16, 64, 80, 128, 192, 256])
     def test_every_gpu_has_an_entry(self, monkeypatch, capability, dtype, head_dim):
-        monkeypatch.setattr("labutils.kernels.launch._capability", lambda index: capability)
+        monkeypatch.setattr("labutils.attention.kernels.launch._capability", lambda index: capability)
         for kernel in ("forward", *BACKWARD, *(("v1",) if head_dim <= 128 else ())):
             if (capability, dtype, kernel) == ((7, 5), torch.float32, "dkdv") and head_dim > 128:
                 with pytest.raises(RuntimeError, match="too little shared memory.*torch.float16"):
@@ -297,7 +298,7 @@ class TestLaunchTable:
                 assert max(config.block_m, config.block_n) <= 32
 
     def test_a_gpu_too_old_is_named(self, monkeypatch):
-        monkeypatch.setattr("labutils.kernels.launch._capability", lambda index: (6, 1))
+        monkeypatch.setattr("labutils.attention.kernels.launch._capability", lambda index: (6, 1))
         with pytest.raises(RuntimeError, match=r"compute capability 6\.1.*LABUTILS_DEVICE=cpu"):
             pick_config("forward", 64, torch.float16, True, torch.device("cuda", 0), longest=64)
 

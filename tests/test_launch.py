@@ -11,10 +11,10 @@ from triton.backends.compiler import BaseBackend
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
-from labutils import checks
-from labutils.kernels import flash_decode, flash_v2, flash_v2_backward, launch_table, prepared
-from labutils.kernels.launch import Launched, describe
-from labutils.kernels.launch_table import LaunchConfig
+from labutils.attention import checks
+from labutils.attention.kernels import fast_path, flash_decode, flash_v2, flash_v2_backward, launch_table
+from labutils.attention.kernels.launch import Launched, describe
+from labutils.attention.kernels.launch_table import LaunchConfig
 
 SIGNATURE = {
     "q_ptr": "*fp16", "k": "tensordesc<fp16[1, 1, 64, 32]>", "v": "tensordesc<fp16[1, 1, 64, 32]>", "o_ptr": "*fp16",
@@ -150,7 +150,7 @@ def test_a_form_gives_new_outputs_to_the_same_launch(monkeypatch):
     lse = torch.zeros(2, 3, 96)
     launched = SimpleNamespace(again=lambda *addresses: given.append(addresses))
     monkeypatch.setattr(flash_v2, "start", lambda q, k, v, options: (out, lse, lambda: launched))
-    form = prepared._Form(flash_v2.Options(0.125))
+    form = fast_path._Form(flash_v2.Options(0.125))
     q, k, v = torch.randn(3, 2, 3, 96, 32).half().transpose(2, 3).unbind()  # not contiguous: out is, all the same
     for _ in range(2):
         assert form.launched is None
@@ -179,7 +179,7 @@ def test_a_form_gives_new_gradients_to_the_same_launches(monkeypatch):
 
     monkeypatch.setattr(flash_v2_backward, "start", start)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
-    form = prepared._Form(flash_v2.Options(0.125))
+    form = fast_path._Form(flash_v2.Options(0.125))
     form.backward(dout, q, k, v, out, lse, None)
     assert len(started) == 1 and given == []
     gradients = form.backward(out, v, k, q, dout, lse, None)
@@ -200,7 +200,7 @@ def test_a_backward_of_another_kind_takes_the_long_way(monkeypatch):
     lse, long = torch.zeros(2, 3, 96), []
     monkeypatch.setattr(flash_v2_backward, "backward", lambda *args, dlse: long.append(dlse))
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
-    form = prepared._Form(flash_v2.Options(0.125))
+    form = fast_path._Form(flash_v2.Options(0.125))
     form.backward(dout, q, k, v, out, lse, lse)
     odd = torch.zeros(dout.numel() + 1).half()[1:].view(dout.shape)  # 2 bytes off
     form.backward(odd, q, k, v, out, lse, None)
@@ -231,7 +231,7 @@ def test_a_backward_done_again_gives_the_kernels_what_the_long_way_gives_them(gp
     monkeypatch.setattr(flash_v2_backward, "launch", launch)
     monkeypatch.setattr(flash_v2_backward, "pick_config", lambda *_, **__: LaunchConfig(64, 32, tma=tma))
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
-    form = prepared._Form(flash_v2.Options(0.125, (None, 0)))
+    form = fast_path._Form(flash_v2.Options(0.125, (None, 0)))
 
     def launches(seed):
         q, k, v, out, dout = torch.randn(5, 2, 3, 96, 32, generator=torch.Generator().manual_seed(seed)).half()
@@ -294,7 +294,7 @@ def decodings(gpu, monkeypatch):
     monkeypatch.setattr(flash_decode, "launch", launch)
     monkeypatch.setattr(flash_decode, "pick_config", lambda *_, **__: LaunchConfig(16, 16, 4, 3))
     monkeypatch.setattr(flash_decode, "choose_splits", lambda programs, tiles, slots: max(1, min(tiles - 1, 128)))
-    monkeypatch.setattr(prepared, "_forms", {})
+    monkeypatch.setattr(fast_path, "_forms", {})
     return gpu.launched
 
 
@@ -365,12 +365,12 @@ def test_decoding_launches_what_the_long_way_launches(decodings):
             q, k, v, options, key, splits = decoding_of(case, n)
             cache = flash_decode.Cache(None, n)
             long = launches(lambda: flash_decode.decode(q, k, v, cache, options, splits=splits), q, k, v)  # noqa: B023
-            before = sum(len(form.known) for form in prepared._forms.values())
-            ours = launches(lambda: prepared.decoding(q, k, v, n, key, splits, lambda: options), q, k, v)  # noqa: B023
+            before = sum(len(form.known) for form in fast_path._forms.values())
+            ours = launches(lambda: fast_path.decoding(q, k, v, n, key, splits, lambda: options), q, k, v)  # noqa: B023
             assert ours == long, f"{name}, {n} keys"
-            short += before == sum(len(form.known) for form in prepared._forms.values())
+            short += before == sum(len(form.known) for form in fast_path._forms.values())
     layouts = sum("cache" in case for case in DECODINGS.values())
-    assert len(prepared._forms) == len(DECODINGS) - layouts  # how the cache lies in memory is no part of a form
+    assert len(fast_path._forms) == len(DECODINGS) - layouts  # how the cache lies in memory is no part of a form
     assert short > 0.8 * 46 * len(DECODINGS)
 
 

@@ -1,4 +1,4 @@
-"""labutils.ledger: which kind a piece of memory is of, the peak of an allocator's history, kinds in a rehearsal."""
+"""training.ledger: which kind a piece of memory is of, the peak of an allocator's history, kinds in a rehearsal."""
 
 import inspect
 
@@ -6,7 +6,9 @@ import pytest
 import torch
 from transformers.models.gpt2 import modeling_gpt2
 
-from labutils import ledger, models, rehearsal, runtime
+from labutils import runtime
+from labutils.gpt2 import models
+from labutils.training import ledger, rehearsal
 
 SIZES = ledger.Sizes(models.gpt2("nano", n_positions=8, vocab_size=1000).config)  # width 32
 

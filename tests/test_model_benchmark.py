@@ -1,13 +1,14 @@
-"""labutils.model_benchmark: rows of a whole GPT-2 under each attention, failures included, kept on disk."""
+"""labutils.gpt2.model_benchmark: rows of a whole GPT-2 under each attention, failures included, kept on disk."""
 
 import math
 
 import pytest
 import torch
 
-from labutils import model_benchmark, models, runtime
+from labutils import runtime
+from labutils.attention.reference import judge
 from labutils.benchmark import SCHEMAS, read_results
-from labutils.reference import judge
+from labutils.gpt2 import model_benchmark, models
 
 OPTIONS = dict(vocab_size=61, batch=2, inference_batches=(1,), progress=False)
 

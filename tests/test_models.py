@@ -1,12 +1,13 @@
-"""labutils.models: GPT-2 on our kernels computes what eager computes, and refuses what it cannot."""
+"""labutils.gpt2.models: GPT-2 on our kernels computes what eager computes, and refuses what it cannot."""
 
 import copy
 
 import pytest
 import torch
 
-from labutils import models, runtime
-from labutils.reference import judge
+from labutils import runtime
+from labutils.attention.reference import judge
+from labutils.gpt2 import models
 
 VOCAB = 97
 DEVICE = runtime.device
@@ -395,7 +396,7 @@ def test_load_gpt2_says_what_is_missing(monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError, match="Connect to the internet once"):
         models.load_gpt2(tmp_path)
     monkeypatch.setattr(GPT2LMHeadModel, "from_pretrained", unreachable)
-    with pytest.raises(FileNotFoundError, match=r"no connection, no cache.*labutils.models.gpt2\(\)"):
+    with pytest.raises(FileNotFoundError, match=r"no connection, no cache.*labutils.gpt2.models.gpt2\(\)"):
         models.load_gpt2("gpt2")
 
 

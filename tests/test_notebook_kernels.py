@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from labutils import runtime
-from labutils.reference import causal_mask, check_attention, check_gradients, judge
+from labutils.attention.reference import causal_mask, check_attention, check_gradients, judge
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "02-FlashAttention_Demo.ipynb"
 KERNELS = ("kernel-first", "kernel-v1", "kernel-v2", "kernel-dkdv", "kernel-dq")

@@ -1,9 +1,11 @@
-"""labutils.offload: what is kept on the CPU changes nothing in what a step computes."""
+"""labutils.training.offload: what is kept on the CPU changes nothing in what a step computes."""
 
 import pytest
 import torch
 
-from labutils import models, offload, runtime, training
+from labutils import runtime, training
+from labutils.gpt2 import models
+from labutils.training import offload
 
 
 def trained(batches, **options):

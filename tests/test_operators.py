@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from labutils import interface, operators, runtime
+from labutils import runtime
+from labutils.attention import interface, operators
+from labutils.attention.kernels import fast_path, flash_v2_backward
+from labutils.attention.kernels.flash_v2 import Options
+from labutils.attention.reference import check_attention, check_gradients, exact_attention, visible_mask
 from labutils.benchmark import attention_flops
-from labutils.kernels import flash_v2_backward, prepared
-from labutils.kernels.flash_v2 import Options
-from labutils.reference import check_attention, check_gradients, exact_attention, visible_mask
 
 DEVICE = runtime.device
 DTYPE = torch.float32 if runtime.interpreted else torch.float16
@@ -173,7 +174,7 @@ def test_gradients_are_the_same_however_often_a_form_was_seen(autocast):
             scratch = flash_v2_backward.backward(dout, *half, out.detach(), lse.detach(), options)
             for a, b in zip(ours, scratch, strict=True):
                 assert torch.equal(a, b.to(a.dtype))
-    assert any(form.backwards for form in prepared._forms.values())
+    assert any(form.backwards for form in fast_path._forms.values())
 
 
 class TestGradientOfTheLogSumExp:

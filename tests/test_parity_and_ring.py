@@ -1,10 +1,13 @@
-"""labutils.parity finds a wrong attention and passes a right one; labutils.ring merges to attention itself."""
+"""training.parity finds a wrong attention and passes a right one; attention.ring merges to attention itself."""
 
 import pandas as pd
 import pytest
 import torch
 
-from labutils import models, parity, reference, ring, runtime
+from labutils import runtime
+from labutils.attention import reference, ring
+from labutils.gpt2 import models
+from labutils.training import parity
 
 # Tensor cores add the products of a short row at once, so that its order is none: it takes more there to see one.
 N = runtime.choose(cpu=32, gpu=512)

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from labutils import benchmark, reference, runtime
+from labutils import benchmark, runtime
+from labutils.attention import reference
 
 matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("agg")

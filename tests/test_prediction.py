@@ -11,9 +11,9 @@ import torch
 pd = pytest.importorskip("pandas")
 
 from labutils import analysis, benchmark, runtime  # noqa: E402
-from labutils.analysis import advice, prediction, resources, tuning  # noqa: E402
-from labutils.kernels import launch  # noqa: E402
-from labutils.kernels.launch_table import LaunchConfig  # noqa: E402
+from labutils.analysis import advice, blocks, prediction, resources  # noqa: E402
+from labutils.attention.kernels import launch  # noqa: E402
+from labutils.attention.kernels.launch_table import LaunchConfig  # noqa: E402
 
 GPU = prediction.Gpu("Some GPU", tflops=500.0, gb_per_s=2000.0, processors=100, mhz=1500.0)
 SHAPE = {"pass": "fwd", "dtype": "float16", "head_dim": 64, "causal": False, "batch": 2, "heads": 4, "seqlen": 1024}
@@ -218,7 +218,7 @@ def test_the_advice_is_near_the_fastest_on_the_stored_shapes(table):
 
 def test_the_stored_blocks_hold_the_shipped_launches_and_hardly_a_faster_one():
     """10 % is what a timing of 50 ms may be off, and what an entry for two lengths and both masks may cost."""
-    found = tuning.against_the_table(tuning.stored_blocks())
+    found = blocks.against_the_table(blocks.stored_blocks())
     assert len(found) == 4 and set(found["head_dim"]) == {64, 128}
     assert found["shipped ms"].notna().all() and (found["shipped / best"] < 1.10).all()
 
@@ -226,10 +226,10 @@ def test_the_stored_blocks_hold_the_shipped_launches_and_hardly_a_faster_one():
 @pytest.mark.parametrize("attributes", [{}, {"environment": {"capability": None}}])
 def test_blocks_of_no_known_gpu_have_no_shipped_launch(attributes, monkeypatch):
     monkeypatch.setattr(runtime, "capability", None)
-    blocks = tuning.stored_blocks()
-    blocks.attrs = attributes
+    stored = blocks.stored_blocks()
+    stored.attrs = attributes
     with pytest.raises(ValueError, match="does not say which GPU it is of"):
-        tuning.against_the_table(blocks)
+        blocks.against_the_table(stored)
 
 
 # --- advice -----------------------------------------------------------------------------------------------
@@ -342,7 +342,7 @@ def test_two_gpus_side_by_side():
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: tuning.sweep_blocks(),
+        lambda: blocks.sweep_blocks(),
         lambda: analysis.measure_exponentials(),
         lambda: analysis.decode_points([1]),
         lambda: analysis.launch_overhead(lambda: None),
@@ -393,5 +393,5 @@ def test_gpu_launch_overhead_shows_for_small_work():
 
 @pytest.mark.gpu
 def test_gpu_sweep_of_blocks():
-    found = tuning.sweep_blocks(batch=1, heads=2, seqlen=256, blocks=(32, 64), warps=(4,), stages=(2,), seconds=0.01)
+    found = blocks.sweep_blocks(batch=1, heads=2, seqlen=256, blocks=(32, 64), warps=(4,), stages=(2,), seconds=0.01)
     assert len(found) == 4 and (found["status"] == "ok").all() and (found["ms"] > 0).all()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labutils import reference
+from labutils.attention import reference
 
 
 def make(n_q=33, n_k=57, heads=4, heads_kv=2, head_dim=16, dtype=torch.float32, seed=0):

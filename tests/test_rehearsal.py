@@ -1,4 +1,4 @@
-"""labutils.rehearsal and labutils.ladder: predicted peaks against those an H200 measured; the search and its rows."""
+"""training.rehearsal and training.ladder: predicted peaks against those an H200 measured; the search and its rows."""
 
 import json
 from dataclasses import replace
@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from labutils import benchmark, ladder, models, rehearsal, runtime, training
+from labutils import benchmark, runtime, training
+from labutils.gpt2 import models
+from labutils.training import ladder, rehearsal
 
 RUNGS = {rung.name: rung for rung in ladder.RUNGS}
 

@@ -94,9 +94,9 @@ def test_self_test_notices_each_missing_fix(left_out):
         import sys, types
         # `labutils/__init__.py` runs the self-test at once: import the submodule from a bare package instead
         package = types.ModuleType("labutils")
-        package.__path__ = [{os.path.dirname(runtime.__file__)!r}]
+        package.__path__ = [{os.path.dirname(os.path.dirname(runtime.__file__))!r}]
         sys.modules["labutils"] = package
-        from labutils import interpreter
+        from labutils.machine import interpreter
         setattr(interpreter, {left_out!r}, lambda *a: None)
         interpreter.install()
         try:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from labutils import stepper
+from labutils.plotting import stepper
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_row_errors_are_drawn_with_the_line_of_the_rule():
 
 
 def test_a_planted_bug_is_one_and_without_it_the_result_is_right():
-    from labutils import bugs, reference
+    from labutils.attention import bugs, reference
 
     generator = torch.Generator().manual_seed(0)
     q, k, v = (2 * torch.randn(40, 8, generator=generator) for _ in range(3))

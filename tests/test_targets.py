@@ -13,15 +13,17 @@ import pandas as pd
 import pytest
 import torch
 
-from labutils import benchmark, environment, interface, runtime
+from labutils import benchmark, runtime
 from labutils.__main__ import main
-from labutils.benchmark import sweeping, targets
-from labutils.benchmark.measuring import Timing
+from labutils.attention import interface
+from labutils.attention.kernels import flash_v2, flash_v2_backward
+from labutils.attention.kernels.flash_v2 import Options
+from labutils.attention.tuning import compiled, without_features
+from labutils.benchmark import environment, sweeping, targets
 from labutils.benchmark.points import Point
-from labutils.benchmark.storing import as_table
+from labutils.benchmark.tables import as_table
+from labutils.benchmark.timing import Timing
 from labutils.commands import targets as command
-from labutils.kernels import compiled, flash_v2, flash_v2_backward, plain
-from labutils.kernels.flash_v2 import Options
 
 ON_CPU = pytest.mark.skipif(not runtime.interpreted, reason="about a machine without a GPU; this one has one")
 ENVIRONMENT = {"gpu": "Some GPU", "torch": "2.13.0", "triton": "3.7.1", "date": "2026-11-21"}
@@ -109,7 +111,7 @@ def test_plain_kernels_compute_the_same(causal):
 
     expected = both()
     kernel = flash_v2._forward_kernel
-    with plain.plain_kernels():
+    with without_features.plain_kernels():
         assert flash_v2._forward_kernel is not kernel
         for mine, theirs in zip(both(), expected):
             assert torch.equal(mine, theirs)
@@ -119,15 +121,17 @@ def test_plain_kernels_compute_the_same(causal):
 
 
 def test_plain_kernels_leave_no_files(tmp_path):
-    program = "import labutils\nfrom labutils.kernels import plain\nwith plain.plain_kernels():\n    pass"
+    program = "from labutils.attention.tuning import without_features\nwith without_features.plain_kernels():\n    pass"
     subprocess.run([sys.executable, "-c", program], env=os.environ | {"TMPDIR": str(tmp_path)}, check=True, timeout=300)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_plain_sources_have_no_feature_left():
     for module in ("flash_v2", "flash_v2_backward"):
-        names = {node.id for node in ast.walk(ast.parse(plain.sources()[module])) if isinstance(node, ast.Name)}
-        assert {"softmax_scale", "window_right"} <= names and not plain.FEATURES & names
+        names = {
+            node.id for node in ast.walk(ast.parse(without_features.sources()[module])) if isinstance(node, ast.Name)
+        }
+        assert {"softmax_scale", "window_right"} <= names and not without_features.FEATURES & names
 
 
 def test_features_switched_off_leave_next_to_nothing_in_the_machine_code():

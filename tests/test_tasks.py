@@ -1,9 +1,10 @@
-"""labutils.tasks: documents are what they say; a course teaches and goes on; short contexts can only guess."""
+"""labutils.training.tasks: documents are what they say; a course teaches and goes on; short contexts can only guess."""
 
 import pytest
 import torch
 
-from labutils import runtime, tasks
+from labutils import runtime
+from labutils.training import tasks
 
 TEXT, VOCAB = 100, 100  # the text's entries are 1 to 99, 0 ends a document
 

@@ -4,8 +4,9 @@ import pytest
 
 pytest.importorskip("pandas")
 
-from labutils import analysis, benchmark, environment  # noqa: E402
+from labutils import analysis, benchmark
 from labutils.analysis import counters  # noqa: E402
+from labutils.benchmark import environment  # noqa: E402
 from labutils.commands.arguments import INTERRUPTED  # noqa: E402
 
 HEADER = (

@@ -9,7 +9,8 @@ import weakref
 import pytest
 import torch
 
-from labutils import data, models, runtime, training
+from labutils import runtime, training
+from labutils.gpt2 import data, models
 
 NEEDS_GPU = pytest.mark.skipif(runtime.device.type != "cuda", reason="needs a CUDA GPU; this machine has none")
 COLUMNS = [

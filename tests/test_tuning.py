@@ -12,18 +12,20 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from labutils import environment, interface, runtime
+from labutils import runtime
 from labutils.__main__ import main, parser
-from labutils.benchmark import tuning
-from labutils.benchmark.measuring import Timing
+from labutils.attention import interface
+from labutils.attention.kernels import launch, launch_table
+from labutils.attention.kernels.launch import pick_config
+from labutils.attention.kernels.launch_table import Gpu, LaunchConfig, Place, Tuned
+from labutils.attention.tuning import candidates, compiled
+from labutils.attention.tuning.candidates import Compiled, best_by_resources
+from labutils.attention.tuning.compiled import Resources
+from labutils.benchmark import environment, tuning
+from labutils.benchmark.environment import differences
+from labutils.benchmark.timing import Timing
 from labutils.benchmark.tuning import Row, contenders, decide, tune
 from labutils.commands import tune as command
-from labutils.environment import differences
-from labutils.kernels import candidates, compiled, launch, launch_table
-from labutils.kernels.candidates import Compiled, best_by_resources
-from labutils.kernels.compiled import Resources
-from labutils.kernels.launch import pick_config
-from labutils.kernels.launch_table import Gpu, LaunchConfig, Place, Tuned
 
 CUDA = torch.device("cuda", 0)
 PLACE = Place("forward", 128, True, "16 bit")

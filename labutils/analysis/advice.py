@@ -63,9 +63,9 @@ _CALLS = {
     "sdpa_flash": _SDPA.format("FLASH_ATTENTION"),
     "sdpa_efficient": _SDPA.format("EFFICIENT_ATTENTION"),
     "flash_attn": "flash_attn.flash_attn_func(...)",
-    "triton_v2": "labutils.interface.flash_attn_func(...)",
+    "triton_v2": "labutils.attention.interface.flash_attn_func(...)",
     "flex": "torch.compile(flex_attention)(...)",
-    "naive": "softmax(q @ k.T * scale) @ v, as in labutils.reference.naive_attention",
+    "naive": "softmax(q @ k.T * scale) @ v, as in labutils.attention.reference.naive_attention",
 }
 
 

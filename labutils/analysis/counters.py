@@ -26,10 +26,10 @@ import torch
 import triton
 import triton.language as tl
 
-from labutils import runtime
 from labutils.analysis.profiling import short_operation
 from labutils.analysis.traffic import compulsory_bytes, counted_traffic, io_bytes, total_bytes
 from labutils.benchmark import SCHEMAS, Unsupported, dtype_name, time_call
+from labutils.machine import runtime
 
 SECTOR = 32
 """Bytes of a sector, the smallest piece that L2 hands over."""
@@ -311,7 +311,7 @@ def planned_traffic(
     Raises:
         ValueError: an unknown implementation.
     """
-    from labutils.kernels.launch import pick_config
+    from labutils.attention.kernels.launch import pick_config
 
     impls = list(impls)
     unknown = [name for name in impls if name not in CASES]

@@ -28,9 +28,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from labutils import runtime
 from labutils.analysis.roofline import Ceilings, measure_ceilings, stored_ceilings
 from labutils.benchmark import RESULTS, Point, attention_flops, reference_results
+from labutils.machine import runtime
 
 EXPONENTIALS_PER_CLOCK = 16
 """Results of ex2 that an SM delivers in a clock, compute capability 7.5 to 10.0 (CUDA C++ Programming Guide, table

@@ -13,8 +13,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from labutils import runtime
 from labutils.benchmark import Unsupported, time_replayed, torch_profiler
+from labutils.machine import runtime
 
 # The profiler records its own requests for memory, and its steps, among the operations.
 _PROFILERS_OWN = ("Activity Buffer Request", "ProfilerStep")

@@ -1,8 +1,8 @@
 """What launches take of a chip: registers, spills, shared memory and occupancy, compiled for GPUs that are not there.
 
-`labutils.kernels.compiled` compiles; here is which launches are worth knowing, and the table of them. Compiling all of
-it takes many minutes, so that the table is stored (`stored_table`) with the Triton version that made it; a test
-compiles a few rows again and compares.
+`labutils.attention.tuning.compiled` compiles; here is which launches are worth knowing, and the table of them.
+Compiling all of it takes many minutes, so the table is stored (`stored_table`) with the Triton version that made it; a
+test compiles a few rows again and compares.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from labutils.benchmark import SCHEMAS, dtype_name, reference_results
 
 if TYPE_CHECKING:
-    from labutils.kernels.launch_table import LaunchConfig
+    from labutils.attention.kernels.launch_table import LaunchConfig
 
 STORED_AS = "compiled"
 """The folder under labutils/results that holds the table: no GPU was measured for it."""
@@ -54,7 +54,7 @@ class Launch:
 
 def gpu_name(capability: tuple[int, int] | str) -> str:
     """The first GPU that `compiled.GPUS` names for a compute capability, given as (8, 9) or "8.9"."""
-    from labutils.kernels import compiled
+    from labutils.attention.tuning import compiled
 
     if isinstance(capability, str):
         major, minor = map(int, capability.split("."))
@@ -88,7 +88,7 @@ def launches_of_the_grid(capabilities: Iterable[tuple[int, int]] = CAPABILITIES)
     Args:
         capabilities: compute capabilities, as (8, 9).
     """
-    from labutils.kernels.launch_table import LaunchConfig
+    from labutils.attention.kernels.launch_table import LaunchConfig
 
     return [
         Launch("grid", "forward", d, c, False, LaunchConfig(m, n, warps, GRID_STAGES, c >= (9, 0)))
@@ -129,7 +129,7 @@ def _parts(items: list, size: int) -> Iterator[list]:
 def _compile(launches: list[Launch], processes: int) -> list[dict]:
     import triton
 
-    from labutils.kernels import compiled
+    from labutils.attention.tuning import compiled
 
     requests = [
         compiled.Request(x.program, x.head_dim, torch.float16, x.capability, x.causal, config=x.config)

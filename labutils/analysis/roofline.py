@@ -11,17 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from labutils import runtime
 from labutils.analysis.traffic import compulsory_bytes, io_bytes
-from labutils.benchmark import (
-    RESULTS,
-    SCHEMAS,
-    Unsupported,
-    attention_flops,
-    decode_bandwidth,
-    dtype_name,
-    time_call,
-)
+from labutils.benchmark import RESULTS, SCHEMAS, Unsupported, attention_flops, decode_bandwidth, dtype_name, time_call
+from labutils.machine import runtime
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from typing import Any, Literal, overload
 import pandas as pd
 import torch
 
-from labutils import runtime
 from labutils.benchmark import dtype_name, watch_interpreter
+from labutils.machine import runtime
 
 Bytes = dict[str, dict[str, int]]
 """Bytes per tensor: {"q": {"load": 1024, "store": 0}, ...}."""
@@ -412,8 +412,8 @@ def _count_here(
     block_n: int,
     causal: bool,
 ) -> Bytes:
-    from labutils.kernels import flash_v1, flash_v2
-    from labutils.kernels.launch_table import LaunchConfig
+    from labutils.attention.kernels import flash_v1, flash_v2
+    from labutils.attention.kernels.launch_table import LaunchConfig
 
     if kernel in ("dq", "dkdv"):
         backward = _counted_backward(batch, heads, seqlen, seqlen_k, head_dim, block_m, block_n, dtype, causal)
@@ -441,8 +441,8 @@ def _counted_backward(
     causal: bool,
 ) -> Traffic:
     """The traffic of both kernels of the backward pass."""
-    from labutils.kernels import flash_v2, flash_v2_backward
-    from labutils.kernels.launch_table import LaunchConfig
+    from labutils.attention.kernels import flash_v2, flash_v2_backward
+    from labutils.attention.kernels.launch_table import LaunchConfig
 
     q, out, dout = (torch.zeros(batch, seqlen, heads, head_dim, dtype=dtype) for _ in range(3))
     k, v = (torch.zeros(batch, seqlen_k, heads, head_dim, dtype=dtype) for _ in range(2))

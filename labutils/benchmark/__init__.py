@@ -9,22 +9,11 @@ The parts: `implementations` has what is compared, `measuring` measures one call
 times a KV cache, `tuning` finds the fastest launch configurations, `targets` judges what the kernels are held to.
 """
 
+from labutils.attention.backends import IMPLEMENTATIONS, Attention, Unsupported
 from labutils.benchmark.decoding import decode_bandwidth
-from labutils.benchmark.implementations import IMPLEMENTATIONS, Attention, Unsupported
-from labutils.benchmark.measuring import (
-    Timing,
-    attention_flops,
-    dtype_name,
-    overhead_bound,
-    peak_memory_mib,
-    time_call,
-    time_issuing,
-    time_replayed,
-    torch_profiler,
-    watch_interpreter,
-)
 from labutils.benchmark.points import Point
-from labutils.benchmark.storing import (
+from labutils.benchmark.sweeping import sweep
+from labutils.benchmark.tables import (
     COLUMNS,
     RESULTS,
     SCHEMAS,
@@ -37,8 +26,19 @@ from labutils.benchmark.storing import (
     save_results,
     speedup,
 )
-from labutils.benchmark.sweeping import sweep
-from labutils.benchmark.variations import vary
+from labutils.benchmark.timing import (
+    Timing,
+    attention_flops,
+    dtype_name,
+    overhead_bound,
+    peak_memory_mib,
+    time_call,
+    time_issuing,
+    time_replayed,
+    torch_profiler,
+    watch_interpreter,
+)
+from labutils.benchmark.variants import vary
 
 __all__ = [
     "COLUMNS",

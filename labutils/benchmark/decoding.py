@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from labutils import interface, runtime
-from labutils.benchmark.implementations import Unsupported
-from labutils.benchmark.measuring import time_replayed
+from labutils.attention import interface
+from labutils.attention.backends import Unsupported
+from labutils.benchmark.timing import time_replayed
+from labutils.machine import runtime
 
 
 def decode_bandwidth(

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from labutils import reference, runtime
-from labutils.benchmark.implementations import Attention, Unsupported
-from labutils.benchmark.measuring import INTERPRETED, overhead_bound, peak_memory_mib, time_call, watch_interpreter
+from labutils.attention import reference
+from labutils.attention.backends import Attention, Unsupported
+from labutils.benchmark.timing import INTERPRETED, overhead_bound, peak_memory_mib, time_call, watch_interpreter
+from labutils.machine import runtime
 
 INTERPRETER_TILES = 64  # tiles of 128 x 128 scores that the interpreter may spend on an error: a second or so
 INTERPRETER_BACKWARD = 4  # what forward and backward together cost there, in forward passes

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import torch
 
-from labutils import runtime
-from labutils.benchmark.implementations import Attention, chosen
-from labutils.benchmark.measuring import attention_flops, dtype_name
+from labutils.attention.backends import Attention, chosen
 from labutils.benchmark.points import NOT_REACHED, DeviceLost, Oracle, Point, attempt, device_error, is_out_of_memory
-from labutils.benchmark.storing import as_table
+from labutils.benchmark.tables import as_table
+from labutils.benchmark.timing import attention_flops, dtype_name
+from labutils.machine import runtime
 
 if TYPE_CHECKING:
     from tqdm import tqdm

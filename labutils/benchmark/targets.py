@@ -17,11 +17,12 @@ from typing import Any
 import pandas as pd
 import torch
 
-from labutils import interface, runtime
-from labutils.benchmark.implementations import IMPLEMENTATIONS, Attention, Unsupported
-from labutils.benchmark.measuring import Timing, time_call, time_issuing
+from labutils.attention import interface
+from labutils.attention.backends import IMPLEMENTATIONS, Attention, Unsupported
 from labutils.benchmark.points import Point
 from labutils.benchmark.sweeping import plan
+from labutils.benchmark.timing import Timing, time_call, time_issuing
+from labutils.machine import runtime
 
 # What is required, as ratios of times
 SPEEDUP = 1.5  # over FlashAttention-2, the geometric mean; no point may be slower
@@ -90,7 +91,8 @@ def without_features(*, rounds: int = 3, seconds: float = 0.1) -> Iterator[dict[
     """
     if runtime.device.type != "cuda":
         raise Unsupported("kernels are timed on a GPU alone: in the interpreter a time means nothing.")
-    from labutils.kernels import flash_v2, flash_v2_backward, plain
+    from labutils.attention.kernels import flash_v2, flash_v2_backward
+    from labutils.attention.tuning import without_features
 
     for d in HEAD_DIMS:
         shape = (TOKENS // EVEN, EVEN, HIDDEN // d, d)
@@ -110,7 +112,7 @@ def without_features(*, rounds: int = 3, seconds: float = 0.1) -> Iterator[dict[
 
             calls: dict[str, Callable[[], Any]] = {"fwd": forward, "bwd": backward}
             for which, call in calls.items():
-                kernels: tuple[Callable[[], Any], ...] = (contextlib.nullcontext, plain.plain_kernels)
+                kernels: tuple[Callable[[], Any], ...] = (contextlib.nullcontext, without_features.plain_kernels)
                 timed: tuple[list[Timing], list[Timing]] = ([], [])
                 # A GPU that waited for a compiler is cool, and its clock is high: compile before. And each kernel is
                 # the first of a round as often as the other.

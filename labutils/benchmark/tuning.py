@@ -18,10 +18,12 @@ from typing import Any, Protocol
 
 import torch
 
-from labutils import reference, runtime
-from labutils.benchmark.measuring import Timing, time_call
-from labutils.kernels import candidates, flash_decode, flash_v1, flash_v2, flash_v2_backward, launch_table
-from labutils.kernels.launch_table import LaunchConfig, Place, Tuned
+from labutils.attention import reference
+from labutils.attention.kernels import flash_decode, flash_v1, flash_v2, flash_v2_backward, launch_table
+from labutils.attention.kernels.launch_table import LaunchConfig, Place, Tuned
+from labutils.attention.tuning import candidates
+from labutils.benchmark.timing import Timing, time_call
+from labutils.machine import runtime
 
 NEAR = 0.1  # how much slower than the best, in the first round, a candidate may be to be timed again
 ROUNDS = 3

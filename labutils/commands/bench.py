@@ -190,15 +190,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _bench(arguments: argparse.Namespace) -> int:
     try:
-        from labutils import benchmark, environment, runtime  # a device that is not there raises here
-        from labutils.benchmark import storing, sweeping
+        from labutils import benchmark
+        from labutils.benchmark import environment, sweeping, tables
         from labutils.benchmark.points import DeviceLost
+        from labutils.machine import runtime  # a device that is not there raises here
 
         if arguments.reference is not None:  # a wrong name is told before anything is measured
             benchmark.reference_results(arguments.reference, dtype=None)
         earlier = None if arguments.against is None else benchmark.read_results(arguments.against)
         points = _plan(arguments)
-        if earlier is not None and not storing.rows_by_point(earlier).keys() & set(points):
+        if earlier is not None and not tables.rows_by_point(earlier).keys() & set(points):
             raise ValueError(
                 f"{arguments.against} has none of the points that were asked for: give the shapes, dtypes, passes and "
                 "implementations of that sweep, or leave --against out."
@@ -254,13 +255,13 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def _settings(arguments: argparse.Namespace) -> dict[str, float]:
     """How each point is measured, as environment.json keeps it: what was not given is what the machine decides."""
-    from labutils import runtime
-    from labutils.benchmark import measuring
+    from labutils.benchmark import timing
+    from labutils.machine import runtime
 
     return {
         "seconds": arguments.seconds,
         "rounds": arguments.rounds,
-        "warm_up": getattr(arguments, "warm_up", measuring.WARM_UP_SECONDS[runtime.device.type]),
+        "warm_up": getattr(arguments, "warm_up", timing.WARM_UP_SECONDS[runtime.device.type]),
         "error_seconds": arguments.error_seconds,
     }
 
@@ -278,8 +279,8 @@ def _plan(arguments: argparse.Namespace) -> list[Point]:
     """The points that the arguments ask for, with the defaults of this machine."""
     import torch
 
-    from labutils import runtime
     from labutils.benchmark import sweeping
+    from labutils.machine import runtime
 
     given = vars(arguments)
     impls = runtime.choose(
@@ -345,8 +346,8 @@ def _line(row: Any) -> str:
 def _compare(earlier: pd.DataFrame, now: pd.DataFrame, folder: Path) -> int:
     """Prints how far two sweeps lie apart; 1 where a median differs by more than `LIMIT`, or where the spread covers
     less than `COVERED` of the differences."""
-    from labutils import benchmark, environment
-    from labutils.benchmark import storing
+    from labutils import benchmark
+    from labutils.benchmark import environment, tables
 
     try:
         both = benchmark.compare(earlier, now)
@@ -362,7 +363,7 @@ def _compare(earlier: pd.DataFrame, now: pd.DataFrame, folder: Path) -> int:
     if (
         "settings" in made
         and "settings" in remade
-        and (others := storing.other_settings(made["settings"], remade["settings"]))
+        and (others := tables.other_settings(made["settings"], remade["settings"]))
     ):
         print(f"They were not measured with the same settings: {'; '.join(others)}.")
     if long.empty:
@@ -397,11 +398,11 @@ def _compare(earlier: pd.DataFrame, now: pd.DataFrame, folder: Path) -> int:
 
 
 def _write(df: pd.DataFrame, arguments: argparse.Namespace) -> None:
-    from labutils.benchmark import storing
+    from labutils.benchmark import tables
 
     written = ["attention.csv", "environment.json"]
     if "json" in arguments.write:
-        storing.save_json(df, arguments.out / "attention.json", df.attrs["environment"])
+        tables.save_json(df, arguments.out / "attention.json", df.attrs["environment"])
         written.append("attention.json")
     pictures = [name for name in arguments.write if name in ("png", "svg")]
     if pictures:

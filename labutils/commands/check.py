@@ -10,7 +10,7 @@ import sys
 def run(arguments: argparse.Namespace) -> int:
     """Prints the report; with `--force`, 1 unless a compiled flash kernel ran on a GPU."""
     try:
-        from labutils import environment  # a device that is asked for and not there raises here
+        from labutils.benchmark import environment  # a device that is asked for and not there raises here
 
         if arguments.json:
             found = environment.as_dict(compile_flex=arguments.compile_flex)

@@ -16,7 +16,8 @@ HEAD_DIM = 128
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes the figure; 2 where the tables or the folder are not there."""
-    from labutils import benchmark, files, plotting
+    from labutils import benchmark, plotting
+    from labutils.machine import files
 
     try:
         attention = benchmark.reference_results(arguments.gpu)

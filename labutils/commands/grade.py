@@ -55,13 +55,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Grades, and returns 0, whatever the marks; 2 where nothing could be graded, 130 after an interrupt."""
     import signal
 
-    from labutils.exercises import grading
+    from labutils.exercises.grading import grader
 
     for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal must not leave students' processes behind
         signal.signal(number, _stop)
     memory = {} if arguments.memory is None else {"memory_gib": arguments.memory}
-    limits = grading.Limits(arguments.limit, arguments.call_limit, **memory)
-    if grading.isolation():
+    limits = grader.Limits(arguments.limit, arguments.call_limit, **memory)
+    if grader.isolation():
         print("Each notebook runs in namespaces of its own: no network, no sight of other processes.", flush=True)
     else:
         print(
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     try:
-        marks = grading.grade_folder(arguments.folder, arguments.csv, limits, lambda line: print(line, flush=True))
+        marks = grader.grade_folder(arguments.folder, arguments.csv, limits, lambda line: print(line, flush=True))
     except FileExistsError:
         print(f"labutils grade: {arguments.csv} exists: name another file, or remove it.", file=sys.stderr)
         return 2

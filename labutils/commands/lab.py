@@ -81,7 +81,7 @@ def environment_for_kernels() -> dict[str, str]:
     """
     import torch
 
-    from labutils import runtime
+    from labutils.machine import runtime
 
     kept = dict(os.environ)
     without_gpu = os.environ.get("LABUTILS_DEVICE", "").strip().lower() == "cpu" or not torch.cuda.is_available()

@@ -80,7 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _ask_for_a_gpu() -> None:
     """Raises RuntimeError, with cause and remedy, where the lab uses none."""
-    from labutils import environment, runtime
+    from labutils.benchmark import environment
+    from labutils.machine import runtime
 
     if runtime.device.type != "cuda":
         cause, remedy = environment.why_no_gpu()
@@ -88,8 +89,9 @@ def _ask_for_a_gpu() -> None:
 
 
 def _traffic(arguments: argparse.Namespace) -> int:
-    from labutils import benchmark, environment
+    from labutils import benchmark
     from labutils.analysis import counters
+    from labutils.benchmark import environment
     from labutils.benchmark.sweeping import progress_bar
 
     if arguments.counts_only:
@@ -128,9 +130,9 @@ def _traffic(arguments: argparse.Namespace) -> int:
 
 
 def _shapes(arguments: argparse.Namespace) -> int:
-    from labutils import benchmark, environment
+    from labutils import benchmark
     from labutils.analysis import prediction
-    from labutils.benchmark import sweeping
+    from labutils.benchmark import environment, sweeping
 
     _ask_for_a_gpu()
     splits = prediction.points_to_measure()
@@ -167,17 +169,18 @@ def _shapes(arguments: argparse.Namespace) -> int:
 def _blocks(arguments: argparse.Namespace) -> int:
     import pandas as pd
 
-    from labutils import benchmark, environment
-    from labutils.analysis import tuning
+    from labutils import benchmark
+    from labutils.analysis import blocks
+    from labutils.benchmark import environment
     from labutils.benchmark.sweeping import progress_bar
 
     _ask_for_a_gpu()
     tables = []
-    each = len(tuning.BLOCKS) ** 2 * len(tuning.WARPS) * len(tuning.STAGES)
+    each = len(blocks.BLOCKS) ** 2 * len(blocks.WARPS) * len(blocks.STAGES)
     shapes = [(d, causal) for d in (64, 128) for causal in (False, True)]
     with progress_bar(each * len(shapes)) as bar:
         for d, causal in shapes:
-            tables.append(tuning.sweep_blocks(head_dim=d, heads=2048 // d, causal=causal, done=bar.update))
+            tables.append(blocks.sweep_blocks(head_dim=d, heads=2048 // d, causal=causal, done=bar.update))
     table = pd.concat(tables, ignore_index=True)
     path = benchmark.save_results(table, arguments.out, environment.environment(), table="blocks")
     print(table.sort_values("ms").groupby(["head_dim", "causal"]).head(3).to_string(index=False))
@@ -186,7 +189,8 @@ def _blocks(arguments: argparse.Namespace) -> int:
 
 
 def _decoding(arguments: argparse.Namespace) -> int:
-    from labutils import analysis, benchmark, environment
+    from labutils import analysis, benchmark
+    from labutils.benchmark import environment
 
     _ask_for_a_gpu()
     table = analysis.decode_points((1, 8, 32, 64))
@@ -198,8 +202,9 @@ def _decoding(arguments: argparse.Namespace) -> int:
 
 
 def _resources(arguments: argparse.Namespace) -> int:
-    from labutils import benchmark, environment
+    from labutils import benchmark
     from labutils.analysis import resources
+    from labutils.benchmark import environment
     from labutils.benchmark.sweeping import progress_bar
 
     launches = resources.launches_of_the_table() + resources.launches_of_the_grid()

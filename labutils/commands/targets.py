@@ -47,7 +47,9 @@ def add(commands: argparse._SubParsersAction) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Measures and judges. Returns 0 where all targets are met, 1 where not or without a GPU, 2 for bad arguments, 130
     after an interrupt."""
-    from labutils import benchmark, environment, runtime
+    from labutils import benchmark
+    from labutils.benchmark import environment
+    from labutils.machine import runtime
 
     if arguments.of is not None:
         if arguments.resume:
@@ -82,9 +84,10 @@ def _complain(error: object, status: int) -> int:
 def _measure(arguments: argparse.Namespace, recorder: Any) -> int:
     import pandas as pd
 
-    from labutils import benchmark, files
+    from labutils import benchmark
     from labutils.benchmark import sweeping, targets
     from labutils.benchmark.points import DeviceLost
+    from labutils.machine import files
 
     points = targets.points()
     steps = sweeping.pending(points, recorder.rows, arguments.rounds)
@@ -153,8 +156,8 @@ def _read(file: Path, columns: Sequence[str]) -> Any:
 
 
 def _judge(folder: Path, table: Any, features: Any, host: Any, *, write: bool) -> int:
-    from labutils import files
     from labutils.benchmark import targets
+    from labutils.machine import files
 
     made_by = table.attrs["environment"]
     findings = targets.assess(table, features, host)

@@ -248,8 +248,10 @@ def _train(options: Namespace, parser: ArgumentParser, asked_to_stop: Callable[[
     """The run from its texts to what is kept of it; returns the exit status."""
     import torch
 
-    from labutils import data, runtime, training
-    from labutils.checkpoints import check_path
+    from labutils import training
+    from labutils.gpt2 import data
+    from labutils.machine import runtime
+    from labutils.training.checkpoints import check_path
 
     how = options.optimization
     print(runtime.summary())
@@ -309,7 +311,8 @@ def _train(options: Namespace, parser: ArgumentParser, asked_to_stop: Callable[[
 
 def _keep(folder: Path, outcome: dict[str, Any], options: Namespace, parser: ArgumentParser) -> None:
     """Writes run.json and config.yaml, and says what is in the folder, unless it goes away with the smoke test."""
-    from labutils import environment, files
+    from labutils.benchmark import environment
+    from labutils.machine import files
 
     outcome = outcome | {"environment": environment.environment().as_dict()}
     files.replace(folder / "run.json", json.dumps(outcome, indent=2) + "\n")
@@ -322,19 +325,21 @@ def _keep(folder: Path, outcome: dict[str, Any], options: Namespace, parser: Arg
 
 def _model(options: Namespace, vocab_size: int, attention: str) -> GPT2LMHeadModel:
     """The model that is asked for, with random weights, on the lab's device."""
-    from labutils import ladder, models, positions, runtime
+    from labutils.gpt2 import models, rope
+    from labutils.machine import runtime
+    from labutils.training import ladder
 
     runtime.seed(options.run.seed)
     model = models.gpt2(
         options.model.size, n_positions=options.model.seqlen, vocab_size=vocab_size, attention=attention,
         attn_pdrop=options.model.dropout, **(ladder.ONE_GELU if options.model.one_gelu else {}),
     ).to(runtime.device)  # fmt: skip
-    return positions.use_rope(model) if options.model.rotary else model
+    return rope.use_rope(model) if options.model.rotary else model
 
 
 def _texts(options: Namespace) -> tuple[torch.Tensor, Sequence[torch.Tensor], int]:
     """Sequences to train on (S, N), batches of others to evaluate on, and the vocabulary's size."""
-    from labutils import data
+    from labutils.gpt2 import data
 
     what, n = options.data.text, options.model.seqlen
     if what in ("reference", "sources"):
@@ -376,8 +381,8 @@ def _checkpoint(
     """
     if folder is None:
         return None
-    from labutils import environment
-    from labutils.checkpoints import Checkpoint
+    from labutils.benchmark import environment
+    from labutils.training.checkpoints import Checkpoint
 
     how = options.optimization
     shaping = ("flash_attention", "lr", "warmup", "weight_decay", "clip", "checkpointing", "chunked_loss", "optimizer")
@@ -412,14 +417,15 @@ def _checkpoint(
 
 def _attention(options: Namespace) -> str:
     """The name under which transformers finds the attention that was asked for."""
-    from labutils import capability, runtime
+    from labutils.machine import runtime
+    from labutils.training import choice
 
     how = options.optimization
     if not how.flash_attention:
         return "eager"
     if how.implementation != "auto":
         return how.implementation
-    return capability.choose(runtime.capability).attention
+    return choice.choose(runtime.capability).attention
 
 
 def _allowed_backends(options: Namespace) -> Any:
@@ -442,7 +448,8 @@ def _find_out(
     Raises:
         RuntimeError: no backend that is allowed can run, or what ran is none of them.
     """
-    from labutils import runtime, training
+    from labutils import training
+    from labutils.machine import runtime
 
     how = options.optimization
     try:

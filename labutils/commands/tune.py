@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from labutils.commands.arguments import INTERRUPTED, listed, some_seconds, whole_number
 
 if TYPE_CHECKING:
-    from labutils.kernels.launch_table import Place
+    from labutils.attention.kernels.launch_table import Place
 
 KERNELS = ("v1", "forward", "dkdv", "dq", "decode")
 HEAD_DIMS = (64, 128, 256)
@@ -100,8 +100,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Tunes. Returns 130 after an interrupt, 1 where there is no GPU or nothing runs, 2 for bad arguments."""
     if arguments.capability is not None and not (arguments.show or arguments.compile_only):
         return _complain("--capability is for --compile-only and --show: what is not here cannot be timed.", 2)
-    from labutils import environment, runtime
-    from labutils.kernels import compiled, launch_table
+    from labutils.attention.kernels import launch_table
+    from labutils.attention.tuning import compiled
+    from labutils.benchmark import environment
+    from labutils.machine import runtime
 
     capability = arguments.capability or runtime.capability
     if capability is not None and capability not in compiled.GPUS:
@@ -136,7 +138,7 @@ def _complain(error: object, status: int) -> int:
 
 def _places(arguments: argparse.Namespace, capability: tuple[int, int]) -> list[Place]:
     """What the arguments ask for; some kernels do not fit some GPUs."""
-    from labutils.kernels import candidates
+    from labutils.attention.tuning import candidates
 
     dtypes = [DTYPES[name] for name in arguments.dtypes]
     return candidates.places(arguments.kernels, arguments.head_dims, dtypes, capability)
@@ -154,9 +156,9 @@ def _processes(arguments: argparse.Namespace) -> int:
 
 
 def _tune(arguments: argparse.Namespace, places: Sequence[Place], file: Path, capability: tuple[int, int]) -> int:
-    from labutils import environment
-    from labutils.benchmark import sweeping, tuning
-    from labutils.kernels import candidates, launch_table
+    from labutils.attention.kernels import launch_table
+    from labutils.attention.tuning import candidates
+    from labutils.benchmark import environment, sweeping, tuning
 
     gpu = launch_table.Gpu.here()
     try:
@@ -220,7 +222,8 @@ def _reset(file: Path | None) -> int:
 
 
 def _show(arguments: argparse.Namespace, file: Path | None, capability: tuple[int, int] | None) -> int:
-    from labutils.kernels import candidates, launch_table
+    from labutils.attention.kernels import launch_table
+    from labutils.attention.tuning import candidates
 
     tables = {}
     if file is not None and file.exists():
@@ -250,8 +253,9 @@ def _config(config: Any) -> str:
 
 def _list(places: Sequence[Place], capability: tuple[int, int], processes: int) -> int:
     """Candidates of each place with what the compiler says, the one marked that it would choose."""
+    from labutils.attention.kernels import launch_table
+    from labutils.attention.tuning import candidates
     from labutils.benchmark import sweeping
-    from labutils.kernels import candidates, launch_table
 
     every = {place: candidates.candidates(place, capability) for place in places}
     with sweeping.progress_bar(sum(map(len, every.values()))) as bar:
@@ -259,13 +263,14 @@ def _list(places: Sequence[Place], capability: tuple[int, int], processes: int) 
             bar.set_description_str(f"compiling {place}")
             found = candidates.compile_candidates(place, capability, configs, processes=processes, done=bar.update)
             bar.write(_block(place, capability, found), file=sys.stdout)
-    print("* the shipped entry. > the one to choose from these figures alone: see labutils.kernels.candidates."
+    print("* the shipped entry. > the one to choose from these figures alone: see labutils.attention.tuning.candidates."
           f" Nothing was timed; {launch_table.VARIABLE} was not read.")  # fmt: skip
     return 0
 
 
 def _block(place: Place, capability: tuple[int, int], found: Sequence[Any]) -> str:
-    from labutils.kernels import candidates, compiled, launch_table
+    from labutils.attention.kernels import launch_table
+    from labutils.attention.tuning import candidates, compiled
 
     shipped, best = launch_table.shipped(place, capability), candidates.best_by_resources(found)
     gpu = compiled.GPUS[capability]

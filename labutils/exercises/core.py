@@ -20,8 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from labutils import runtime
-from labutils.reference import Verdict, judge
+from labutils.attention.reference import Verdict, judge
+from labutils.machine import runtime
 
 PASSED, WRONG, ERROR, NOT_YET = "passed", "wrong", "error", "not yet"
 
@@ -350,7 +350,7 @@ def same_tensor(
     atol: float = 1e-5,
     closeness: float = 4.0,
 ) -> None:
-    """Raises Wrong unless a tensor obeys the 2 x rule of `labutils.reference.judge`.
+    """Raises Wrong unless a tensor obeys the 2 x rule of `labutils.attention.reference.judge`.
 
     Args:
         got: the result. exact: float64. low: the textbook formula in the dtype of `got`; all of one shape.

@@ -6,9 +6,9 @@ import math
 
 import torch
 
-from labutils.bugs import tiles_without
+from labutils.attention.bugs import tiles_without
+from labutils.attention.reference import causal_mask, exact_attention, naive_attention
 from labutils.exercises.core import Call, Wrong, exercise, same_number, same_tensor, several, tensor
-from labutils.reference import causal_mask, exact_attention, naive_attention
 
 
 def draw(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from labutils import runtime
-from labutils.bugs import tiles_without
+from labutils.attention.bugs import tiles_without
+from labutils.attention.reference import exact_attention, naive_attention, visible_mask
 from labutils.exercises.core import Call, Wrong, exercise, number, same_number, same_tensor, tensor
 from labutils.exercises.notebook01 import draw, integer, pick
-from labutils.reference import exact_attention, naive_attention, visible_mask
+from labutils.machine import runtime
 
 
 @exercise(

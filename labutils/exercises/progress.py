@@ -13,8 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from labutils import files
 from labutils.exercises.core import PASSED, Outcome
+from labutils.machine import files
 
 _DAMAGED = "The file with the progress of earlier sessions is damaged; it begins anew."
 _told = False

@@ -9,12 +9,7 @@ GPU makes of a kernel, `training` losses and memory, `models` the times of a who
 cost and buy, `overview` the README's figure.
 """
 
-from labutils.plotting.algorithm import (
-    plot_mask,
-    plot_memory_hierarchy,
-    plot_online_softmax,
-    plot_tile_order,
-)
+from labutils.plotting.algorithm import plot_mask, plot_memory_hierarchy, plot_online_softmax, plot_tile_order
 from labutils.plotting.causal import plot_tile_kinds
 from labutils.plotting.contexts import plot_accuracy, plot_ladder, plot_ledger, plot_loss_by_position
 from labutils.plotting.costs import plot_profile, plot_roofline, plot_traffic

@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
-from labutils import runtime
+from labutils.machine import runtime
 from labutils.plotting.style import (
     BLUE,
     GREEN,

@@ -10,17 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from labutils.plotting.style import (
-    LABELS,
-    RED,
-    WIDTH,
-    footnote,
-    legend_above,
-    length_axis,
-    look_of,
-    machine_of,
-    styled,
-)
+from labutils.plotting.style import LABELS, RED, WIDTH, footnote, legend_above, length_axis, look_of, machine_of, styled
 
 _QUANTITIES = {  # column -> axis, what to see
     "ms": ("time (ms)", "Time"),

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-from labutils import runtime
+from labutils.machine import runtime
 from labutils.plotting.style import BLACK, BLUE, VERMILLION, WIDE, WIDTH, look_of, machine_of, styled
 
 

@@ -5,11 +5,11 @@ large GPU behave like one with 16 GB, `trying` trains a few steps and says wheth
 attention ran. What is used from outside is named here.
 """
 
+from labutils.machine.memory import GIB, Cap, free_memory, memory_cap
+from labutils.training.attention_used import attention_used
+from labutils.training.fits import try_step
 from labutils.training.loop import COLUMNS, History, evaluate, train
-from labutils.training.memory import GIB, Cap, free_memory, memory_cap
-from labutils.training.profiling import attention_used
 from labutils.training.step import make_optimizer, resolved_autocast, set_checkpointing
-from labutils.training.trying import try_step
 
 __all__ = [
     "COLUMNS",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from tqdm import tqdm
 
-from labutils.training.memory import peaks_gib
+from labutils.machine.memory import peaks_gib
 from labutils.training.step import (
     as_in_training,
     backward_and_step,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from transformers import GPT2LMHeadModel
 
-    from labutils.checkpoints import Checkpoint
+    from labutils.training.checkpoints import Checkpoint
 
 COLUMNS = (
     "step", "loss", "tokens_per_s", "grad_norm", "peak_allocated_gib", "peak_reserved_gib", "loss_scale", "skipped",
@@ -101,7 +101,7 @@ def train(
     learnt, and the history so far is returned, marked "interrupted".
 
     Args:
-        model: a GPT-2 of `labutils.models.gpt2`.
+        model: a GPT-2 of `labutils.gpt2.models.gpt2`.
         batches: int64 (B, N) each, on any device.
         steps: optimizer steps.
         lr: learning rate, reached over `warmup` steps and constant then, but for the last `decay`.
@@ -113,13 +113,13 @@ def train(
             float16 comes with loss scaling.
         checkpointing: recompute every block in the backward instead of keeping its activations; "offloaded" keeps
             even the blocks' inputs in the CPU's memory.
-        chunked_loss: positions per chunk of the loss (`labutils.models.language_model_loss`), or None.
-        end_of_text: keep packed documents apart (`labutils.models.language_model_loss`).
+        chunked_loss: positions per chunk of the loss (`labutils.gpt2.models.language_model_loss`), or None.
+        end_of_text: keep packed documents apart (`labutils.gpt2.models.language_model_loss`).
         optimizer: "adamw" with its state beside the model; "offloaded" with its state, and its work, on the CPU.
         log_every: steps per row of the history; the last step always has one.
         progress: show a progress bar.
         checkpoint: where the state of the run is kept, and where it goes on from; None keeps nothing. `steps` counts
-            from the start of the run, and so does the history. Needs batches of `labutils.data.batches`.
+            from the start of the run, and so does the history. Needs batches of `labutils.gpt2.data.batches`.
         stop: asked before each step; True ends the loop between two steps, with a checkpoint, as "interrupted".
         on_row: given each row of the history when it is made.
 
@@ -128,7 +128,7 @@ def train(
 
     Raises:
         ValueError: `steps` or `log_every` below 1, an unknown option, or batches that the model cannot take
-            (`labutils.models.language_model_loss`).
+            (`labutils.gpt2.models.language_model_loss`).
         TypeError: a checkpoint, and batches that do not know their place; a model that is None.
         OSError: a checkpoint cannot be written.
         FloatingPointError: the loss is NaN or infinite at a logged step.

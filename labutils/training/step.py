@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from labutils import runtime
-from labutils.models import language_model_loss
-from labutils.offload import OffloadedAdamW, offloaded_checkpoint
+from labutils.gpt2.models import language_model_loss
+from labutils.machine import runtime
+from labutils.training.offload import OffloadedAdamW, offloaded_checkpoint
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -78,9 +78,9 @@ def set_checkpointing(model: GPT2LMHeadModel, on: bool | Literal["offloaded"]) -
     """Switches the recomputation of blocks in the backward pass on or off (Chen et al. 2016, arXiv 1604.06174).
 
     Args:
-        model: a GPT-2 of `labutils.models.gpt2`, which is changed.
+        model: a GPT-2 of `labutils.gpt2.models.gpt2`, which is changed.
         on: True keeps the input of each block alone; "offloaded" keeps it in the CPU's memory
-            (`labutils.offload.offloaded_checkpoint`).
+            (`labutils.training.offload.offloaded_checkpoint`).
 
     Raises:
         ValueError: `on` is something else.
@@ -125,7 +125,7 @@ def loss_of(
     model: GPT2LMHeadModel, tokens: torch.Tensor, dtype: torch.dtype | None, chunked_loss: int | None,
     end_of_text: int | None,
 ) -> torch.Tensor:  # fmt: skip
-    """`labutils.models.language_model_loss`, under autocast to `dtype`, or without where that is None.
+    """`labutils.gpt2.models.language_model_loss`, under autocast to `dtype`, or without where that is None.
 
     Args:
         model, chunked_loss, end_of_text: as for `language_model_loss`, whose errors are raised here.

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from labutils.interface import flash_attn_func
+from labutils.attention.interface import flash_attn_func
 
 
 def program_count(batch, heads, seqlen, block_m):

@@ -1,0 +1,117 @@
+"""Launches a kernel where every address is looked at, and says which program left its tensors.
+
+In the interpreter this happens in this process (`analysis.count_traffic`). A process that compiles its kernels starts
+another one with the interpreter switched on, which is what running this module as a program does. That one is kept for
+later launches, since most of its time goes into its imports; it ends with this process.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from labutils.analysis import count_traffic
+from labutils.machine import runtime
+
+_child: subprocess.Popen[str] | None = None
+_DONE = "labutils.analysis.bounds: done\n"
+_HEADER = "import torch\nimport triton\nimport triton.language as tl\n\n\n"
+
+
+def out_of_bounds(kernel: Any, grid: Sequence[int], *arguments: Any, **constants: Any) -> str | None:
+    """Runs `kernel[grid](*arguments, **constants)` in the interpreter, and returns what is wrong with its addresses.
+
+    Args:
+        kernel: a function with @triton.jit that calls no helper function of its own and uses nothing but `tl`,
+            `triton` and `torch` from outside. Defined in a notebook's cell or in a file.
+        grid: programs along each axis.
+        arguments, constants: as of the launch. In another process the kernel gets copies, and what it writes is lost.
+
+    Returns:
+        The text of the IndexError: kernel, program, by how much which tensor was missed; None where every access was
+        inside.
+
+    Raises:
+        RuntimeError: the child process failed, for another reason than an address.
+    """
+    if runtime.interpreted:
+        try:
+            with count_traffic(check_bounds=True):
+                kernel[tuple(grid)](*arguments, **constants)
+        except IndexError as error:
+            return str(error)
+        return None
+    with TemporaryDirectory() as folder:
+        source, launch, answer = (Path(folder) / name for name in ("kernel.py", "launch.pt", "answer.pt"))
+        source.write_text(_HEADER + inspect.getsource(kernel.fn), encoding="utf-8")
+        moved = [a.cpu() if isinstance(a, torch.Tensor) else a for a in arguments]
+        torch.save((kernel.fn.__name__, tuple(grid), moved, constants), launch)
+        _ask(Path(folder))
+        text, failed = torch.load(answer)
+    if failed:
+        raise RuntimeError(f"the launch failed in its own process:\n{text.strip()[-2000:]}")
+    return text
+
+
+def _ask(folder: Path) -> None:
+    """Has the other process do the launch in `folder`, and starts it where there is none."""
+    global _child
+    if _child is None or _child.poll() is not None:
+        package_root = str(Path(__file__).resolve().parents[2])
+        search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+        _child = subprocess.Popen(
+            [sys.executable, "-m", "labutils.analysis.bounds"],
+            env=os.environ | {"LABUTILS_DEVICE": "cpu", "PYTHONPATH": search_path},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    assert _child.stdin is not None and _child.stdout is not None  # pipes, as asked for above
+    said: list[str] = []
+    try:
+        with suppress(BrokenPipeError):  # it ended: what it said on its way comes below
+            _child.stdin.write(f"{folder}\n")
+            _child.stdin.flush()
+        while (line := _child.stdout.readline()) != _DONE:
+            if not line:
+                raise RuntimeError(f"the process of the launch ended:\n{''.join(said).strip()[-2000:]}")
+            said.append(line)
+    except BaseException:  # an interrupt, too: what it would say next answers no later question
+        _child.kill()
+        with suppress(BrokenPipeError):
+            _child.communicate()
+        _child = None
+        raise
+
+
+def _main() -> None:
+    """Does the launch of each folder that stdin names, until stdin ends."""
+    for line in sys.stdin:
+        folder = Path(line.rstrip("\n"))
+        try:
+            name, grid, arguments, constants = torch.load(folder / "launch.pt")
+            spec = importlib.util.spec_from_file_location("kernel", folder / "kernel.py")
+            assert spec is not None and spec.loader is not None  # of a file that ends in .py
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            answer = (out_of_bounds(getattr(module, name), grid, *arguments, **constants), False)
+        except Exception:
+            answer = (traceback.format_exc(), True)
+        torch.save(answer, folder / "answer.pt")
+        print(_DONE, end="", flush=True)
+
+
+if __name__ == "__main__":
+    _main()

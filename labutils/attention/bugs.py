@@ -1,0 +1,52 @@
+"""Attention with a planted bug: what a judge of attention must find, and what the exercises recognise."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from labutils.attention.reference import causal_mask
+
+
+def tiles_without(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block: int,
+    *,
+    causal: bool,
+    rescale_l: bool = True,
+    rescale_o: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The v2 loop over blocks of keys with one of its rescalings left out.
+
+    Args:
+        q: (N_q, D), one head. k, v: (N_k, D). block: keys in a block.
+        causal: mask aligned to the bottom right.
+        rescale_l, rescale_o: False: that sum is not rescaled when the running maximum grows.
+
+    Returns:
+        out (N_q, D) and lse (N_q,) in float64; right where both rescalings are made.
+    """
+    q, k, v = q.double(), k.double(), v.double()
+    mask = causal_mask(len(q), len(k)) if causal else torch.ones(len(q), len(k), dtype=torch.bool)
+    s = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, -math.inf)
+    m, l, o = (
+        torch.full((len(q),), -math.inf).double(),
+        torch.zeros(len(q)).double(),
+        torch.zeros(len(q), v.shape[1]).double(),
+    )
+    for start in range(0, len(k), block):
+        part = s[:, start : start + block]
+        m_new = torch.maximum(m, part.amax(dim=-1))
+        alpha, p = _weight(m, m_new), _weight(part, m_new[:, None])
+        l = (alpha if rescale_l else 1.0) * l + p.sum(dim=-1)
+        o = (alpha[:, None] if rescale_o else 1.0) * o + p @ v[start : start + block]
+        m = m_new
+    return o / torch.where(l == 0, 1.0, l)[:, None], m + l.log()
+
+
+def _weight(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """exp(a - b), and 0 where a is -inf."""
+    return torch.where(a.isneginf(), 0.0, (a - b).exp())

@@ -1,0 +1,455 @@
+"""The functions of flash-attn's own interface, over the Triton kernels: checked arguments, autograd, same names.
+
+A program written for flash-attn 2.8 changes its import and runs: names, argument order, layouts and the bottom-right
+alignment of masks are those of the `flash_attn` package. What our kernels cannot do is refused with an error that says
+so, never ignored. The arguments that several functions share are described in `flash_attn_func`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+from torch.autograd import forward_ad
+
+from labutils.attention import checks, operators
+from labutils.attention.kernels import fast_path, flash_v1
+from labutils.attention.kernels.flash_v2 import Options
+from labutils.machine import runtime
+
+_Result: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]
+
+
+def _window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
+    """(left, right), checked, as the operators take it: -1 for no bound."""
+    left, right = checks.window(window_size, causal)
+    return -1 if left is None else left, -1 if right is None else right
+
+
+def _cast(*tensors: torch.Tensor | None) -> list[Any]:
+    """What autocast does for PyTorch's own attention: q, k and v in its dtype where it is on."""
+    device = runtime.device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(t: torch.Tensor | None) -> torch.Tensor | None:
+        if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64:
+            return t.to(dtype)
+        return t  # for the checks to refuse, where it is no tensor of these
+
+    return list(map(cast, tensors))
+
+
+def _needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _refuse_tangents(*tensors: torch.Tensor | None) -> None:
+    """No kernel returns a tangent: forward-mode differentiation would take the derivative for zero, and say nothing."""
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        raise NotImplementedError(
+            "flash_attn functions have no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad): use "
+            "backward(), or compute it with labutils.attention.reference.naive_attention."
+        )
+
+
+def _attention(
+    q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs, batch,
+    cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0, block_table=None,
+) -> _Result:  # fmt: skip
+    """Checks what all functions share, draws a seed for dropout, and runs."""
+    _refuse_tangents(q, k, v, alibi_slopes if isinstance(alibi_slopes, torch.Tensor) else None)
+    dropout_p = checks.dropout(dropout_p)
+    scale = checks.scale(softmax_scale, q.shape[-1])
+    window = _window(window_size, causal)
+    softcap = checks.cap(softcap) or 0.0
+    slopes = checks.slopes(alibi_slopes, batch, q.shape[-2], q.device)
+    seed = None
+    if dropout_p > 0.0:
+        # From PyTorch's generator of the device, so that manual_seed repeats it and checkpointing restores it.
+        seed = torch.randint(2**31 - 1, (1,), dtype=torch.int64, device=q.device)
+    direct = fast_path.may_be_short(q, k, v) and not _needs_gradient(q, k, v)
+    run = operators.attend if direct else operators.flash_attention
+    out, lse = run(
+        q, k, v, scale, *window, softcap, slopes, dropout_p, seed,
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table,
+    )  # fmt: skip
+    return (out, lse, None) if return_attn_probs else out
+
+
+def flash_attn_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> _Result:
+    """softmax(softmax_scale * Q Kᵀ) V without the N_q x N_k matrix in memory; differentiable.
+
+    Args:
+        q: (B, N_q, H, D), float16, bfloat16 or float32, D from 1 to 256, any strides.
+        k, v: (B, N_k, H_kv, D); H_kv divides H (grouped-query and multi-query attention).
+        dropout_p: probability in [0, 1) of leaving a weight out; the others are divided by 1 - dropout_p. The kernel
+            draws by Philox from a seed that PyTorch's generator gives, and the backward draws the same again.
+        softmax_scale: factor on the scores, positive; D ** -0.5 where not given.
+        causal: query i sees the keys j <= i + N_k - N_q (aligned to the bottom right, as flash-attn does since 2.1).
+        window_size: (left, right): query i sees the keys from i + N_k - N_q - left to i + N_k - N_q + right; -1 is no
+            bound. With `causal`, right is 0.
+        softcap: c > 0 turns the scaled scores s into c * tanh(s / c); 0 leaves them.
+        alibi_slopes: float32 (H,) or (B, H): slope * |i + N_k - N_q - j| is subtracted from the score of i and j.
+        deterministic: accepted; our backward always is.
+        return_attn_probs: also return the log-sum-exp. A gradient flows through it as well, which flash-attn leaves
+            out: merged parts of attention can be trained. The third value, probabilities that flash-attn computes for
+            its own tests, is None here.
+
+    Returns:
+        out (B, N_q, H, D); with `return_attn_probs` a tuple (out, lse (B, H, N_q) float32, None). A query that sees no
+        key gives zeros, and -inf in lse.
+
+    Raises:
+        ValueError: shapes that do not fit together, values out of range, tensors on different devices.
+        TypeError: a type or dtype that the kernels or the GPU do not have.
+        NotImplementedError: a gradient by alibi_slopes, or a derivative in forward mode.
+        RuntimeError: a GPU too old or too small; in the backward, a second derivative (NotImplementedError where the
+            call went over PyTorch's dispatcher).
+    """
+    q, k, v = _cast(q, k, v)
+    if dropout_p == 0.0 and alibi_slopes is None and type(window_size) is tuple and fast_path.may_be_short(q, k, v):
+
+        def prepare() -> Options:
+            checks.tensors(q, k, v)
+            window = checks.window(window_size, causal)
+            return Options(checks.scale(softmax_scale, q.shape[-1]), window, checks.cap(softcap))
+
+        out, lse = fast_path.attention(q, k, v, (softmax_scale, causal, window_size, softcap), prepare)
+        return (out, lse, None) if return_attn_probs else out
+    checks.tensors(q, k, v)
+    return _attention(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs, q.shape[0]
+    )
+
+
+def flash_attn_kvpacked_func(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> _Result:
+    """`flash_attn_func` with K and V in one tensor: q (B, N_q, H, D), kv (B, N_k, 2, H_kv, D). No copy is made.
+
+    The other arguments, the result and the errors are those of `flash_attn_func`.
+    """
+    k, v = _unpack("kv", kv, 2, 5)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )
+
+
+def flash_attn_qkvpacked_func(
+    qkv: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> _Result:
+    """`flash_attn_func` with Q, K and V in one tensor: qkv (B, N, 3, H, D). No copy is made.
+
+    The other arguments, the result and the errors are those of `flash_attn_func`.
+    """
+    q, k, v = _unpack("qkv", qkv, 3, 5)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: torch.Tensor | None = None,
+) -> _Result:
+    """Attention within each of several sequences of different lengths, packed one after the other, without padding.
+
+    Args:
+        q: (total_q, H, D). k, v: (total_k, H_kv, D).
+        cu_seqlens_q, cu_seqlens_k: int32 (B + 1,): sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1]. Their values
+            are checked, which waits for the GPU (not while a CUDA graph is captured).
+        max_seqlen_q, max_seqlen_k: the longest sequence of each, or more.
+        block_table: int32 (B, blocks of a sequence) for k and v in pages: (blocks, rows of a block, H_kv, D), where key
+            j of sequence b is row j % rows of block block_table[b, j // rows]; forward alone.
+        The others: as in `flash_attn_func`, for each sequence by itself; alibi_slopes (H,) or (B, H).
+
+    Returns:
+        out (total_q, H, D); with `return_attn_probs` a tuple (out, lse (H, total_q) float32, None).
+
+    Raises:
+        As `flash_attn_func`, and NotImplementedError for a gradient through a `block_table`.
+    """
+    q, k, v = _cast(q, k, v)
+    checks.tensors(q, k, v, packed=True, paged=block_table is not None)
+    cu_seqlens_q = checks.sequences("cu_seqlens_q", cu_seqlens_q, max_seqlen_q, None, q.device)
+    batch = len(cu_seqlens_q) - 1
+    cu_seqlens_k = checks.sequences("cu_seqlens_k", cu_seqlens_k, max_seqlen_k, batch, q.device)
+    if block_table is not None:
+        block_table = checks.table(block_table, batch, q.device)
+        if _needs_gradient(q, k, v):
+            raise NotImplementedError(
+                "block_table: there is no backward through a paged cache. Call under torch.no_grad(), or gather the "
+                "blocks into packed k and v."
+            )
+    return _attention(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs, batch,
+        cu_seqlens_q, cu_seqlens_k, int(max_seqlen_q), int(max_seqlen_k), block_table,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> _Result:
+    """`flash_attn_varlen_func` with K and V in one tensor: q (total_q, H, D), kv (total_k, 2, H_kv, D).
+
+    No copy is made. The other arguments, the result and the errors are those of `flash_attn_varlen_func`.
+    """
+    k, v = _unpack("kv", kv, 2, 4)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal,
+        window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> _Result:
+    """`flash_attn_varlen_func` with Q, K and V in one tensor: qkv (total, 3, H, D). No copy is made.
+
+    `cu_seqlens` and `max_seqlen` are those of queries and keys alike; the other arguments, the result and the errors
+    are those of `flash_attn_varlen_func`.
+    """
+    q, k, v = _unpack("qkv", qkv, 3, 4)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
+        window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_with_kvcache(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    rotary_cos: torch.Tensor | None = None,
+    rotary_sin: torch.Tensor | None = None,
+    cache_seqlens: int | torch.Tensor | None = None,
+    cache_batch_idx: torch.Tensor | None = None,
+    cache_leftpad: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: torch.Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention of new queries over a cache of keys and values, to which new ones are appended first; no backward.
+
+    Args:
+        q: (B, N_q, H, D).
+        k_cache, v_cache: (B_cache, N_cache, H_kv, D), or with a `block_table` (blocks, rows of a block, H_kv, D).
+        k, v: (B, N_new, H_kv, D), written into the caches, in place, behind the keys that are there.
+        rotary_cos, rotary_sin: (positions, rotary_dim / 2), rotary_dim from 2 to D: k is turned before it is written,
+            key i of sequence b to position cache_seqlens[b] + i. So is q, in a copy, if `causal` or a window is given;
+            else all queries are turned to position cache_seqlens[b].
+        cache_seqlens: keys of each sequence in the cache before k is appended, int32 (B,), or one integer for all, for
+            which nothing has to be read from the GPU; None for a full cache.
+        cache_batch_idx: int32 (B,), the row of the cache that a sequence uses; its own number where not given.
+        cache_leftpad: int32 (B,), where in its row a sequence begins: keys before that are not looked at.
+        block_table: int32 (B, blocks of a sequence): key j of sequence b is row j % rows of block
+            block_table[b, j // rows]. A block may have any number of rows.
+        softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`, N_k being what sequence b
+            then has: cache_seqlens[b] + N_new - cache_leftpad[b].
+        rotary_interleaved: dimensions 0 and 1, 2 and 3, ... are turned together; else i and i + rotary_dim / 2.
+        num_splits: in how many parts, up to 128, the keys are split over the GPU; 0 to have it chosen.
+        return_softmax_lse: also return the log-sum-exp.
+
+    Lengths and indices on the GPU are checked before they are used, which waits for it; not so while a CUDA graph is
+    captured.
+
+    Returns:
+        out (B, N_q, H, D); with `return_softmax_lse` a tuple (out, lse (B, H, N_q) float32).
+
+    Raises:
+        ValueError: shapes that do not fit, a cache without room for k, an index outside of it.
+        TypeError: a type or dtype that is not supported.
+        NotImplementedError: alibi_slopes that require a gradient, or a derivative in forward mode.
+        RuntimeError: a GPU too old or too small; in the backward, that there is none.
+    """
+    q, k, v = _cast(q, k, v)
+    if (
+        type(cache_seqlens) is type(num_splits) is int
+        and type(window_size) is tuple
+        and k is v is rotary_cos is rotary_sin is None
+        and cache_batch_idx is cache_leftpad is block_table is alibi_slopes is None
+        and fast_path.may_be_short(q, k_cache, v_cache)
+        and not _needs_gradient(q, k_cache, v_cache)
+        and k_cache.dim() == 4
+        and 0 <= cache_seqlens <= k_cache.shape[1]
+    ):
+
+        def prepare() -> Options:
+            checks.tensors(q, k_cache, v_cache, cached=True)
+            checks.cache(q, k_cache, v_cache, None, None, (None, None), cache_seqlens, num_splits)
+            _enough_rows(q, k_cache)
+            window = checks.window(window_size, causal)
+            return Options(checks.scale(softmax_scale, q.shape[-1]), window, checks.cap(softcap))
+
+        options = (softmax_scale, causal, window_size, softcap)
+        out, lse = fast_path.decoding(q, k_cache, v_cache, cache_seqlens, options, num_splits, prepare)
+    else:
+        out, lse = _append_and_attend(
+            q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad,
+            block_table, softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits,
+        )  # fmt: skip
+    return (out, lse) if return_softmax_lse else out
+
+
+def _append_and_attend(
+    q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad,
+    block_table, softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """out and lse of `flash_attn_with_kvcache` by the long way, which knows all of its arguments."""
+    paged = block_table is not None
+    checks.tensors(q, k_cache, v_cache, paged=paged, cached=True)
+    checks.cache(q, k_cache, v_cache, k, v, (rotary_cos, rotary_sin), cache_seqlens, num_splits)
+    _refuse_tangents(q, k_cache, v_cache, k, v)
+    batch = q.shape[0]
+    full = k_cache.shape[1]
+    if paged:
+        block_table = checks.table(block_table, batch, q.device)
+        full *= block_table.shape[1]
+    seqlen = full if cache_seqlens is None else 0 if isinstance(cache_seqlens, torch.Tensor) else cache_seqlens
+    seqlens, batch_idx, leftpad = checks.cache_indices(
+        batch, q.device, paged=paged,
+        cache_seqlens=cache_seqlens if isinstance(cache_seqlens, torch.Tensor) else None,
+        cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad,
+    )  # fmt: skip
+    if not paged and batch_idx is None:
+        _enough_rows(q, k_cache)
+    direct = (
+        fast_path.may_be_short(q, k_cache, v_cache)
+        and (k is None or not (k.is_neg() or v.is_neg()))  # the dispatcher resolves that
+        and not _needs_gradient(q, k_cache, v_cache, k, v)
+    )
+    run = operators.attend_with_cache if direct else operators.flash_attention_with_cache
+    if direct and k is not None:
+        # What an operator does for tensors that it writes to: a gradient that needs their old values is an error.
+        torch.autograd.graph.increment_version([t for t in (k_cache, v_cache) if not t.is_inference()])
+    rotary_cos, rotary_sin = (None if t is None else t.contiguous() for t in (rotary_cos, rotary_sin))
+    left, right = _window(window_size, causal)
+    return run(
+        q, k_cache, v_cache, k, v, rotary_cos, rotary_sin,
+        seqlens, seqlen, batch_idx, leftpad, block_table,
+        checks.scale(softmax_scale, q.shape[-1]), left, right, checks.cap(softcap) or 0.0,
+        bool(rotary_interleaved), checks.slopes(alibi_slopes, batch, q.shape[-2], q.device), num_splits,
+    )  # fmt: skip
+
+
+def _enough_rows(q: torch.Tensor, k_cache: torch.Tensor) -> None:
+    if len(q) > len(k_cache):
+        raise ValueError(
+            f"q has batch size {len(q)}, the cache {len(k_cache)} rows: pass a larger cache, or cache_batch_idx."
+        )
+
+
+def _unpack(name: str, packed: torch.Tensor, parts: int, dimensions: int) -> tuple[torch.Tensor, ...]:
+    """Views of the parts that lie side by side in dimension -3."""
+    if not isinstance(packed, torch.Tensor):
+        raise TypeError(f"{name} is a {type(packed).__name__}: pass a torch.Tensor.")
+    if packed.dim() != dimensions or packed.shape[-3] != parts:
+        heads = "H_kv" if name == "kv" else "H"
+        layout = ("(total, " if dimensions == 4 else "(B, N, ") + f"{parts}, {heads}, D)"
+        raise ValueError(f"{name} has shape {tuple(packed.shape)}: pass {layout}.")
+    return packed.unbind(dim=-3)
+
+
+def flash_attn_v1_func(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float | None = None, causal: bool = False
+) -> torch.Tensor:
+    """Attention by the FlashAttention-1 kernel, forward alone: for comparison, slower than `flash_attn_func`.
+
+    Args:
+        q, k, v, softmax_scale, causal: as in `flash_attn_func`, D up to 128.
+
+    Returns:
+        out (B, N_q, H, D); zeros for a query that sees no key.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `flash_attn_func`.
+        NotImplementedError: an input requires a gradient, or has a tangent (forward-mode differentiation).
+    """
+    q, k, v = _cast(q, k, v)
+    checks.tensors(q, k, v, largest=128)
+    softmax_scale = checks.scale(softmax_scale, q.shape[-1])
+    _refuse_tangents(q, k, v)
+    if _needs_gradient(q, k, v):
+        raise NotImplementedError(
+            "flash_attn_v1_func has no backward pass: call it under torch.no_grad(), or use flash_attn_func."
+        )
+    q, k, v = (t.resolve_neg() for t in (q, k, v))  # no dispatcher does that on the way to this kernel
+    return flash_v1.forward(q, k, v, softmax_scale, bool(causal))[0]

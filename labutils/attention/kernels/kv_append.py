@@ -1,0 +1,107 @@
+"""Writes new keys and values into a KV cache, in place, and turns keys and queries by the rotary embedding.
+
+Source of the embedding: arXiv 2104.09864. Pairs (x1, x2) of a vector at position p become
+(x1 cos - x2 sin, x1 sin + x2 cos), cos and sin from row p of the caller's tables.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from labutils.attention.kernels.flash_decode import Cache
+from labutils.attention.kernels.launch import SEQUENCE_LENGTHS, launch
+from labutils.attention.kernels.launch_table import SMALLEST_BLOCK, LaunchConfig, next_power_of_2
+
+
+@triton.jit(do_not_specialize=SEQUENCE_LENGTHS)
+def _append_kernel(
+    x_ptr, y_ptr, cos_ptr, sin_ptr, seqlens_ptr, batch_idx_ptr, leftpad_ptr, table_ptr, stride_tb, H, N_Q, N_K,
+    stride_xb, stride_xn, stride_xh, stride_xd,
+    stride_yb, stride_yn, stride_yh, stride_yd,
+    stride_cn, stride_cd,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, PAGE: tl.constexpr, ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr, TO_CACHE: tl.constexpr, ONE_POSITION: tl.constexpr,
+):  # fmt: skip
+    """One token of one sequence, all heads: x (B, N_Q, H, D), turned, to y, which is the cache or shaped like x."""
+    b = (tl.program_id(0) // N_Q).to(tl.int64)
+    n = tl.program_id(0) % N_Q
+    position = N_K
+    if seqlens_ptr is not None:
+        position = tl.load(seqlens_ptr + b)
+    if not ONE_POSITION:
+        position += n
+    offs_h = tl.arange(0, BLOCK_H)[:, None].to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    inside = (offs_h < H) & (offs_d < D)
+    x_ptrs = x_ptr + b * stride_xb + n.to(tl.int64) * stride_xn + offs_h * stride_xh
+    x = tl.load(x_ptrs + offs_d * stride_xd, mask=inside, other=0.0)
+    if cos_ptr is not None:
+        if INTERLEAVED:
+            is_first = offs_d % 2 == 0
+            partner = tl.where(is_first, offs_d + 1, offs_d - 1)
+            pair = offs_d // 2
+        else:
+            is_first = offs_d < ROTARY // 2
+            partner = tl.where(is_first, offs_d + ROTARY // 2, offs_d - ROTARY // 2)
+            pair = offs_d % (ROTARY // 2)
+        turned = inside & (offs_d < ROTARY)
+        other = tl.load(x_ptrs + partner * stride_xd, mask=turned, other=0.0).to(tl.float32)
+        row = position.to(tl.int64) * stride_cn
+        cos = tl.load(cos_ptr + row + pair * stride_cd, mask=offs_d < ROTARY, other=1.0).to(tl.float32)
+        sin = tl.load(sin_ptr + row + pair * stride_cd, mask=offs_d < ROTARY, other=0.0).to(tl.float32)
+        x = x.to(tl.float32) * cos + tl.where(is_first, -other, other) * sin
+    y_ptr += offs_h * stride_yh + offs_d * stride_yd
+    if not TO_CACHE:
+        y_ptr += b * stride_yb + n.to(tl.int64) * stride_yn
+    elif table_ptr is not None:
+        block = tl.load(table_ptr + b * stride_tb + position // PAGE).to(tl.int64)
+        y_ptr += block * stride_yb + (position % PAGE).to(tl.int64) * stride_yn
+    else:
+        place = b
+        if batch_idx_ptr is not None:
+            place = tl.load(batch_idx_ptr + b).to(tl.int64)
+        y_ptr += place * stride_yb + position.to(tl.int64) * stride_yn
+    tl.store(y_ptr, x.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def _run(x, y, cache, cos, sin, interleaved, *, to_cache, one_position=False) -> None:
+    batch, n, heads, head_dim = x.shape
+    launch(
+        _append_kernel, (batch * n,), LaunchConfig(SMALLEST_BLOCK, SMALLEST_BLOCK, 4, 1),
+        x, y, cos, sin, *cache.arguments(), heads, n, cache.seqlen, *x.stride(), *y.stride(),
+        *((0, 0) if cos is None else cos.stride()),
+        D=head_dim, BLOCK_D=next_power_of_2(head_dim), BLOCK_H=next_power_of_2(heads),
+        PAGE=cache.page(y) if to_cache else 0, ROTARY=0 if cos is None else 2 * cos.shape[1],
+        INTERLEAVED=interleaved, TO_CACHE=to_cache, ONE_POSITION=one_position,
+    )  # fmt: skip
+
+
+def append(
+    new: torch.Tensor,
+    into: torch.Tensor,
+    cache: Cache,
+    cos: torch.Tensor | None = None,
+    sin: torch.Tensor | None = None,
+    interleaved: bool = True,
+) -> None:
+    """Writes new keys or values behind those that the cache holds, in place; keys turned where cos and sin are given.
+
+    Args:
+        new: (B, N_new, H_kv, D): row i of sequence b goes to place seqlens[b] + i of the cache.
+        into: the cache, (B_cache, N_cache, H_kv, D), or (blocks, rows of a block, H_kv, D) with a block table.
+        cache: which keys are whose, before these.
+        cos, sin: (positions, rotary_dim / 2), equal strides; rotary_dim at most D.
+        interleaved: pairs are neighbours; else the two halves of the rotary dimensions.
+    """
+    _run(new, into, cache, cos, sin, interleaved, to_cache=True)
+
+
+def rotate(
+    q: torch.Tensor, cache: Cache, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, *, one_position: bool
+) -> torch.Tensor:
+    """Queries (B, N_q, H, D) turned to their positions: query i at seqlens[b] + i, or all at seqlens[b]."""
+    turned = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _run(q, turned, cache, cos, sin, interleaved, to_cache=False, one_position=one_position)
+    return turned

@@ -1,0 +1,412 @@
+"""What each kernel costs on a chip: shared memory, registers, spills; compiled for any GPU, without having one.
+
+A child process, in which Triton compiles and does not interpret, calls the host functions of the kernels with tensors
+that have no data. Triton derives types and specialisation from their arguments, as for any launch, and hands them to
+its `jit_cache_hook`; there the launch ends, and the kernel is compiled for the GPU that was asked for. So this sees the
+kernels that a user's call launches on that GPU, in the configuration that the launch table has for it.
+
+    from labutils.attention.tuning import compiled
+    [[forward]] = compiled.resources_of([compiled.Request("forward", 64, torch.float16, (8, 6))], binaries=True)
+    forward.shared_bytes, forward.registers, forward.blocks_per_sm
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import pickle
+import re
+import subprocess
+import sys
+import tempfile
+import types
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import MagicMock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction
+
+from labutils.attention.kernels import flash_decode, flash_v1, flash_v2, flash_v2_backward, kv_append, launch
+from labutils.attention.kernels.launch_table import LaunchConfig
+from labutils.attention.tuning import wgmma_races, without_features
+
+WARP_SIZE = 32
+REGISTERS_PER_SM = 65_536
+TENSOR_MEMORY_COLUMNS = 512  # of one SM of compute capability 10.0
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Limits of one compute capability.
+
+    Attributes:
+        names: GPUs that have it, for example.
+        shared_kib: shared memory that a block may use, in KiB.
+        shared_kib_per_sm: shared memory of an SM, in KiB. From 8.0 on each block costs 1 KiB more than it uses.
+        warps_per_sm, blocks_per_sm: the most that an SM holds at once.
+    """
+
+    names: str
+    shared_kib: int
+    shared_kib_per_sm: int
+    warps_per_sm: int
+    blocks_per_sm: int
+
+
+# Source: `arch_traits` in NVIDIA's CCCL, libcudacxx/include/cuda/__device/arch_traits.h.
+GPUS = {
+    (7, 5): Chip("T4, RTX 2080", 64, 64, 32, 16),
+    (8, 0): Chip("A100, A30", 163, 164, 64, 32),
+    (8, 6): Chip("RTX 3060, A10", 99, 100, 48, 16),
+    (8, 9): Chip("RTX 4090, L4", 99, 100, 48, 24),
+    (9, 0): Chip("H100, H200", 227, 228, 64, 32),
+    (10, 0): Chip("B200", 227, 228, 64, 32),
+    (12, 0): Chip("RTX 5090", 99, 100, 48, 24),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of a host function, on one kind of GPU.
+
+    Attributes:
+        program: a key of `PROGRAMS`.
+        head_dim: D. dtype: of q, k and v.
+        capability: a key of `GPUS`.
+        causal: whether the causal mask is on.
+        features: of `PROGRAMS[program].features`, those to switch on.
+        config: for all kernels of the program that take one; the launch table's where not given.
+        only: of what the program launches, the one kernel to compile, as in `Resources.kernel`; all where not given.
+        plain: the kernels as they would be without their features (see `plain`), for "forward" and "backward".
+
+    Raises:
+        ValueError: the program does not exist or has no such feature, or the capability is not in the table.
+    """
+
+    program: str
+    head_dim: int
+    dtype: torch.dtype
+    capability: tuple[int, int]
+    causal: bool = True
+    features: tuple[str, ...] = ()
+    config: LaunchConfig | None = None
+    only: str | None = None
+    plain: bool = False
+
+    def __post_init__(self) -> None:
+        if self.program not in PROGRAMS:
+            raise ValueError(f"program={self.program!r} is not known: one of {', '.join(PROGRAMS)}.")
+        if self.capability not in GPUS:
+            raise ValueError(f"capability={self.capability} is not known: one of {', '.join(map(str, GPUS))}.")
+        if unknown := set(self.features) - set(PROGRAMS[self.program].features):
+            raise ValueError(f"{self.program!r} has no feature {', '.join(sorted(unknown))}.")
+        if self.plain and (self.features or self.program not in ("forward", "backward")):
+            raise ValueError("plain kernels have no features, and there are those of forward and backward alone.")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one launch of a kernel takes.
+
+    Attributes:
+        kernel: module and name, as in "flash_v2._forward_kernel". capability: of the GPU compiled for.
+        constants: its compile-time constants by name, block sizes among them. num_warps, num_stages: as in
+            `LaunchConfig`.
+        shared_bytes: shared memory of a block.
+        tensor_columns: columns of tensor memory of a block; only 10.0 has any.
+        registers: of a thread. spilled_bytes: what a thread keeps in local memory, since registers did not suffice.
+            None unless `resources_of` was asked for binaries.
+        instructions: of its PTX, None likewise.
+        overwritten: how many instructions write a register that a product in flight may still read, for 9.0; anything
+            but 0 is a race (see `in_flight`). None likewise, and where a kernel has no such product.
+    """
+
+    kernel: str
+    capability: tuple[int, int]
+    constants: dict[str, int]
+    num_warps: int
+    num_stages: int
+    shared_bytes: int
+    tensor_columns: int
+    registers: int | None = None
+    spilled_bytes: int | None = None
+    instructions: int | None = None
+    overwritten: int | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Whether this GPU can launch it."""
+        limit = GPUS[self.capability].shared_kib * 1024
+        return self.shared_bytes <= limit and self.tensor_columns <= TENSOR_MEMORY_COLUMNS
+
+    @property
+    def blocks_per_sm(self) -> int | None:
+        """How many blocks an SM holds at once; None where registers are not known."""
+        if self.registers is None:
+            return None
+        gpu = GPUS[self.capability]
+        per_warp = -(-self.registers * WARP_SIZE // 256) * 256  # registers are handed out to warps, 256 at a time
+        warps = 4 * (REGISTERS_PER_SM // 4 // per_warp)  # each quarter of an SM has its own
+        reserved = (gpu.shared_kib_per_sm - gpu.shared_kib) * 1024
+        by_shared = gpu.shared_kib_per_sm * 1024 // max(1, self.shared_bytes + reserved)
+        by_tensor_memory = TENSOR_MEMORY_COLUMNS // max(1, self.tensor_columns)
+        by_warps = min(warps, gpu.warps_per_sm) // self.num_warps
+        return min(by_warps, by_shared, by_tensor_memory, gpu.blocks_per_sm)
+
+    @property
+    def occupancy(self) -> float | None:
+        """Warps that an SM holds, of those that it could; None where registers are not known."""
+        blocks = self.blocks_per_sm
+        return None if blocks is None else blocks * self.num_warps / GPUS[self.capability].warps_per_sm
+
+
+# Sizes of the problems. One matters: 32 query heads share a key head. Decoding of two tokens takes them as 64 rows of
+# a tile; with fewer it would cut the table's block_m, and with one token it would drop the causal mask.
+_B, _N, _H, _H_KV, _PAGE = 2, 1024, 64, 2, 256
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _call(r: Request, n_q: int = _N) -> tuple[torch.Tensor, torch.Tensor, flash_v2.Options]:
+    """q, one tensor for k and v, and the options of a request."""
+    on, packed = r.features, "packed" in r.features
+    q = _empty(*((_B * n_q,) if packed else (_B, n_q)), _H, r.head_dim, dtype=r.dtype)
+    keys = (_B * _N // _PAGE, _PAGE) if "paged" in on else (_B * _N,) if packed else (_B, _N)
+    k = _empty(*keys, _H_KV, r.head_dim, dtype=r.dtype)
+    options = flash_v2.Options(
+        softmax_scale=0.125,
+        window=(250 if "window" in on else None, 0 if r.causal else 250 if "window" in on else None),
+        softcap=30.0 if "softcap" in on else None,
+        alibi_slopes=_empty(_B, _H, dtype=torch.float32) if "alibi" in on else None,
+        dropout_p=0.1 if "dropout" in on else 0.0,
+        seed=_empty(1, dtype=torch.int64) if "dropout" in on else None,
+        cu_seqlens_q=_empty(_B + 1) if packed else None,
+        cu_seqlens_k=_empty(_B + 1) if packed else None,
+        max_seqlen_q=n_q,
+        max_seqlen_k=_N,
+        block_table=_empty(_B, _N // _PAGE) if "paged" in on else None,
+    )
+    return q, k, options
+
+
+def _cache(r: Request, table: torch.Tensor | None) -> flash_decode.Cache:
+    lengths = _empty(_B) if "lengths" in r.features else None
+    rows = lengths if table is None else None  # a paged cache has no rows to name, nor padding
+    return flash_decode.Cache(lengths, _N, batch_idx=rows, leftpad=rows, block_table=table)
+
+
+def _v1(r: Request) -> None:
+    q, k, options = _call(r)
+    flash_v1.forward(q, k, k, options.softmax_scale, r.causal, r.config)
+
+
+def _forward(r: Request) -> None:
+    q, k, options = _call(r)
+    flash_v2.forward(q, k, k, options, r.config)
+
+
+def _backward(r: Request) -> None:
+    q, k, options = _call(r)
+    lse = _empty(*((_H, len(q)) if "packed" in r.features else (_B, _H, _N)), dtype=torch.float32)
+    configs = None if r.config is None else dict.fromkeys(PROGRAMS["backward"].kernels, r.config)
+    flash_v2_backward.backward(q, q, k, k, q, lse, options, configs, dlse=lse if r.features else None)
+
+
+def _decode(r: Request, n_q: int = 2) -> None:
+    q, k, options = _call(r, n_q)
+    cache = _cache(r, options.block_table)
+    flash_decode.decode(q, k, k, cache, options, splits=flash_decode.MOST_SPLITS, config=r.config)
+
+
+def _append(r: Request) -> None:
+    q, k, options = _call(r)
+    cos = _empty(_N, r.head_dim // 2, dtype=r.dtype) if "rotary" in r.features else None
+    kv_append.append(q[:, :1, :_H_KV], k, _cache(r, options.block_table), cos, cos)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A host function: how a request calls it, which entries of the launch table it reads, what it can do."""
+
+    run: Callable[[Request], None]
+    kernels: tuple[str, ...] = ()
+    features: tuple[str, ...] = ()
+
+
+_SCORES = ("window", "softcap", "alibi")
+PROGRAMS = {
+    "v1": Program(_v1, ("v1",)),
+    "forward": Program(_forward, ("forward",), (*_SCORES, "dropout", "packed", "paged")),
+    "backward": Program(_backward, ("dkdv", "dq"), (*_SCORES, "dropout", "packed")),
+    "decode": Program(_decode, ("decode",), (*_SCORES, "lengths", "paged")),
+    "decode_prompt": Program(functools.partial(_decode, n_q=_N), ("forward",), (*_SCORES, "lengths", "paged")),
+    "append": Program(_append, features=("rotary", "lengths", "paged")),
+}
+
+
+def _allocate(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> tuple[int, int]:
+    """Bytes of shared memory, columns of tensor memory: known long before LLVM and ptxas, which take most of the time.
+
+    The passes are those of Triton 3.6 and 3.7 up to there; the tests compare the result with a complete compilation.
+    """
+    from triton._C.libtriton import ir, nvidia, passes
+    from triton.backends.nvidia.compiler import get_ptx_version_from_options
+
+    backend = make_backend(target)
+    options = backend.parse_options(options)
+    context = ir.context()
+    stages: dict[str, Callable[..., Any]] = {}
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    backend.add_stages(stages, options, source.language)
+    codegen, modules = backend.get_codegen_implementation(options), backend.get_module_map()
+    module = source.make_ir(target, options, codegen, modules, context)
+    module = stages["ttgir"](stages["ttir"](module, {}), {})
+    manager = ir.pass_manager(context)
+    passes.ttgpuir.add_combine_tensor_select_and_if(manager)
+    passes.ttgpuir.add_allocate_warp_groups(manager)
+    passes.convert.add_scf_to_cf(manager)
+    passes.gluon.add_inliner(manager)
+    ptx_version = get_ptx_version_from_options(options, target.arch)
+    nvidia.passes.ttgpuir.add_allocate_shared_memory_nv(manager, target.arch, ptx_version)
+    nvidia.passes.ttnvgpuir.add_allocate_tensor_memory(manager)
+    manager.run(module, "allocate")
+    return module.get_int_attr("ttg.shared"), module.get_int_attr("ttg.tensor_memory_size") or 0
+
+
+def _build(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> tuple[int, int, int, int, int, int | None]:
+    """The same and what else `Resources` has, from a complete compilation."""
+    kernel = triton.compile(source, target=target, options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"{command[0]} names no registers and no stack: {usage.strip()[-500:]!r}")
+    registers, stack = map(int, found.groups())
+    instructions = len(re.findall(r"^\s+(?:@%?\S+ )?[a-z][\w.:]+[^;:]*;", kernel.asm["ptx"], re.M))
+    overwritten = wgmma_races.count(kernel.asm["cubin"]) if target.arch == 90 else None
+    return kernel.metadata.shared, kernel.metadata.tmem_size or 0, registers, stack, instructions, overwritten
+
+
+_known: dict[tuple, tuple] = {}  # what the child process has compiled
+
+
+def _launches(request: Request, binaries: bool) -> list[Resources]:
+    """Calls the program of a request and compiles what it launches; in the child process alone."""
+    target = GPUTarget("cuda", 10 * request.capability[0] + request.capability[1], WARP_SIZE)
+    found = []
+
+    def compile_and_stop(*, fn: Any, compile: Any, **_: Any) -> bool:
+        kernel = fn.jit_function
+        name = f"{fn.module.rpartition('.')[2]}.{fn.name}"
+        if request.only not in (None, name):
+            return True
+        source = ASTSource(kernel, compile["signature"], compile["constants"], compile["configs"][0])
+        options = {name: compile[name] for name in ("num_warps", "num_stages")}
+        key = (source.hash(), target.arch, *options.values())
+        if key not in _known:
+            _known[key] = (_build if binaries else _allocate)(source, target, options)
+        constants = {kernel.arg_names[place]: compile["constants"][place,] for place in kernel.constexprs}
+        found.append(Resources(name, request.capability, constants, *options.values(), *_known[key]))
+        return True  # tells Triton that there is nothing left to compile, and so nothing to start
+
+    triton.knobs.runtime.jit_cache_hook = compile_and_stop
+    triton.runtime.driver.set_active(
+        types.SimpleNamespace(
+            get_current_target=lambda: target,
+            get_current_device=lambda: target.arch,
+            get_current_stream=lambda device: None,
+        )
+    )
+    launch._capability = lambda device_index: request.capability  # type: ignore[assignment]  # this process is a GPU's
+    with without_features.plain_kernels() if request.plain else contextlib.nullcontext():
+        PROGRAMS[request.program].run(request)
+    if not found:
+        raise RuntimeError("no kernel was compiled: Triton's interpreter may be on, or its hook has changed")
+    return found
+
+
+_CHILD = """
+import sys, types
+package = types.ModuleType("labutils")  # labutils itself would switch Triton's interpreter on
+package.__path__ = [sys.argv[1]]
+sys.modules["labutils"] = package
+from labutils.attention.tuning import compiled
+compiled._answer()
+"""
+
+
+def _answer() -> None:
+    """What the child process does: requests from stdin, lists of `Resources` to stdout."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever else is printed must not get between them
+    torch.cuda.device = lambda device: contextlib.nullcontext()  # the tensors are on none
+    run = JITFunction.run
+    # Triton returns None for a launch that its hook has ended; host functions expect a compiled kernel.
+    JITFunction.run = lambda *args, **kwargs: run(*args, **kwargs) or MagicMock()
+    requests, binaries = pickle.load(sys.stdin.buffer)
+    found = []
+    for request in requests:
+        try:
+            found.append(_launches(request, binaries))
+        except OSError as error:
+            raise RuntimeError(
+                f"{request} could not be compiled, since a file could not be written or read ({error}). If that is "
+                "Triton's cache: set TRITON_CACHE_DIR to a folder that you may write and that has room"
+            ) from error
+        except Exception as error:
+            raise RuntimeError(f"{request} could not be compiled") from error
+    pickle.dump(found, answers)
+
+
+def _ask_child(requests: list[Request], binaries: bool) -> list[list[Resources]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    child = subprocess.run(
+        [sys.executable, "-c", _CHILD, str(Path(__file__).resolve().parents[2])],
+        input=pickle.dumps((requests, binaries)),
+        capture_output=True,
+        env=environment,
+    )
+    if child.returncode != 0:
+        raise RuntimeError(
+            f"the process that compiles for other GPUs ended with status {child.returncode}:\n"
+            f"{child.stderr.decode(errors='replace')[-4000:]}"
+        )
+    return pickle.loads(child.stdout)
+
+
+def resources_of(requests: Iterable[Request], *, binaries: bool = False, processes: int = 1) -> list[list[Resources]]:
+    """Compiles what each request launches.
+
+    Args:
+        requests: what to compile; equal ones are compiled once.
+        binaries: compile to the end, for registers and spills. Else shared and tensor memory alone, in a third of the
+            time or less: 0.1 to 4 s a kernel.
+        processes: how many compile at once; each takes a CPU core and half a GiB.
+
+    Returns:
+        For each request its launches, in their order.
+
+    Raises:
+        RuntimeError: the launch table has no entry for a request, or a kernel does not compile; the message ends with
+            the child process's traceback.
+    """
+    requests = list(requests)
+    different = list(dict.fromkeys(requests))
+    shares = [share for i in range(processes) if (share := different[i::processes])]
+    with ThreadPoolExecutor(max_workers=processes) as pool:
+        answers = pool.map(_ask_child, shares, [binaries] * len(shares))
+        found = {request: answer for share, part in zip(shares, answers) for request, answer in zip(share, part)}
+    return [found[request] for request in requests]

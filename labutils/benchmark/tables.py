@@ -1,0 +1,412 @@
+"""Tables of measurements on disk: their columns, the environment that made them, and reading them again."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from labutils.benchmark.environment import differences
+from labutils.benchmark.points import KEY, Point
+from labutils.machine import files
+
+SCHEMAS: dict[str, tuple[str, ...]] = {
+    name: tuple(columns.split())
+    for name, columns in {
+        "attention": "impl pass dtype head_dim causal batch heads seqlen ms tflops peak_mib status",
+        "training": "model impl checkpointing chunked_loss seqlen batch peak_gib reserved_gib cap_gib "
+        "tokens_per_s loss status",
+        "models": "model work impl batch seqlen ms tokens_per_s peak_gib status reason",
+        "ladder": "model impl checkpointing chunked_loss seqlen batch peak_gib reserved_gib cap_gib "
+        "tokens_per_s loss status rung predicted_gib bound tries",
+        "traffic": "impl seqlen head_dim block_m block_n model_bytes counted_bytes measured_bytes pass dtype causal "
+        "batch heads kernels compulsory_bytes dram_read_bytes dram_write_bytes l2_read_bytes l2_write_bytes "
+        "l1_filled_bytes load_sectors_per_request store_sectors_per_request",
+        "launches": "impl pass dtype causal batch heads seqlen head_dim launch kernel dram_read_bytes dram_write_bytes "
+        "l2_read_bytes l2_write_bytes l1_filled_bytes load_sectors_per_request store_sectors_per_request",
+        "coalescing": "stride elements useful_bytes model_bytes dram_read_bytes dram_write_bytes l2_read_bytes "
+        "l2_write_bytes load_sectors_per_request store_sectors_per_request",
+        "decoding": "batch seqlen heads heads_kv head_dim us gb_per_s flops intensity tflops",
+        "blocks": "kernel head_dim dtype causal batch heads seqlen block_m block_n num_warps num_stages tma ms status",
+        "prediction": "impl pass head_dim causal batch heads seqlen ms predicted_ms split dtype spread_ms",
+        "resources": "origin kernel capability head_dim dtype causal block_m block_n num_warps num_stages tma "
+        "shared_bytes tensor_columns registers spilled_bytes fits blocks_per_sm occupancy triton",
+    }.items()
+}
+"""The columns that each stored table starts with; more may follow."""
+
+COLUMNS: tuple[str, ...] = (
+    *SCHEMAS["attention"],
+    "spread_ms",
+    "max_error",
+    "reason",
+    "overhead_bound",
+    "rounds_ms",
+)
+"""The columns of `sweep`'s table; `sweep` says what they hold."""
+
+SETTINGS = ("seconds", "rounds", "warm_up", "error_seconds")
+"""How a table was measured: what `bench` calls --seconds, --rounds, --warm-up and --error-seconds. `environment.json`
+has them, under "settings", for the tables that `bench` wrote."""
+
+NUMBERS = ("ms", "tflops", "peak_mib", "spread_ms", "max_error")
+STATUSES = ("ok", "oom", "unsupported")
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+STORED_DTYPE = "bfloat16"
+"""What the notebooks show of the stored attention table, which holds float16 as well."""
+
+
+def check_schema(df: pd.DataFrame, table: str) -> None:
+    """Raises ValueError unless the table starts with the columns of `SCHEMAS[table]`, in order."""
+    if table not in SCHEMAS:
+        raise ValueError(f"table={table!r} is not known: {', '.join(SCHEMAS)}.")
+    wanted = list(SCHEMAS[table])
+    got = list(df.columns[: len(wanted)])
+    if got != wanted:
+        raise ValueError(f"a table {table!r} starts with the columns {wanted}; this one starts with {got}.")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Tables and their environment
+# ------------------------------------------------------------------------------------------------------------
+
+
+def save_results(df: pd.DataFrame, directory: str | Path, environment: Any, *, table: str = "attention") -> Path:
+    """Writes `<directory>/<table>.csv` and, beside it, the environment that made it.
+
+    Args:
+        df: a table with the columns of `SCHEMAS[table]` first.
+        directory: made where it does not exist; one directory for each GPU.
+        environment: a mapping, or an object with `as_dict()` (`environment.environment()`); it needs a key "gpu".
+        table: a key of `SCHEMAS`.
+
+    `environment.json` holds an entry for each table, since tables of one GPU are measured at different times.
+
+    Returns:
+        The path of the CSV file.
+
+    Raises:
+        ValueError: wrong columns, no "gpu" in the environment, or a directory with results of another GPU.
+        OSError: they could not be written; then both files are as they were.
+    """
+    check_schema(df, table)
+    path = Path(directory) / f"{table}.csv"
+    rows = df.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    # An old table beside a new environment would be a measurement that nobody made: both change, or neither.
+    files.replace_together(_with_environment(Path(directory), environment, table) | {path: rows})
+    return path
+
+
+def _with_environment(directory: Path, environment: Any, table: str) -> dict[Path, str]:
+    """`environment.json` of a folder -> what it will hold, once a table was made in this environment."""
+    made_by = dict(environment.as_dict() if hasattr(environment, "as_dict") else environment)
+    if "gpu" not in made_by:
+        raise ValueError(f"the environment has no entry 'gpu' (it has {sorted(made_by)}): which machine measured this?")
+    environments = _environments(directory)
+    others = {e["gpu"] for name, e in environments.items() if name != table} - {made_by["gpu"]}
+    if others:
+        raise ValueError(f"{directory} holds results of {others}, not of {made_by['gpu']}: use another directory.")
+    environments[table] = made_by
+    return {directory / "environment.json": json.dumps(environments, indent=2, sort_keys=True) + "\n"}
+
+
+def _environments(directory: Path) -> dict[str, dict]:
+    path = directory / "environment.json"
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): restore it, or use another folder.") from error
+    if not isinstance(found, dict) or not all(isinstance(entry, dict) and "gpu" in entry for entry in found.values()):
+        raise ValueError(f"{path} is damaged: it holds no environment with an entry 'gpu' for each table.")
+    return found
+
+
+def read_results(directory: str | Path, table: str = "attention") -> pd.DataFrame:
+    """A table that `save_results` or a `Recorder` wrote, with the environment that made it.
+
+    Args:
+        directory: the folder that holds it.
+        table: a key of `SCHEMAS`.
+
+    Returns:
+        The table; `.attrs["environment"]` (dict) and `.attrs["machine"]` (the GPU's name, or the CPU's).
+
+    Raises:
+        FileNotFoundError: the folder has no such table, or no environment for it.
+        ValueError: the file does not have the columns of its schema, is damaged, or has a point twice.
+    """
+    directory = Path(directory)
+    path = directory / f"{table}.csv"
+    if not path.exists():
+        raise FileNotFoundError(f"{directory} has no {table}.csv: name a folder that holds one.")
+    try:
+        df = pd.read_csv(path, dtype={"reason": "str", "rounds_ms": "str"})
+        check_schema(df, table)
+        if table == "attention":
+            _check_rows(df)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    for text in {"reason", "rounds_ms"} & set(df.columns):
+        df[text] = df[text].fillna("")
+    environments = _environments(directory)
+    if table not in environments:
+        raise FileNotFoundError(f"{directory}/environment.json says nothing of {table}.csv: what made it is not known.")
+    made_by = environments[table]
+    df.attrs.update(environment=made_by, machine=made_by["gpu"] or made_by.get("cpu"))
+    return df
+
+
+def reference_results(
+    gpu: str = "nvidia_h200", table: str = "attention", *, dtype: str | None = STORED_DTYPE
+) -> pd.DataFrame:
+    """A stored table of a named GPU, with the environment that made it.
+
+    Args:
+        gpu: a directory under labutils/results.
+        table: a key of `SCHEMAS`.
+        dtype: of tables with a column `dtype`, the rows of this one alone; None for all rows.
+
+    Returns:
+        The table; `.attrs["environment"]` (dict) and `.attrs["machine"]` (the GPU's name).
+
+    Raises:
+        FileNotFoundError: no such results; the message lists those that there are.
+        ValueError: the file does not have the columns of its schema, or no row of that dtype.
+    """
+    if not (RESULTS / gpu / f"{table}.csv").exists():
+        stored = sorted(f"{p.parent.name}/{p.stem}" for p in RESULTS.glob("*/*.csv"))
+        raise FileNotFoundError(f"no stored table {gpu}/{table}; there are: {', '.join(stored) or 'none'}.")
+    df = read_results(RESULTS / gpu, table)
+    if dtype is None or "dtype" not in df.columns or df.empty:
+        return df
+    rows = df[df["dtype"] == dtype].reset_index(drop=True)
+    if rows.empty:
+        raise ValueError(f"{gpu}/{table} has no rows in {dtype}; it has {', '.join(sorted(set(df['dtype'])))}.")
+    return rows
+
+
+def _check_rows(df: pd.DataFrame) -> None:
+    """Raises ValueError, with the line, at a row of an attention table that no sweep wrote, or that repeats one."""
+    seen: dict[tuple, int] = {}
+    numbers = set(NUMBERS) & set(df.columns)
+    for line, row in enumerate(df.to_dict("records"), start=2):
+        wrong = [name for name in ("head_dim", "batch", "heads", "seqlen") if not _whole(row[name])]
+        wrong += [
+            name for name, known in {"pass": ("fwd", "bwd"), "status": STATUSES}.items() if row[name] not in known
+        ]
+        wrong += [] if str(row["causal"]) in ("True", "False") else ["causal"]
+        wrong += [name for name in numbers if not isinstance(row[name], (int, float))]
+        if not wrong and row["status"] == "ok" and not row["ms"] > 0:
+            wrong = ["ms"]
+        if wrong:
+            raise ValueError(
+                f"line {line} is damaged ({', '.join(f'{name}: {row[name]}' for name in wrong)}). Delete it, and "
+                "--resume measures its point again."
+            )
+        first = seen.setdefault(tuple(str(row[name]) for name in KEY), line)
+        if first != line:
+            raise ValueError(
+                f"line {line} has the point of line {first} once more ({row['impl']} {row['pass']} {row['dtype']} "
+                f"D={row['head_dim']} N={row['seqlen']}), and which of them counts is not known. Delete one of the two."
+            )
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, (int, float)) and value >= 1 and value == int(value)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Rows on disk as they come
+# ------------------------------------------------------------------------------------------------------------
+
+
+class Recorder:
+    """`attention.csv` in a folder, complete on disk after each row; a later run can go on where one ended.
+
+    Args:
+        directory: made where it does not exist.
+        environment: as for `save_results`.
+        resume: go on with the rows that the folder holds.
+        settings: how the rows are measured, `SETTINGS`; `environment.json` keeps them with the table's environment.
+
+    Attributes:
+        settings_known: whether the settings of all rows are. They are not where the folder holds rows from before they
+            were kept, or where none were given; then the file says nothing of them.
+
+    Raises:
+        FileExistsError: the folder holds rows, and `resume` was not asked for.
+        ValueError: `resume`, and the rows were measured in another environment or with other settings; or the folder
+            holds other tables of another GPU; or the settings are not those of `SETTINGS`.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        environment: Any,
+        *,
+        resume: bool = False,
+        settings: Mapping[str, float] | None = None,
+    ):
+        if settings is not None and set(settings) != set(SETTINGS):
+            raise ValueError(f"settings={sorted(settings)}: give {', '.join(SETTINGS)}.")
+        self.directory = Path(directory)
+        self.path = self.directory / "attention.csv"
+        made_by = dict(environment.as_dict() if hasattr(environment, "as_dict") else environment)
+        self.environment = made_by
+        self.rows: dict[Point, dict] = {}
+        self.settings_known = settings is not None
+        if self.path.exists():
+            if not resume:
+                raise FileExistsError(
+                    f"{self.path} holds measurements already: go on with --resume, name another folder with --out, "
+                    "or delete that file."
+                )
+            stored = read_results(self.directory)
+            changes = differences(stored.attrs["environment"], made_by)
+            if changes:
+                raise ValueError(
+                    f"{self.path} was measured in another environment ({'; '.join(changes)}), and one table must "
+                    "not mix two. Measure in that environment again, name another folder with --out, or delete that "
+                    "file."
+                )
+            self.rows = rows_by_point(stored)
+            before = stored.attrs["environment"].get("settings")
+            if before is None and self.rows:
+                self.settings_known = False
+            elif settings is not None and before is not None and (others := other_settings(before, settings)):
+                raise ValueError(
+                    f"{self.path} was measured with other settings ({'; '.join(others)}), and one table must not mix "
+                    "two. Give those again, name another folder with --out, or delete that file."
+                )
+        if self.settings_known:
+            made_by["settings"] = dict(settings or {})
+        files.replace_together(_with_environment(self.directory, made_by, "attention"))
+
+    def write(self) -> None:
+        """Puts all rows on disk; whoever reads the file meanwhile finds whole rows."""
+        lines: list[list[str]] = [list(COLUMNS)]
+        for point, row in self.rows.items():
+            values = point.as_dict() | row
+            lines.append([_text(values.get(column)) for column in COLUMNS])
+        text = io.StringIO(newline="")
+        csv.writer(text, lineterminator="\n").writerows(lines)
+        files.replace(self.path, text.getvalue())
+
+
+def _text(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def other_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between the settings of two tables, as options of `bench`: ["--seconds 0.3, now 0.1", ...]."""
+    return [
+        f"--{name.replace('_', '-')} {before.get(name)}, now {now.get(name)}"
+        for name in SETTINGS
+        if before.get(name) != now.get(name)
+    ]
+
+
+def rows_by_point(df: pd.DataFrame) -> dict[Point, dict]:
+    """The rows of an attention table by their points, as a sweep keeps them."""
+    rows = {}
+    for record in df.to_dict("records"):
+        row = {column: record.get(column) for column in COLUMNS if column not in KEY}
+        bound = row["overhead_bound"]
+        row["overhead_bound"] = None if bound is None or pd.isna(bound) else str(bound) == "True"
+        rows[Point.of(record)] = row
+    return rows
+
+
+def as_table(rows: Mapping[Point, Mapping[str, Any]]) -> pd.DataFrame:
+    """A table with `COLUMNS` from rows by point."""
+    df = pd.DataFrame([point.as_dict() | dict(row) for point, row in rows.items()], columns=list(COLUMNS))
+    for column in NUMBERS:
+        df[column] = df[column].astype(float)
+    return df
+
+
+def save_json(df: pd.DataFrame, path: str | Path, environment: Mapping[str, Any]) -> None:
+    """A table as JSON: {"environment": {...}, "rows": [{column: value, ...}, ...]}, null where there is no value.
+
+    Raises:
+        OSError: as for `files.replace`.
+    """
+    rows = [{name: _plain(value) for name, value in record.items()} for record in df.to_dict("records")]
+    files.replace(path, json.dumps({"environment": dict(environment), "rows": rows}, indent=1) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return None if value is None or math.isnan(value) else str(value)
+    return value.item() if hasattr(value, "item") else value
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Two sweeps
+# ------------------------------------------------------------------------------------------------------------
+
+
+def compare(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
+    """The points that two tables have in common, side by side.
+
+    Args:
+        first, second: attention tables, with `ms` and `spread_ms`.
+
+    Returns:
+        The columns of the point, then `first_ms` and `second_ms`; `difference`, of the medians, relative to the
+        larger one; `spread`, the larger of both `spread_ms`, relative to the same; `covered`, whether the difference is
+        within it; `overhead_bound`, in either. Points that did not run in both are left out.
+
+    Raises:
+        ValueError: the tables have no measured point in common.
+    """
+    keys = list(KEY)
+    wanted = [*keys, "ms", "spread_ms", *({"overhead_bound"} & set(first.columns) & set(second.columns))]
+    both = first[wanted].merge(second[wanted], on=keys, suffixes=("_1", "_2"))
+    both = both[both["ms_1"].notna() & both["ms_2"].notna()].reset_index(drop=True)
+    if both.empty:
+        raise ValueError("the two tables have no measured point in common: same shapes, dtypes and implementations?")
+    larger = both[["ms_1", "ms_2"]].max(axis=1)
+    difference = (both["ms_1"] - both["ms_2"]).abs() / larger
+    spread = both[["spread_ms_1", "spread_ms_2"]].max(axis=1) / larger
+    bound = pd.Series(False, index=both.index)
+    for column in {"overhead_bound_1", "overhead_bound_2"} & set(both.columns):
+        bound |= both[column].map(lambda value: str(value) == "True")
+    return both[keys].assign(
+        first_ms=both["ms_1"], second_ms=both["ms_2"], difference=difference, spread=spread,
+        covered=difference <= spread, overhead_bound=bound,
+    )  # fmt: skip
+
+
+def speedup(df: pd.DataFrame, over: str = "naive") -> pd.DataFrame:
+    """The table with a column `speedup`: time of `over` by time of the row, at the same pass, dtype and shape.
+
+    NaN where either did not run.
+
+    Args:
+        df: an attention table.
+        over: an implementation in it.
+
+    Raises:
+        ValueError: `over` is not among the implementations, or stands twice at the same point.
+    """
+    if over not in set(df["impl"]):
+        raise ValueError(f"over={over!r} is not in the table, which has {', '.join(sorted(set(df['impl'])))}.")
+    keys = [name for name in KEY if name != "impl"]
+    base = df.loc[df["impl"] == over, [*keys, "ms"]].rename(columns={"ms": "base_ms"})
+    if base.duplicated(keys).any():
+        raise ValueError(f"{over} stands more than once at the same point: pass one sweep at a time.")
+    merged = df.merge(base, on=keys, how="left")
+    result = merged.drop(columns="base_ms").assign(speedup=merged["base_ms"] / merged["ms"])
+    result.attrs.update(df.attrs)
+    return result

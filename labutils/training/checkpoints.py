@@ -1,0 +1,205 @@
+"""Checkpoints of a training run: everything that the next step depends on, written so that no half of one remains."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from labutils.benchmark.environment import differences
+
+FORMAT = 3
+"""Of the file; one of another format is not read."""
+
+
+def check_path(path: str | Path, *, resume: bool) -> None:
+    """Raises where a run cannot begin with this file, or cannot go on from it.
+
+    Args:
+        path: of the checkpoint.
+        resume: go on from it.
+
+    Raises:
+        FileExistsError: the file is there, and `resume` was not asked for.
+        FileNotFoundError: `resume`, and there is no file.
+    """
+    there = Path(path).exists()
+    if there and not resume:
+        raise FileExistsError(
+            f"{path} is there already: go on from it with --resume, name another folder, or delete it."
+        )
+    if resume and not there:
+        raise FileNotFoundError(f"there is no {path} to go on from: start without --resume.")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What `Checkpoint.save` wrote there. Tensors and plain values alone: a file from somebody else can run no code."""
+    damaged = (
+        f"{path} is damaged, or no checkpoint of this lab: restore it, or start without --resume in another folder."
+    )
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # garbage leads its reader into any, from RuntimeError to IndexError
+        raise ValueError(damaged) from error
+    if not isinstance(stored, dict):
+        raise ValueError(damaged)
+    if stored.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is of format {stored.get('format')}, and this version of the lab reads {FORMAT}: go on with the "
+            "version that wrote it, or start without --resume in another folder."
+        )
+    return stored
+
+
+class Checkpoint:
+    """A file from which training goes on as if it had never stopped.
+
+    It holds the weights, the optimizer's and the loss scaler's state, the position in the data, the states of the
+    random generators of Python, of PyTorch and of each GPU, the steps done and the rows of the history.
+
+    Args:
+        path: the file; its folder is made. It is replaced as a whole, so that a kill leaves the one before.
+        every: steps between two checkpoints. One more is written at the end, and when `train` is asked to stop.
+        settings: what must be the same where training goes on: model, data, learning rate, ...
+        environment: the machine and the software, `environment.environment().as_dict()`, kept in the file. Training may
+            go on in another one; `moved` then says what differs.
+        resume: go on from the file; without it, a file that is there is not overwritten.
+
+    Attributes:
+        moved: what differs between the environment that wrote the file and the one that goes on from it, for instance
+            "torch: 2.11.0, now 2.13.0"; empty where nothing does, for a new run, and where neither has one.
+
+    Raises:
+        FileExistsError: the file is there, and `resume` was not asked for.
+        FileNotFoundError: `resume`, and there is no file.
+        ValueError: `resume`, and the settings differ, or the file is damaged or of another format; `every` below 1.
+        OSError: `resume`, and the file cannot be read.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        every: int = 100,
+        settings: Mapping[str, Any] | None = None,
+        environment: Mapping[str, Any] | None = None,
+        resume: bool = False,
+    ):
+        if every < 1:
+            raise ValueError(f"every={every}: a checkpoint is written every so many steps, at least 1.")
+        self.path, self.every, self.settings = Path(path), every, dict(settings or {})
+        self.stored: dict[str, Any] | None = None
+        self.environment = None if environment is None else dict(environment)
+        self.moved: list[str] = []
+        check_path(self.path, resume=resume)
+        if not resume:
+            return
+        self.stored = _read(self.path)
+        before = self.stored["settings"]
+        changes = [
+            f"{name}: {before.get(name)!r}, now {self.settings.get(name)!r}"
+            for name in sorted({*before, *self.settings})
+            if before.get(name) != self.settings.get(name)
+        ]
+        if changes:
+            raise ValueError(
+                f"{self.path} was made with other settings ({'; '.join(changes)}), and the losses would not go on as "
+                "they were: use the same settings, or train in another folder."
+            )
+        self.moved = differences(self.stored["environment"] or {}, self.environment or {})
+
+    @property
+    def steps(self) -> int:
+        """Steps done in the checkpoint that the run goes on from; 0 for a new run, and after `load`."""
+        return 0 if self.stored is None else self.stored["steps"]
+
+    @property
+    def rows(self) -> list[dict[str, float]]:
+        """The history up to the checkpoint that the run goes on from; empty for a new run, and after `load`."""
+        return [] if self.stored is None else list(self.stored["rows"])
+
+    def load(self, model: torch.nn.Module, optimizer: Any, scaler: Any, batches: Any) -> int:
+        """Puts the stored state into these objects and the generators.
+
+        Args:
+            model, optimizer, scaler, batches: made as those that were saved; each has `load_state_dict`.
+
+        Returns:
+            The number of steps done; 0 for a new run, where nothing is changed.
+
+        Raises:
+            TypeError: the batches cannot say where in the data they are.
+        """
+        if not hasattr(batches, "state_dict"):
+            raise TypeError("a checkpoint needs batches with state_dict(), such as labutils.gpt2.data.batches makes")
+        if self.stored is None:
+            return 0
+        stored, self.stored = self.stored, None  # the copy of the weights is not kept for the whole run
+        model.load_state_dict(stored["model"])
+        optimizer.load_state_dict(stored["optimizer"])
+        scaler.load_state_dict(stored["scaler"])
+        batches.load_state_dict(stored["batches"])
+        version, numbers, gauss = stored["random"]["python"]
+        random.setstate((version, tuple(numbers), gauss))
+        torch.set_rng_state(stored["random"]["torch"])
+        there = stored["random"]["cuda"][: torch.cuda.device_count()]  # there may be fewer GPUs now
+        if there:
+            torch.cuda.set_rng_state_all(there)
+        return stored["steps"]
+
+    def save(
+        self,
+        model: torch.nn.Module,
+        optimizer: Any,
+        scaler: Any,
+        batches: Any,
+        steps: int,
+        rows: list[dict[str, float]],
+    ) -> None:
+        """Writes the state after `steps` steps. The file of before is replaced only when the new one is whole.
+
+        Args:
+            model, optimizer, scaler, batches: whose `state_dict` is kept.
+            steps: done so far.
+            rows: those of the history so far, as `training.History` has them.
+
+        Raises:
+            OSError: the file cannot be written, as on a full disk; the one of before is still there.
+        """
+        state = {
+            "format": FORMAT,
+            "settings": self.settings,
+            "environment": self.environment,
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "batches": batches.state_dict(),
+            "random": {
+                "python": random.getstate(),
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            },
+            "steps": steps,
+            "rows": rows,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            with new.open("wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())  # on disk before it takes the other's place
+            os.replace(new, self.path)
+        except (OSError, RuntimeError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
+            raise OSError(
+                f"the checkpoint after step {steps} could not be written to {self.path}, which is as it was: is the "
+                f"disk full? ({error})"
+            ) from error
+        finally:
+            new.unlink(missing_ok=True)

@@ -1,0 +1,72 @@
+"""In which numbers and with which attention to train on a GPU of a given compute capability, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention import SDPBackend
+
+from labutils.machine import runtime
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How to train on a machine.
+
+    Attributes:
+        dtype: of the products of matrices; autocast's.
+        scaled: whether the loss is scaled, so that small gradients do not vanish (torch.amp.GradScaler).
+        attention: the name for `labutils.gpt2.models.gpt2`.
+        backends: the backends of PyTorch's attention that "sdpa" may use here, the best first; none of them stores
+            the N x N matrix.
+        why: one sentence for each decision.
+    """
+
+    dtype: torch.dtype
+    scaled: bool
+    attention: str
+    backends: tuple[SDPBackend, ...]
+    why: str
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        names = ", ".join(backend.name.lower() for backend in self.backends)
+        scaled = " with a scaled loss" if self.scaled else ""
+        return f"{name}{scaled}, attention {self.attention!r} (of PyTorch's backends: {names}). {self.why}"
+
+
+def choose(capability: tuple[int, int] | None) -> Choice:
+    """The choice for a GPU of this compute capability, or for a CPU (None). No such GPU need be there.
+
+    Raises:
+        ValueError: older than 7.5: Triton compiles for none of these, and neither does flash-attn.
+    """
+    if capability is None:
+        return Choice(
+            torch.float32, False, "sdpa", (SDPBackend.FLASH_ATTENTION,),
+            "A CPU computes fastest in float32. Our kernels run in Triton's interpreter there, far too slow to train "
+            "with; PyTorch has a flash kernel for the CPU.",
+        )  # fmt: skip
+    if capability < runtime.OLDEST_CAPABILITY:
+        oldest = ".".join(map(str, runtime.OLDEST_CAPABILITY))
+        raise ValueError(
+            f"compute capability {capability[0]}.{capability[1]}: the lab needs {oldest} or higher. Ask for None and "
+            "train on the CPU"
+        )
+    if capability < (8, 0):
+        return Choice(
+            torch.float16, True, "sdpa", (SDPBackend.EFFICIENT_ATTENTION,),
+            "Tensor cores of this generation have no bfloat16. float16 has too few exponent bits for small gradients, "
+            "so the loss is scaled. PyTorch's flash backend and flash-attn need 8.0; Triton uses no tensor cores here, "
+            "so that our kernels are right and slow. The memory-efficient backend stores no N x N matrix either, and "
+            "uses them.",
+        )  # fmt: skip
+    backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    if capability >= (9, 0):
+        backends.insert(0, SDPBackend.CUDNN_ATTENTION)
+    return Choice(
+        torch.bfloat16, False, "labutils", tuple(backends),
+        "bfloat16 has float32's range of exponents, so that the loss needs no scaling. Our kernels use tensor cores "
+        "from 8.0 on" + ("; cuDNN has kernels for this generation besides." if capability >= (9, 0) else "."),
+    )  # fmt: skip

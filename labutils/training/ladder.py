@@ -1,0 +1,331 @@
+"""The ladder: how long a sequence each remedy lets a card of a given size train, found by trying.
+
+A rung is a set of remedies. `longest` looks for the longest sequence that trains under a cap; each try is a model made
+anew, trained for a few steps and thrown away (`labutils.training.try_step`), so that running out of memory is an answer
+and not an end. The rehearsal (`labutils.training.rehearsal`) says where to begin to look, and is compared with what was
+measured.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from labutils import training
+from labutils.gpt2 import models
+from labutils.machine import files, runtime
+from labutils.training import choice, ledger, rehearsal
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+STEP = 1024
+"""Lengths are tried in multiples of this many tokens."""
+
+USABLE = 0.88
+"""Of the memory that the allocator may have: about so much is in tensors where the longest sequence trains. The rest
+lies in fragments. A guess that is right to an eighth takes two tries: one length that fits and one that does not."""
+
+ONE_GELU = {"activation_function": "gelu_pytorch_tanh"}
+"""GPT-2's GELU as one operation, which keeps its input alone; transformers writes it as several."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One step of the ladder.
+
+    Attributes:
+        name: what is new on this rung.
+        attention: for `models.gpt2`; "flash" is our kernel, or PyTorch's where Triton has no tensor cores.
+        low: 16-bit products (the GPU's `runtime.dtype`) or float32 throughout.
+        options: of `training.train`: checkpointing, chunked_loss, optimizer.
+        model: further fields of the model's config.
+    """
+
+    name: str
+    attention: str = "flash"
+    low: bool = True
+    options: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+
+
+_CHECKPOINTED = {"checkpointing": True}
+_BOTH = _CHECKPOINTED | {"chunked_loss": 2048}
+_PARKED = {"checkpointing": "offloaded", "chunked_loss": 2048}
+RUNGS: tuple[Rung, ...] = (
+    Rung("eager, float32", attention="eager", low=False),
+    Rung("flash attention, float32", low=False),
+    Rung("+ 16 bits"),
+    Rung("+ checkpointing", options=_CHECKPOINTED),
+    Rung("+ chunked loss", options=_BOTH),
+    Rung("+ GELU in one operation", options=_BOTH, model=ONE_GELU),
+    Rung("+ checkpoints offloaded", options=_PARKED, model=ONE_GELU),
+    Rung("+ optimizer offloaded", options=_PARKED | {"optimizer": "offloaded"}, model=ONE_GELU),
+)
+"""Each rung but the first two keeps what those below it do."""
+
+
+@functools.lru_cache(maxsize=128)
+def _rehearsed(size: str, seqlen: int, **options: Any) -> dict[str, float]:
+    """A rehearsal takes seconds, and a search that ends at a length that was rehearsed before asks for it again."""
+    return rehearsal.rehearse_by_kind(size, seqlen, **options)
+
+
+def predict_by_kind(size: str, rung: Rung, seqlen: int, *, vocab_size: int = 50257) -> dict[str, float]:
+    """GiB of each kind at the peak of a training step, by `labutils.training.rehearsal`.
+
+    Args:
+        size, vocab_size: as for `labutils.gpt2.models.gpt2`.
+        rung: the remedies.
+        seqlen: N, of one sequence.
+
+    Returns:
+        GiB by `labutils.training.ledger.KINDS`, without those of which nothing is there.
+
+    Raises:
+        ValueError: an unknown size.
+    """
+    attention = "eager" if rung.attention == "eager" else "labutils"
+    dtype = torch.bfloat16 if rung.low else None  # float16 takes as much
+    kinds = _rehearsed(
+        size, seqlen, vocab_size=vocab_size, attention=attention, autocast_dtype=dtype, **rung.options, **rung.model
+    )
+    return dict(kinds)
+
+
+def predict(size: str, rung: Rung, seqlen: int, *, vocab_size: int = 50257) -> float:
+    """GiB allocated at the peak: the sum of `predict_by_kind`, which takes the same arguments."""
+    return sum(predict_by_kind(size, rung, seqlen, vocab_size=vocab_size).values())
+
+
+def predicted_longest(size: str, rung: Rung, gib: float, *, most: int = 2**17, vocab_size: int = 50257) -> int:
+    """The longest sequence, in multiples of `STEP`, whose predicted peak stays below `gib`; 0 if there is none.
+
+    The peak is a sum of a constant, a part that grows with N and, for eager attention alone, one that grows with N².
+    Two lengths are rehearsed, three for eager attention, and the line or parabola through them is solved for `gib`.
+    With a chunked loss the longest of these is `most`, which is the answer where it stays below, and the next is half
+    of it: such peaks lie in the backward pass of a block from some length on, and a line through shorter ones would
+    miss that.
+
+    Args:
+        size, rung, vocab_size: as for `predict_by_kind`.
+        gib: what the allocator may have, in GiB.
+        most: with a chunked loss, the longest sequence that is rehearsed, and the largest answer.
+
+    Raises:
+        ValueError: an unknown size.
+    """
+    lengths = [2 * STEP, 8 * STEP, 16 * STEP] if rung.attention == "eager" else [8 * STEP, 32 * STEP]
+    if "chunked_loss" in rung.options:
+        if most < 2 * STEP or predict(size, rung, most, vocab_size=vocab_size) < gib:
+            return most // STEP * STEP
+        lengths = [most // 4, most // 2, most] if rung.attention == "eager" else [most // 2, most]
+    peaks = [predict(size, rung, n, vocab_size=vocab_size) for n in lengths]
+    (a, b), (x, y) = peaks[:2], lengths[:2]
+    slope = (b - a) / (y - x)
+    square = 0.0
+    if rung.attention == "eager":
+        square = ((peaks[2] - b) / (lengths[2] - y) - slope) / (lengths[2] - x)
+    linear = slope - square * (x + y)
+    constant = a - linear * x - square * x * x
+    if constant >= gib:
+        return 0
+    if square * (64 * STEP) ** 2 < 0.01 * gib:  # a straight line, but for rounding
+        return int((gib - constant) / slope) // STEP * STEP
+    root = (-linear + math.sqrt(linear * linear + 4 * square * (gib - constant))) / (2 * square)
+    return int(root) // STEP * STEP
+
+
+def search(
+    fits: Callable[[int], bool], guess: int, *, most: int, tolerance: float = 1 / 16
+) -> Iterator[tuple[int, bool]]:
+    """Looks for the largest length that fits, by trying, and yields each length with its answer.
+
+    First outward from the guess until there is a length that fits and one that does not, then by bisection, until the
+    two are no further apart than `tolerance` of the shorter, or than `STEP`.
+
+    Args:
+        fits: whether this length trains.
+        guess: where to begin.
+        most: no longer length is tried.
+        tolerance: as a share of the longest length that fits.
+
+    Raises:
+        ValueError: `most` below `STEP`, or a tolerance that is not positive.
+    """
+    if most < STEP or not tolerance > 0:
+        raise ValueError(f"most must be {STEP} or more and tolerance positive, got {most} and {tolerance}")
+
+    def whole(length: float) -> int:
+        return min(max(round(length / STEP) * STEP, STEP), most // STEP * STEP)
+
+    low, high, n, factor = 0, None, whole(guess), 1 + tolerance
+    while True:
+        answer = fits(n)
+        yield n, answer
+        if answer:
+            low = max(low, n)
+        else:
+            high = n if high is None else min(high, n)
+        if low == most // STEP * STEP or high == STEP:
+            return
+        if high is None:
+            n, factor = whole(max(low * factor, low + STEP)), factor**2
+        elif low == 0:
+            n, factor = whole(min(high / factor, high - STEP)), factor**2
+        elif high - low <= max(STEP, tolerance * low):
+            return
+        else:
+            n = min(max(whole((low + high) / 2), low + STEP), high - STEP)
+
+
+def longest(
+    size: str, rung: Rung, cap_gib: float, *, most: int = 2**17, steps: int = 2, tolerance: float = 1 / 16,
+    guess: int | None = None, on_try: Callable[[int, bool], None] = lambda n, fits: None,
+) -> dict[str, Any]:  # fmt: skip
+    """The longest sequence that a model trains with the remedies of a rung, on a card of `cap_gib`: its row.
+
+    Args:
+        size: a key of `models.GPT2_SIZES`.
+        rung: its remedies; one of `RUNGS`, for instance.
+        cap_gib: GiB of the card, the CUDA context counted in (`training.memory_cap`).
+        most: look no further than this many tokens.
+        steps: of each try; 2 or more, since the optimizer's state is not there in the first.
+        tolerance: how near to each other the lengths must be that fit and that do not, as a share of the shorter.
+        guess: where to begin; None asks the rehearsal.
+        on_try: told of each try.
+
+    Returns:
+        A row of training.csv for the longest length that fits (or the shortest tried, with status "oom"), and the
+        columns rung, predicted_gib (by the rehearsal, for that length), bound (the shortest length that did not fit;
+        NaN if none: the search ended at `most`), tries, and a column for each of `ledger.KINDS`: the prediction by
+        kind.
+
+    Raises:
+        RuntimeError: there is no GPU whose memory could be capped.
+        ValueError: an unknown size, `most` below `STEP`, or a tolerance that is not positive.
+        KeyboardInterrupt: a try was interrupted.
+    """
+    if guess is None:
+        with training.memory_cap(cap_gib) as cap:
+            room = cap.allocator_gib
+        guess = predicted_longest(size, rung, USABLE * room, most=most) or STEP
+    best: dict[str, Any] | None = None
+    failed: list[int] = []
+    row: dict[str, Any] = {}
+
+    def fits(n: int) -> bool:
+        nonlocal best, row
+        attention = rung.attention
+        if attention == "flash":
+            attention = choice.choose(runtime.capability).attention
+        row = training.try_step(
+            lambda: models.gpt2(size, n_positions=n, attention=attention, **rung.model),
+            n,
+            cap_gib=cap_gib,
+            steps=steps,
+            autocast_dtype="auto" if rung.low else None,
+            **rung.options,
+        )
+        if row["status"] == "ok":
+            if best is None or n > best["seqlen"]:
+                best = row
+            return True
+        failed.append(n)
+        return False
+
+    tries = 0
+    for n, answer in search(fits, guess, most=most, tolerance=tolerance):
+        tries += 1
+        on_try(n, answer)
+    chosen = best or row
+    kinds = predict_by_kind(size, rung, chosen["seqlen"])
+    return chosen | {
+        "rung": rung.name,
+        "predicted_gib": sum(kinds.values()),
+        "bound": float(min(failed)) if failed else math.nan,
+        "tries": tries,
+        **{kind: kinds.get(kind, 0.0) for kind in ledger.KINDS},
+    }
+
+
+def ladder(
+    sizes: Sequence[str] = ("124M",),
+    cap_gib: float = 16e9 / training.GIB,
+    *,
+    rungs: Sequence[Rung] = RUNGS,
+    folder: str | Path | None = None,
+    progress: bool = True,
+    find: Callable[..., dict[str, Any]] = longest,
+    **options: Any,
+) -> pd.DataFrame:
+    """`longest` for each rung of each model, a row at a time.
+
+    Args:
+        sizes: keys of `models.GPT2_SIZES`.
+        cap_gib: GiB of the card.
+        rungs: which rungs, in this order.
+        folder: rows are kept there, in `ladder.json`, each as soon as it is known; a later call with the same cap and
+            options looks for those alone that are missing. None keeps nothing.
+        progress: a bar that says what is being tried.
+        find: what looks for a row.
+        options: of `find`.
+
+    Returns:
+        A row for each model and rung that is asked for, with the columns of training.csv and those that `longest`
+        adds. On an interrupt the rows so far, with `.attrs["interrupted"]` set.
+
+    Raises:
+        ValueError: the folder holds rows for another cap, machine or options.
+        RuntimeError: as `longest`.
+    """
+    import pandas as pd
+
+    path = None if folder is None else Path(folder) / "ladder.json"
+    made_by = {"cap_gib": round(cap_gib, 6), "machine": runtime.machine, "torch": torch.__version__} | {
+        name: value for name, value in options.items() if not callable(value)
+    }
+    rows: dict[tuple[str, str], dict[str, Any]] = {}  # by model and rung; the file may have some that are not asked for
+    if path is not None and path.exists():
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if stored["made_by"] != made_by:
+            raise ValueError(
+                f"{path} holds rows made by {stored['made_by']}, and now it is {made_by}: name another folder, or "
+                "delete the file"
+            )
+        rows = {(row["model"], row["rung"]): row for row in stored["rows"]}
+    asked = [(size, rung) for size in sizes for rung in rungs]
+    missing = [(size, rung) for size, rung in asked if (size, rung.name) not in rows]
+    known = len(asked) - len(missing)
+    bar = tqdm(total=len(asked), initial=known, file=sys.stdout, disable=not progress, unit="rung")
+    interrupted = False
+    try:
+        for size, rung in missing:
+
+            def told(n: int, fits: bool, size: str = size, rung: Rung = rung) -> None:
+                bar.set_postfix_str(f"{size}, {rung.name}: {n:,} {'fits' if fits else 'does not fit'}")
+
+            rows[size, rung.name] = find(size, rung, cap_gib, on_try=told, **options) | {"model": size}
+            bar.update()
+            if path is not None:
+                files.replace(path, json.dumps({"made_by": made_by, "rows": list(rows.values())}, indent=1))
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        bar.close()
+    found = [rows[size, rung.name] for size, rung in asked if (size, rung.name) in rows]
+    if interrupted:
+        again = "run this cell again to go on" if path is not None else "the table has those alone"
+        print(f"Interrupted after {len(found)} of {len(asked)} rungs: {again}.")
+    frame = pd.DataFrame(found)
+    frame.attrs["interrupted"] = interrupted
+    return frame
