@@ -28,7 +28,7 @@ from labutils.benchmark.points import NOT_REACHED, is_out_of_memory
 from labutils.benchmark.timing import INTERPRETED
 from labutils.gpt2 import models
 from labutils.machine import runtime
-from labutils.training import free_memory
+from labutils.machine.memory import free_memory
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
