@@ -19,7 +19,7 @@ from notebook_format import read
 
 from labutils import benchmark, training
 from labutils.__main__ import main
-from labutils.attention.kernels import launch_table
+from labutils.attention.kernels import tuned_table
 from labutils.attention.tuning import compiled
 from labutils.commands import study
 from labutils.commands.arguments import INTERRUPTED
@@ -79,7 +79,7 @@ def test_results_and_launch_tables_that_cannot_be_written(tmp_path, full_disk, c
         benchmark.save_results(stored, tmp_path, {"gpu": "Some GPU" * 10}, table="training")
     assert not list(tmp_path.iterdir())
     (tmp_path / "folder").mkdir()  # nobody can unlink a folder, or read it as a file
-    monkeypatch.setenv(launch_table.VARIABLE, str(tmp_path / "folder"))
+    monkeypatch.setenv(tuned_table.VARIABLE, str(tmp_path / "folder"))
     for option in ("--reset", "--show"):
         assert main(["tune", option]) == 1
         assert "labutils tune: " in capsys.readouterr().err

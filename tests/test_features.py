@@ -14,7 +14,7 @@ from labutils import runtime
 from labutils.attention import interface
 from labutils.attention.kernels import flash_v2, flash_v2_backward
 from labutils.attention.kernels.flash_v2 import Options
-from labutils.attention.kernels.launch_table import LaunchConfig
+from labutils.attention.kernels.launch_config import LaunchConfig
 from labutils.attention.reference import check_attention, check_gradients, judge, naive_attention
 
 DEVICE = runtime.device

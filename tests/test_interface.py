@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from labutils import runtime
 from labutils.attention import checks, interface
 from labutils.attention.interface import flash_attn_func, flash_attn_v1_func
-from labutils.attention.kernels import fast_path, flash_decode, launch_table
+from labutils.attention.kernels import fast_path, flash_decode, launch_config
 from labutils.attention.reference import check_attention, check_gradients
 
 DEVICE = runtime.device
@@ -258,7 +258,7 @@ def test_wrong_input_is_named(case):
 
 
 def test_the_checks_let_pass_what_the_kernels_have():
-    kernels = launch_table.HEAD_DIMS[-1], flash_decode.MOST_SPLITS
+    kernels = launch_config.HEAD_DIMS[-1], flash_decode.MOST_SPLITS
     assert kernels == (checks.LARGEST_HEAD_DIM, checks.LARGEST_SPLITS)
 
 

@@ -12,7 +12,7 @@ from labutils.attention import interface
 from labutils.attention.kernels import fast_path, flash_v1, flash_v2, flash_v2_backward
 from labutils.attention.kernels.flash_v2 import Options
 from labutils.attention.kernels.launch import pick_config
-from labutils.attention.kernels.launch_table import LaunchConfig
+from labutils.attention.kernels.launch_config import LaunchConfig
 from labutils.attention.reference import check_attention, check_gradients, naive_attention
 
 DEVICE = runtime.device

@@ -12,9 +12,9 @@ from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
 from labutils.attention import checks
-from labutils.attention.kernels import fast_path, flash_decode, flash_v2, flash_v2_backward, launch_table
+from labutils.attention.kernels import fast_path, flash_decode, flash_v2, flash_v2_backward, launch_config
 from labutils.attention.kernels.launch import Launched, describe
-from labutils.attention.kernels.launch_table import LaunchConfig
+from labutils.attention.kernels.launch_config import LaunchConfig
 
 SIGNATURE = {
     "q_ptr": "*fp16", "k": "tensordesc<fp16[1, 1, 64, 32]>", "v": "tensordesc<fp16[1, 1, 64, 32]>", "o_ptr": "*fp16",
@@ -376,6 +376,6 @@ def test_decoding_launches_what_the_long_way_launches(decodings):
 
 def test_sizes_of_grids_and_blocks_are_triton_s():
     for n in (1, 2, 3, 15, 16, 17, 1000, 2**20 + 1):
-        assert launch_table.next_power_of_2(n) == triton.next_power_of_2(n)
-        assert [launch_table.cdiv(n, block) for block in (16, 64)] == [triton.cdiv(n, block) for block in (16, 64)]
-    assert launch_table.cdiv(0, 16) == 0
+        assert launch_config.next_power_of_2(n) == triton.next_power_of_2(n)
+        assert [launch_config.cdiv(n, block) for block in (16, 64)] == [triton.cdiv(n, block) for block in (16, 64)]
+    assert launch_config.cdiv(0, 16) == 0

@@ -47,7 +47,7 @@ def sweep_blocks(
         Unsupported: no GPU.
     """
     from labutils.attention.kernels import flash_v2
-    from labutils.attention.kernels.launch_table import LaunchConfig
+    from labutils.attention.kernels.launch_config import LaunchConfig
 
     if runtime.capability is None:
         raise Unsupported("block sizes are timed on a GPU: in the interpreter a time means nothing.")
@@ -100,13 +100,13 @@ def against_the_table(blocks: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ValueError: the table does not say which GPU it is of, and there is none here.
     """
-    from labutils.attention.kernels import launch_table
+    from labutils.attention.kernels import launch_config, launch_table
 
     capability = _capability_of(blocks)
     rows = []
     for (d, causal), timed in blocks[blocks["status"] == "ok"].groupby(["head_dim", "causal"]):
         dtype = getattr(torch, timed["dtype"].iloc[0])
-        config = launch_table.shipped(launch_table.Place.of("forward", int(d), causal, dtype), capability)
+        config = launch_table.shipped(launch_config.Place.of("forward", int(d), causal, dtype), capability)
         best = timed.loc[timed["ms"].idxmin()]
         own = timed[
             (timed["block_m"] == config.block_m) & (timed["block_n"] == config.block_n)

@@ -18,7 +18,7 @@ import torch
 from labutils.benchmark import SCHEMAS, dtype_name, reference_results
 
 if TYPE_CHECKING:
-    from labutils.attention.kernels.launch_table import LaunchConfig
+    from labutils.attention.kernels.launch_config import LaunchConfig
 
 STORED_AS = "compiled"
 """The folder under labutils/results that holds the table: no GPU was measured for it."""
@@ -88,7 +88,7 @@ def launches_of_the_grid(capabilities: Iterable[tuple[int, int]] = CAPABILITIES)
     Args:
         capabilities: compute capabilities, as (8, 9).
     """
-    from labutils.attention.kernels.launch_table import LaunchConfig
+    from labutils.attention.kernels.launch_config import LaunchConfig
 
     return [
         Launch("grid", "forward", d, c, False, LaunchConfig(m, n, warps, GRID_STAGES, c >= (9, 0)))

@@ -413,7 +413,7 @@ def _count_here(
     causal: bool,
 ) -> Bytes:
     from labutils.attention.kernels import flash_v1, flash_v2
-    from labutils.attention.kernels.launch_table import LaunchConfig
+    from labutils.attention.kernels.launch_config import LaunchConfig
 
     if kernel in ("dq", "dkdv"):
         backward = _counted_backward(batch, heads, seqlen, seqlen_k, head_dim, block_m, block_n, dtype, causal)
@@ -442,7 +442,7 @@ def _counted_backward(
 ) -> Traffic:
     """The traffic of both kernels of the backward pass."""
     from labutils.attention.kernels import flash_v2, flash_v2_backward
-    from labutils.attention.kernels.launch_table import LaunchConfig
+    from labutils.attention.kernels.launch_config import LaunchConfig
 
     q, out, dout = (torch.zeros(batch, seqlen, heads, head_dim, dtype=dtype) for _ in range(3))
     k, v = (torch.zeros(batch, seqlen_k, heads, head_dim, dtype=dtype) for _ in range(2))

@@ -147,9 +147,9 @@ def environment(*, launch_table: bool = True) -> Environment:
 
 def _launch_table() -> str | None:
     """The user's launch table, named by a hash of its entries: two that differ are two environments."""
-    from labutils.attention.kernels import launch_table
+    from labutils.attention.kernels import tuned_table
 
-    entries = launch_table.tuned_here(0)
+    entries = tuned_table.tuned_here(0)
     digest = hashlib.sha256(repr(sorted(entries.items(), key=repr)).encode()).hexdigest()
     return f"{len(entries)} tuned entries, {digest[:8]}" if entries else None
 

@@ -20,7 +20,8 @@ import torch
 
 from labutils.attention import reference
 from labutils.attention.kernels import flash_decode, flash_v1, flash_v2, flash_v2_backward, launch_table
-from labutils.attention.kernels.launch_table import LaunchConfig, Place, Tuned
+from labutils.attention.kernels.launch_config import LaunchConfig, Place
+from labutils.attention.kernels.tuned_table import Tuned
 from labutils.attention.tuning import candidates
 from labutils.benchmark.timing import Timing, time_call
 from labutils.machine import runtime

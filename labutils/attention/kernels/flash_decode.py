@@ -22,7 +22,7 @@ import triton.language as tl
 
 from labutils.attention.kernels.flash_v2 import Options, attend
 from labutils.attention.kernels.launch import SEQUENCE_LENGTHS, Launched, launch, pick_config
-from labutils.attention.kernels.launch_table import SMALLEST_BLOCK, LaunchConfig, cdiv, next_power_of_2
+from labutils.attention.kernels.launch_config import SMALLEST_BLOCK, LaunchConfig, cdiv, next_power_of_2
 from labutils.attention.kernels.scores import LN_2, LOG2_E, columns_of
 from labutils.attention.kernels.tiles import load_tile, row_pointers, source, store_tile
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from labutils.attention.kernels.launch import SEQUENCE_LENGTHS, Launched, describe, descriptors_fit, launch, pick_config
-from labutils.attention.kernels.launch_table import LaunchConfig, cdiv
+from labutils.attention.kernels.launch_config import LaunchConfig, cdiv
 from labutils.attention.kernels.scores import (
     LN_2,
     columns_of,

@@ -24,7 +24,7 @@ from labutils.attention.kernels.launch import (
     launch,
     pick_config,
 )
-from labutils.attention.kernels.launch_table import LaunchConfig, cdiv
+from labutils.attention.kernels.launch_config import LaunchConfig, cdiv
 from labutils.attention.kernels.scores import (
     LOG2_E,
     columns_of,

@@ -16,8 +16,8 @@ from triton.runtime import driver
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from labutils.attention.kernels import launch_table
-from labutils.attention.kernels.launch_table import SMALLEST_BLOCK, LaunchConfig, Place, next_power_of_2
+from labutils.attention.kernels import tuned_table
+from labutils.attention.kernels.launch_config import SMALLEST_BLOCK, LaunchConfig, Place, next_power_of_2
 
 # Triton compiles a kernel anew for an integer argument that is 1 or a multiple of 16. For these it must not: decoding
 # calls with a new length for every token.
@@ -37,14 +37,14 @@ def pick_config(
     """The launch configuration for a kernel on a device: the user's own where they have tuned it, or the shipped one.
 
     Args:
-        kernel: one of `launch_table.KERNELS`.
+        kernel: one of `launch_config.KERNELS`.
         head_dim: D. dtype: of q. causal: whether the causal mask is on.
         device: where the tensors are; the CPU means the interpreter.
         longest: the longer of N_q and N_k; the interpreter takes no tile larger than it needs.
 
     Raises:
         RuntimeError: the GPU is older than compute capability 7.5, or its shared memory too small; or the user's table
-            cannot be used (see `launch_table.tuned_here`).
+            cannot be used (see `tuned_table.tuned_here`).
     """
     if device.type == "cpu":
         block = min(_INTERPRETER_BLOCK, max(SMALLEST_BLOCK, next_power_of_2(longest)))
@@ -65,7 +65,7 @@ def _picked(
             "or higher. Set LABUTILS_DEVICE=cpu to run in the interpreter, or use "
             "torch.nn.functional.scaled_dot_product_attention, which has kernels for older GPUs."
         )
-    return launch_table.in_force(Place.of(kernel, head_dim, causal, dtype), capability, device_index)
+    return tuned_table.in_force(Place.of(kernel, head_dim, causal, dtype), capability, device_index)
 
 
 def descriptors_fit(*tensors: torch.Tensor) -> bool:

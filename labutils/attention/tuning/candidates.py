@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from labutils.attention.kernels import launch_table
-from labutils.attention.kernels.launch_table import DTYPE_CLASSES, LaunchConfig, Place
+from labutils.attention.kernels import launch_config, launch_table
+from labutils.attention.kernels.launch_config import DTYPE_CLASSES, LaunchConfig, Place
 from labutils.attention.tuning import compiled
 from labutils.attention.tuning.compiled import WARP_SIZE, Request, Resources
 
@@ -182,15 +182,15 @@ def best_by_resources(found: Iterable[Compiled]) -> LaunchConfig | None:
 
 
 def places(
-    kernels: Iterable[str] = launch_table.KERNELS,
-    head_dims: Iterable[int] = launch_table.HEAD_DIMS,
+    kernels: Iterable[str] = launch_config.KERNELS,
+    head_dims: Iterable[int] = launch_config.HEAD_DIMS,
     dtypes: Iterable[str] = DTYPE_CLASSES,
     capability: tuple[int, int] | None = None,
 ) -> list[Place]:
     """All places of the launch table with these kernels, head dimensions and dtypes; those that `capability` has."""
     found = []
     for dtype, kernel, head_dim in itertools.product(dtypes, kernels, head_dims):
-        for causal in (None,) if kernel in launch_table.EITHER else (False, True):
+        for causal in (None,) if kernel in launch_config.ONE_FOR_BOTH_MASKS else (False, True):
             place = Place(kernel, head_dim, causal, dtype)
             if capability is None or launch_table.has(place, capability):
                 found.append(place)

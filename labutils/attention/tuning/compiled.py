@@ -35,7 +35,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
 from labutils.attention.kernels import flash_decode, flash_v1, flash_v2, flash_v2_backward, kv_append, launch
-from labutils.attention.kernels.launch_table import LaunchConfig
+from labutils.attention.kernels.launch_config import LaunchConfig
 from labutils.attention.tuning import wgmma_races, without_features
 
 WARP_SIZE = 32
