@@ -26,7 +26,7 @@ from labutils.commands.arguments import INTERRUPTED
 from labutils.commands.lab import environment_for_kernels
 from labutils.exercises.grading import grader
 from labutils.gpt2 import model_benchmark, models
-from labutils.machine import files
+from labutils.machine import files, memory
 from labutils.training import ladder, parity
 
 ROOT = Path(__file__).parent.parent
@@ -179,7 +179,7 @@ class CardOf8GB:
     @staticmethod
     @contextlib.contextmanager
     def memory_cap(gib):
-        yield training.memory._plan_cap(gib, total_bytes=8 * training.GIB, context_bytes=training.GIB // 2)
+        yield memory._plan_cap(gib, total_bytes=8 * training.GIB, context_bytes=training.GIB // 2)
 
 
 def test_notebook_03_takes_both_remedies_on_a_gpu_with_8_gb(capsys):

@@ -217,7 +217,7 @@ def test_decoding_has_one_entry_for_both_masks(table):
 def test_the_table_is_read_once_in_a_process(table, monkeypatch):
     store(table)
     picked()
-    monkeypatch.setattr(launch_table, "read", lambda file: pytest.fail("read again"))
+    monkeypatch.setattr(tuned_table, "read", lambda file: pytest.fail("read again"))
     assert picked() is picked() and picked(causal=False) is not None
 
 

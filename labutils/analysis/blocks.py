@@ -48,13 +48,14 @@ def sweep_blocks(
     """
     from labutils.attention.kernels import flash_v2
     from labutils.attention.kernels.launch_config import LaunchConfig
+    from labutils.attention.kernels.options import Options
 
     if runtime.capability is None:
         raise Unsupported("block sizes are timed on a GPU: in the interpreter a time means nothing.")
     generator = runtime.seed(0)
     shape = (batch, seqlen, heads, head_dim)
     q, k, v = (torch.randn(shape, generator=generator, device=runtime.device, dtype=dtype) for _ in range(3))
-    options = flash_v2.Options(head_dim**-0.5, (None, 0 if causal else None))
+    options = Options(head_dim**-0.5, window_right=0 if causal else None)
     tma = runtime.capability >= (9, 0)
     rows = []
     sizes = tuple(blocks)

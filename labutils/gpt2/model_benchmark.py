@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from labutils.attention.kernels import flash_v1, flash_v2_backward
-from labutils.attention.kernels.flash_v2 import Options
+from labutils.attention.kernels.options import Options
 from labutils.benchmark import SCHEMAS, read_results, save_results, watch_interpreter
 from labutils.benchmark.environment import differences, environment
 from labutils.benchmark.points import NOT_REACHED, is_out_of_memory
@@ -58,7 +58,7 @@ class _FirstVersion(torch.autograd.Function):
     def forward(ctx: Any, q: Any, k: Any, v: Any, softmax_scale: float, causal: bool) -> Any:
         out, lse = flash_v1.forward(q, k, v, softmax_scale, causal)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.options = Options(softmax_scale, (None, 0 if causal else None))
+        ctx.options = Options(softmax_scale, window_right=0 if causal else None)
         return out
 
     @staticmethod

@@ -36,6 +36,7 @@ from triton.runtime.jit import JITFunction
 
 from labutils.attention.kernels import flash_decode, flash_v1, flash_v2, flash_v2_backward, kv_append, launch
 from labutils.attention.kernels.launch_config import LaunchConfig
+from labutils.attention.kernels.options import Cache, Options
 from labutils.attention.tuning import wgmma_races, without_features
 
 WARP_SIZE = 32
@@ -177,15 +178,16 @@ def _empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _call(r: Request, n_q: int = _N) -> tuple[torch.Tensor, torch.Tensor, flash_v2.Options]:
+def _call(r: Request, n_q: int = _N) -> tuple[torch.Tensor, torch.Tensor, Options]:
     """q, one tensor for k and v, and the options of a request."""
     on, packed = r.features, "packed" in r.features
     q = _empty(*((_B * n_q,) if packed else (_B, n_q)), _H, r.head_dim, dtype=r.dtype)
     keys = (_B * _N // _PAGE, _PAGE) if "paged" in on else (_B * _N,) if packed else (_B, _N)
     k = _empty(*keys, _H_KV, r.head_dim, dtype=r.dtype)
-    options = flash_v2.Options(
+    options = Options(
         softmax_scale=0.125,
-        window=(250 if "window" in on else None, 0 if r.causal else 250 if "window" in on else None),
+        window_left=250 if "window" in on else None,
+        window_right=0 if r.causal else 250 if "window" in on else None,
         softcap=30.0 if "softcap" in on else None,
         alibi_slopes=_empty(_B, _H, dtype=torch.float32) if "alibi" in on else None,
         dropout_p=0.1 if "dropout" in on else 0.0,
@@ -199,10 +201,10 @@ def _call(r: Request, n_q: int = _N) -> tuple[torch.Tensor, torch.Tensor, flash_
     return q, k, options
 
 
-def _cache(r: Request, table: torch.Tensor | None) -> flash_decode.Cache:
+def _cache(r: Request, table: torch.Tensor | None) -> Cache:
     lengths = _empty(_B) if "lengths" in r.features else None
     rows = lengths if table is None else None  # a paged cache has no rows to name, nor padding
-    return flash_decode.Cache(lengths, _N, batch_idx=rows, leftpad=rows, block_table=table)
+    return Cache(lengths, _N, batch_idx=rows, leftpad=rows, block_table=table)
 
 
 def _v1(r: Request) -> None:
