@@ -19,7 +19,7 @@ from labutils.attention.kernels import launch, launch_config, launch_table, tune
 from labutils.attention.kernels.launch import pick_config
 from labutils.attention.kernels.launch_config import LaunchConfig, Place
 from labutils.attention.kernels.tuned_table import Tuned, TunedFor
-from labutils.attention.tuning import candidates, compiled
+from labutils.attention.tuning import candidates
 from labutils.attention.tuning.candidates import Compiled, best_by_resources
 from labutils.attention.tuning.compiled import Resources
 from labutils.benchmark import environment, tuning
@@ -27,6 +27,7 @@ from labutils.benchmark.environment import differences
 from labutils.benchmark.timing import Timing
 from labutils.benchmark.tuning import Row, contenders, decide, tune
 from labutils.commands import tune as command
+from labutils.machine import chips
 
 CUDA = torch.device("cuda", 0)
 PLACE = Place("forward", 128, True, "16 bit")
@@ -329,7 +330,7 @@ def test_measurements_say_that_a_tuned_entry_was_in_force(table, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("capability", compiled.GPUS, ids=lambda c: f"{c[0]}.{c[1]}")
+@pytest.mark.parametrize("capability", chips.GPUS, ids=lambda c: f"{c[0]}.{c[1]}")
 def test_candidates_begin_with_the_shipped_entry(capability):
     found = candidates.places(capability=capability)
     assert {place.kernel for place in found} == set(launch_config.KERNELS)

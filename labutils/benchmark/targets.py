@@ -69,7 +69,7 @@ def _grouped(q, k, v, *, causal=False, softmax_scale=None):
 
 def implementations() -> dict[str, Attention]:
     """`IMPLEMENTATIONS`, and "triton_v2_gqa8": ours where each key head serves eight query heads; forward alone."""
-    return IMPLEMENTATIONS | {GQA: _grouped}
+    return {**IMPLEMENTATIONS, GQA: _grouped}
 
 
 FEATURE_COLUMNS = ("pass", "head_dim", "causal", "with_ms", "without_ms", "spread")

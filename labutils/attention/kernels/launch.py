@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from labutils.attention.kernels import tuned_table
 from labutils.attention.kernels.launch_config import SMALLEST_BLOCK, LaunchConfig, Place, next_power_of_2
+from labutils.machine import chips
 
 # Triton compiles a kernel anew for an integer argument that is 1 or a multiple of 16. For these it must not: decoding
 # calls with a new length for every token.
@@ -53,10 +54,10 @@ def _picked(
     kernel: str, head_dim: int, dtype: torch.dtype, causal: bool, capability: tuple[int, int], device_index: int | None
 ) -> LaunchConfig:
     """The same from what it depends on, looked up once for each: the backward pass asks three times a call."""
-    if capability < (7, 5):
+    if capability < chips.OLDEST:
         raise RuntimeError(
-            f"GPU {device_index or 0} has compute capability {capability[0]}.{capability[1]}: Triton compiles for 7.5 "
-            "or higher. Set LABUTILS_DEVICE=cpu to run in the interpreter, or use "
+            f"GPU {device_index or 0} has compute capability {chips.dotted(capability)}: Triton compiles for "
+            f"{chips.dotted(chips.OLDEST)} or higher. Set LABUTILS_DEVICE=cpu to run in the interpreter, or use "
             "torch.nn.functional.scaled_dot_product_attention, which has kernels for older GPUs."
         )
     return tuned_table.in_force(Place.of(kernel, head_dim, causal, dtype), capability, device_index)

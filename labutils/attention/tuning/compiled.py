@@ -6,7 +6,9 @@ its `jit_cache_hook`; there the launch ends, and the kernel is compiled for the 
 kernels that a user's call launches on that GPU, in the configuration that the launch table has for it.
 
     from labutils.attention.tuning import compiled
-    [[forward]] = compiled.resources_of([compiled.Request("forward", 64, torch.float16, (8, 6))], binaries=True)
+    from labutils.machine import chips
+    request = compiled.Request("forward", 64, torch.float16, chips.AMPERE_RTX)
+    [[forward]] = compiled.resources_of([request], binaries=True)
     forward.shared_bytes, forward.registers, forward.blocks_per_sm
 """
 
@@ -38,40 +40,7 @@ from labutils.attention.kernels import flash_decode, flash_v1, flash_v2, flash_v
 from labutils.attention.kernels.launch_config import LaunchConfig
 from labutils.attention.kernels.options import Cache, Options
 from labutils.attention.tuning import wgmma_races, without_features
-
-WARP_SIZE = 32
-REGISTERS_PER_SM = 65_536
-TENSOR_MEMORY_COLUMNS = 512  # of one SM of compute capability 10.0
-
-
-@dataclass(frozen=True)
-class Chip:
-    """Limits of one compute capability.
-
-    Attributes:
-        names: GPUs that have it, for example.
-        shared_kib: shared memory that a block may use, in KiB.
-        shared_kib_per_sm: shared memory of an SM, in KiB. From 8.0 on each block costs 1 KiB more than it uses.
-        warps_per_sm, blocks_per_sm: the most that an SM holds at once.
-    """
-
-    names: str
-    shared_kib: int
-    shared_kib_per_sm: int
-    warps_per_sm: int
-    blocks_per_sm: int
-
-
-# Source: `arch_traits` in NVIDIA's CCCL, libcudacxx/include/cuda/__device/arch_traits.h.
-GPUS = {
-    (7, 5): Chip("T4, RTX 2080", 64, 64, 32, 16),
-    (8, 0): Chip("A100, A30", 163, 164, 64, 32),
-    (8, 6): Chip("RTX 3060, A10", 99, 100, 48, 16),
-    (8, 9): Chip("RTX 4090, L4", 99, 100, 48, 24),
-    (9, 0): Chip("H100, H200", 227, 228, 64, 32),
-    (10, 0): Chip("B200", 227, 228, 64, 32),
-    (12, 0): Chip("RTX 5090", 99, 100, 48, 24),
-}
+from labutils.machine.chips import GPUS, REGISTERS_PER_SM, TENSOR_MEMORY_COLUMNS, WARP_SIZE
 
 
 @dataclass(frozen=True)
