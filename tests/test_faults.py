@@ -19,14 +19,14 @@ from notebook_format import read
 
 from labutils import benchmark, training
 from labutils.__main__ import main
-from labutils.attention.kernels import launch_table
+from labutils.attention.kernels import tuned_table
 from labutils.attention.tuning import compiled
 from labutils.commands import study
 from labutils.commands.arguments import INTERRUPTED
 from labutils.commands.lab import environment_for_kernels
 from labutils.exercises.grading import grades
 from labutils.gpt2 import model_benchmark, models
-from labutils.machine import files
+from labutils.machine import files, memory
 from labutils.training import ladder, parity
 
 ROOT = Path(__file__).parent.parent
@@ -79,7 +79,7 @@ def test_results_and_launch_tables_that_cannot_be_written(tmp_path, full_disk, c
         benchmark.save_results(stored, tmp_path, {"gpu": "Some GPU" * 10}, table="training")
     assert not list(tmp_path.iterdir())
     (tmp_path / "folder").mkdir()  # nobody can unlink a folder, or read it as a file
-    monkeypatch.setenv(launch_table.VARIABLE, str(tmp_path / "folder"))
+    monkeypatch.setenv(tuned_table.VARIABLE, str(tmp_path / "folder"))
     for option in ("--reset", "--show"):
         assert main(["tune", option]) == 1
         assert "labutils tune: " in capsys.readouterr().err
@@ -179,7 +179,7 @@ class CardOf8GB:
     @staticmethod
     @contextlib.contextmanager
     def memory_cap(gib):
-        yield training.memory._plan_cap(gib, total_bytes=8 * training.GIB, context_bytes=training.GIB // 2)
+        yield memory._plan_cap(gib, total_bytes=8 * training.GIB, context_bytes=training.GIB // 2)
 
 
 def test_notebook_03_takes_both_remedies_on_a_gpu_with_8_gb(capsys):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from labutils.attention.kernels.launch_table import LaunchConfig
+from labutils.attention.kernels.launch_config import LaunchConfig
 from labutils.attention.tuning import compiled, wgmma_races
 from labutils.attention.tuning.compiled import PROGRAMS, Request
 

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from labutils.benchmark import SCHEMAS, Unsupported, dtype_name, reference_results, time_call
-from labutils.machine import runtime
+from labutils.machine import chips, runtime
 
 BLOCKS, WARPS, STAGES = (32, 64, 128), (4, 8), (2, 3)
 
@@ -47,15 +47,16 @@ def sweep_blocks(
         Unsupported: no GPU.
     """
     from labutils.attention.kernels import flash_v2
-    from labutils.attention.kernels.launch_table import LaunchConfig
+    from labutils.attention.kernels.launch_config import LaunchConfig
+    from labutils.attention.kernels.options import Options
 
     if runtime.capability is None:
         raise Unsupported("block sizes are timed on a GPU: in the interpreter a time means nothing.")
     generator = runtime.seed(0)
     shape = (batch, seqlen, heads, head_dim)
     q, k, v = (torch.randn(shape, generator=generator, device=runtime.device, dtype=dtype) for _ in range(3))
-    options = flash_v2.Options(head_dim**-0.5, (None, 0 if causal else None))
-    tma = runtime.capability >= (9, 0)
+    options = Options(head_dim**-0.5, window_right=0 if causal else None)
+    tma = runtime.capability >= chips.TMA
     rows = []
     sizes = tuple(blocks)
     for m, n, w, s in product(sizes, sizes, warps, stages):
@@ -100,13 +101,13 @@ def against_the_table(blocks: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ValueError: the table does not say which GPU it is of, and there is none here.
     """
-    from labutils.attention.kernels import launch_table
+    from labutils.attention.kernels import launch_config, launch_table
 
     capability = _capability_of(blocks)
     rows = []
     for (d, causal), timed in blocks[blocks["status"] == "ok"].groupby(["head_dim", "causal"]):
         dtype = getattr(torch, timed["dtype"].iloc[0])
-        config = launch_table.shipped(launch_table.Place.of("forward", int(d), causal, dtype), capability)
+        config = launch_table.shipped(launch_config.Place.of("forward", int(d), causal, dtype), capability)
         best = timed.loc[timed["ms"].idxmin()]
         own = timed[
             (timed["block_m"] == config.block_m) & (timed["block_n"] == config.block_n)
@@ -119,12 +120,11 @@ def against_the_table(blocks: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def _capability_of(blocks: pd.DataFrame) -> tuple[int, int]:
+def _capability_of(blocks: pd.DataFrame) -> chips.Capability:
     """Of the GPU that a sweep ran on: the stored one's, or this machine's."""
     stored = (blocks.attrs.get("environment") or {}).get("capability")
     if stored is not None:
-        major, minor = map(int, stored.split("."))
-        return major, minor
+        return chips.undotted(stored)
     if runtime.capability is None:
         raise ValueError("the table does not say which GPU it is of, and there is none here: take `stored_blocks`.")
     return runtime.capability

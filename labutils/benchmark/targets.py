@@ -69,7 +69,7 @@ def _grouped(q, k, v, *, causal=False, softmax_scale=None):
 
 def implementations() -> dict[str, Attention]:
     """`IMPLEMENTATIONS`, and "triton_v2_gqa8": ours where each key head serves eight query heads; forward alone."""
-    return IMPLEMENTATIONS | {GQA: _grouped}
+    return {**IMPLEMENTATIONS, GQA: _grouped}
 
 
 FEATURE_COLUMNS = ("pass", "head_dim", "causal", "with_ms", "without_ms", "spread")
@@ -92,6 +92,7 @@ def without_features(*, rounds: int = 3, seconds: float = 0.1) -> Iterator[dict[
     if runtime.device.type != "cuda":
         raise Unsupported("kernels are timed on a GPU alone: in the interpreter a time means nothing.")
     from labutils.attention.kernels import flash_v2, flash_v2_backward
+    from labutils.attention.kernels.options import Options
     from labutils.attention.tuning import without_features
 
     for d in HEAD_DIMS:
@@ -101,7 +102,7 @@ def without_features(*, rounds: int = 3, seconds: float = 0.1) -> Iterator[dict[
             torch.randn(shape, generator=generator, device=runtime.device, dtype=torch.float16) for _ in range(4)
         )
         for causal in (False, True):
-            options = flash_v2.Options(d**-0.5, (None, 0 if causal else None))
+            options = Options(d**-0.5, window_right=0 if causal else None)
             out, lse = flash_v2.forward(q, k, v, options)
 
             def forward(q=q, k=k, v=v, options=options):

@@ -13,7 +13,7 @@ def run(arguments: argparse.Namespace) -> int:
         from labutils.benchmark import environment  # a device that is asked for and not there raises here
 
         if arguments.json:
-            found = environment.as_dict(compile_flex=arguments.compile_flex)
+            found = environment.report_as_dict(compile_flex=arguments.compile_flex)
             print(json.dumps(found, indent=2))
         else:
             print(environment.report(compile_flex=arguments.compile_flex))

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labutils.commands.arguments import INTERRUPTED, listed, some_seconds, whole_number
+from labutils.machine import chips
 
 if TYPE_CHECKING:
-    from labutils.attention.kernels.launch_table import Place
+    from labutils.attention.kernels.launch_config import Place
 
 KERNELS = ("v1", "forward", "dkdv", "dq", "decode")
 HEAD_DIMS = (64, 128, 256)
@@ -100,18 +101,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Tunes. Returns 130 after an interrupt, 1 where there is no GPU or nothing runs, 2 for bad arguments."""
     if arguments.capability is not None and not (arguments.show or arguments.compile_only):
         return _complain("--capability is for --compile-only and --show: what is not here cannot be timed.", 2)
-    from labutils.attention.kernels import launch_table
-    from labutils.attention.tuning import compiled
+    from labutils.attention.kernels import tuned_table
     from labutils.benchmark import environment
     from labutils.machine import runtime
 
     capability = arguments.capability or runtime.capability
-    if capability is not None and capability not in compiled.GPUS:
-        known = ", ".join(f"{major}.{minor}" for major, minor in compiled.GPUS)
-        return _complain(f"of compute capability {'.'.join(map(str, capability))} nothing is known: {known}.", 2)
-    file = launch_table.path()
+    if capability is not None and capability not in chips.GPUS:
+        known = ", ".join(map(chips.dotted, chips.GPUS))
+        return _complain(f"of compute capability {chips.dotted(capability)} nothing is known: {known}.", 2)
+    file = tuned_table.path()
     if file is None and not (arguments.compile_only or arguments.show or arguments.reset):
-        return _complain(f"{launch_table.VARIABLE}=none says that no table is used: unset it, or name a file.", 2)
+        return _complain(f"{tuned_table.VARIABLE}=none says that no table is used: unset it, or name a file.", 2)
     if capability is None and not (arguments.show or arguments.reset):
         cause, remedy = environment.why_no_gpu()
         hint = " The compiler needs none: --compile-only --capability 8.6." if arguments.compile_only else ""
@@ -156,17 +156,17 @@ def _processes(arguments: argparse.Namespace) -> int:
 
 
 def _tune(arguments: argparse.Namespace, places: Sequence[Place], file: Path, capability: tuple[int, int]) -> int:
-    from labutils.attention.kernels import launch_table
+    from labutils.attention.kernels import tuned_table
     from labutils.attention.tuning import candidates
     from labutils.benchmark import environment, sweeping, tuning
 
-    gpu = launch_table.Gpu.here()
+    gpu = tuned_table.TunedFor.here()
     try:
-        tables = launch_table.read(file)
+        tables = tuned_table.read(file)
     except FileNotFoundError:
         tables = {}
     made_by = environment.environment(launch_table=False).as_dict()
-    tuned = tables.setdefault(gpu, launch_table.Tuned(environment=made_by, finished=True))
+    tuned = tables.setdefault(gpu, tuned_table.Tuned(environment=made_by, finished=True))
     if arguments.resume:
         if changes := environment.differences(tuned.environment, made_by):
             return _complain(
@@ -192,12 +192,12 @@ def _tune(arguments: argparse.Namespace, places: Sequence[Place], file: Path, ca
                 places, tuned,
                 lambda place: tuning.OnGpu(place, seconds=arguments.seconds),
                 lambda place: candidates.compile_candidates(place, capability, processes=processes),
-                rounds=arguments.rounds, save=lambda: launch_table.write(file, tables),
+                rounds=arguments.rounds, save=lambda: tuned_table.write(file, tables),
                 describe=bar.set_description_str, advance=bar.update,
                 decided=lambda decision: bar.write(f"{decision.best.place}: {decision}", file=sys.stdout),
             )  # fmt: skip
         except KeyboardInterrupt:
-            launch_table.write(file, tables)
+            tuned_table.write(file, tables)
             bar.close()
             print(f"Interrupted. What was measured is in {file}; the same command with --resume measures the rest.")
             return INTERRUPTED
@@ -222,12 +222,12 @@ def _reset(file: Path | None) -> int:
 
 
 def _show(arguments: argparse.Namespace, file: Path | None, capability: tuple[int, int] | None) -> int:
-    from labutils.attention.kernels import launch_table
+    from labutils.attention.kernels import tuned_table
     from labutils.attention.tuning import candidates
 
     tables = {}
     if file is not None and file.exists():
-        tables = launch_table.read(file)
+        tables = tuned_table.read(file)
         for gpu, tuned in tables.items():
             state = "" if tuned.finished else ", interrupted: --resume measures the rest"
             print(f"{file}: {len(tuned.entries)} entries for {gpu}, {tuned.environment.get('date', 'no date')}{state}")
@@ -238,10 +238,10 @@ def _show(arguments: argparse.Namespace, file: Path | None, capability: tuple[in
               "shows the shipped entries of such a GPU.")  # fmt: skip
         return 0
     index = 0 if arguments.capability is None else None
-    shipped_for = f"compute capability {capability[0]}.{capability[1]}"
-    print(f"\nIn force for {launch_table.Gpu.here() if index == 0 else shipped_for}:")
+    shipped_for = f"compute capability {chips.dotted(capability)}"
+    print(f"\nIn force for {tuned_table.TunedFor.here() if index == 0 else shipped_for}:")
     for place in candidates.places(capability=capability):
-        config = launch_table.in_force(place, capability, index)
+        config = tuned_table.in_force(place, capability, index)
         print(f"  {place!s:<38}{_config(config):<44}{'tuned' if config.source else 'shipped'}")
     return 0
 
@@ -253,7 +253,7 @@ def _config(config: Any) -> str:
 
 def _list(places: Sequence[Place], capability: tuple[int, int], processes: int) -> int:
     """Candidates of each place with what the compiler says, the one marked that it would choose."""
-    from labutils.attention.kernels import launch_table
+    from labutils.attention.kernels import tuned_table
     from labutils.attention.tuning import candidates
     from labutils.benchmark import sweeping
 
@@ -264,18 +264,18 @@ def _list(places: Sequence[Place], capability: tuple[int, int], processes: int) 
             found = candidates.compile_candidates(place, capability, configs, processes=processes, done=bar.update)
             bar.write(_block(place, capability, found), file=sys.stdout)
     print("* the shipped entry. > the one to choose from these figures alone: see labutils.attention.tuning.candidates."
-          f" Nothing was timed; {launch_table.VARIABLE} was not read.")  # fmt: skip
+          f" Nothing was timed; {tuned_table.VARIABLE} was not read.")  # fmt: skip
     return 0
 
 
 def _block(place: Place, capability: tuple[int, int], found: Sequence[Any]) -> str:
     from labutils.attention.kernels import launch_table
-    from labutils.attention.tuning import candidates, compiled
+    from labutils.attention.tuning import candidates
 
     shipped, best = launch_table.shipped(place, capability), candidates.best_by_resources(found)
-    gpu = compiled.GPUS[capability]
+    gpu = chips.GPUS[capability]
     lines = [
-        f"{place}, compute capability {capability[0]}.{capability[1]} ({gpu.names})",
+        f"{place}, compute capability {chips.dotted(capability)} ({gpu.names})",
         f"    {'blocks, warps, stages':<42}{'registers':>10}{'spilled':>9}{'KiB':>7}{'blocks/SM':>11}{'occupancy':>11}",
     ]
     for one in found:

@@ -19,7 +19,7 @@ from labutils.exercises.judging import (
     same_number,
     same_tensor,
 )
-from labutils.machine import runtime
+from labutils.machine import chips, runtime
 
 
 @exercise(
@@ -323,7 +323,7 @@ def kv_head(call: Call, generator: torch.Generator) -> None:
 )
 def window_attention(call: Call, generator: torch.Generator) -> None:
     """Causal attention in which a query sees itself and the `window` keys before it, by a Triton kernel."""
-    low = torch.float16 if runtime.capability is None or runtime.capability < (8, 0) else runtime.dtype
+    low = torch.float16 if runtime.capability is None or runtime.capability < chips.BFLOAT16 else runtime.dtype
     cases = [
         (1, 64, 1, 64, torch.float32),
         (1, 60, 2, 1000, torch.float32),

@@ -12,6 +12,7 @@ from labutils.analysis import compulsory_bytes, io_bytes
 from labutils.benchmark import attention_flops
 from labutils.exercises.core import Call, exercise, integer, pick
 from labutils.exercises.judging import describe, expect_number, expect_values, mismatch, same_number
+from labutils.machine import chips
 
 
 @exercise(
@@ -291,8 +292,6 @@ def roofline_time(call: Call, generator: torch.Generator) -> None:
 )
 def choose_blocks(call: Call, generator: torch.Generator) -> None:
     """(block_m, block_n) for a launch, from what is known of a GPU."""
-    kib = {"T4": 64, "A100": 163, "RTX 4090": 99, "H200": 227}
-    processors = {"T4": 40, "A100": 108, "RTX 4090": 128, "H200": 132}
     cases = [
         ("RTX 4090", 4096, 16, 128, 2, 3),
         ("A100", 4096, 16, 64, 2, 2),
@@ -306,7 +305,9 @@ def choose_blocks(call: Call, generator: torch.Generator) -> None:
         ("H200", 64 * integer(generator, 9, 40), pick(generator, [8, 12, 25]), 128, 2, pick(generator, [2, 3, 4])),
     ]
     for gpu, n, heads, head_dim, itemsize, stages in cases:
-        arguments = (n, heads, head_dim, itemsize, kib[gpu] * 1024, stages, processors[gpu])
+        card = chips.CARDS[gpu]
+        kib = chips.GPUS[card.capability].shared_kib
+        arguments = (n, heads, head_dim, itemsize, kib * 1024, stages, card.processors)
         got = expect_values(call(*arguments), ("block_m", "block_n"))
         got = tuple(expect_number(value, f"block_{axis}") for value, axis in zip(got, "mn", strict=True))
         right = _best_blocks(*arguments)
@@ -314,7 +315,7 @@ def choose_blocks(call: Call, generator: torch.Generator) -> None:
             continue
         assert right is not None  # blocks of 16 fit all of these
         case = (
-            f"a {gpu} ({kib[gpu]} KiB, {processors[gpu]} multiprocessors), N = {n}, H = {heads}, D = {head_dim},"
+            f"a {gpu} ({kib} KiB, {card.processors} multiprocessors), N = {n}, H = {heads}, D = {head_dim},"
             f" {itemsize} bytes, {stages} stages"
         )
         why = _why_not(got, right, arguments)

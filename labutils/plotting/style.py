@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from labutils.attention.backends import Column
 from labutils.machine import runtime
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
@@ -23,62 +24,14 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
 GREY = "#8C8C8C"
 RED = "#B00020"  # limits, failures and doubtful points; not the colour of any implementation
 
-COLORS: dict[str, str] = {
-    "naive": BLACK,
-    "sdpa_math": GREY,
-    "sdpa_efficient": YELLOW,
-    "sdpa_flash": BLUE,
-    "sdpa_cudnn": SKY,
-    "flash_attn": GREEN,
-    "flex": PURPLE,
-    "triton_v1": ORANGE,
-    "triton_v2": VERMILLION,
-    "tiled_v1": "#8A5F00",
-    "tiled_v2": "#7A3300",
-    "notebook_v1": "#FFD48A",  # lighter shades of ORANGE and VERMILLION: the kernels that notebook 02 writes
-    "notebook_v2": "#F4A582",
-    "eager": BLACK,  # transformers' name for naive attention
-    "sdpa": BLUE,
-}
-"""Colour of each implementation."""
+COLORS = Column("color")
+"""Colour of each backend."""
 
-LABELS: dict[str, str] = {
-    "naive": "naive",
-    "sdpa_math": "SDPA math",
-    "sdpa_efficient": "SDPA memory-efficient",
-    "sdpa_flash": "SDPA flash",
-    "sdpa_cudnn": "SDPA cuDNN",
-    "flash_attn": "flash-attn package",
-    "flex": "FlexAttention",
-    "triton_v1": "our Triton v1",
-    "triton_v2": "our Triton v2",
-    "tiled_v1": "v1 loops in PyTorch",
-    "tiled_v2": "v2 loops in PyTorch",
-    "notebook_v1": "v1 of this notebook",
-    "notebook_v2": "v2 of this notebook",
-    "eager": "eager",
-    "sdpa": "SDPA",
-}
-"""What an implementation is called in a legend."""
+LABELS = Column("label")
+"""What a backend is called in a legend."""
 
-MARKERS: dict[str, str] = {
-    "naive": "o",
-    "sdpa_math": "s",
-    "sdpa_efficient": "^",
-    "sdpa_flash": "D",
-    "sdpa_cudnn": "v",
-    "flash_attn": "P",
-    "flex": "X",
-    "triton_v1": "h",
-    "triton_v2": "*",
-    "tiled_v1": "<",
-    "tiled_v2": ">",
-    "notebook_v1": "p",
-    "notebook_v2": "d",
-    "eager": "o",
-    "sdpa": "D",
-}
-"""Marker of each implementation."""
+MARKERS = Column("marker")
+"""Marker of each backend."""
 
 TENSOR_COLORS: dict[str, str] = {
     "q": BLUE,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from labutils.attention.kernels.launch import SEQUENCE_LENGTHS, launch, pick_config
-from labutils.attention.kernels.launch_table import LaunchConfig
+from labutils.attention.kernels.launch_config import LaunchConfig
 from labutils.attention.kernels.tiles import load_tile, tile_pointers
 
 
