@@ -31,8 +31,6 @@ from labutils.exercises import notebook01, notebook02, notebook03, notebook04, p
 from labutils.exercises.calls import LocalCall
 from labutils.exercises.core import EXERCISES, NOT_YET, PASSED, Exercise, Outcome, outcome_of
 
-__all__ = ["check", "hint", "report", "solution", "solution_source", "names", "evaluate", "Outcome"]
-
 _SOLUTIONS = Path(__file__).parent / "solutions"
 _hints_given: dict[str, int] = {}
 _NOTEBOOKS = {

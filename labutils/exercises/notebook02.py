@@ -496,8 +496,8 @@ def _bugged(q, k, v, block: int) -> dict[str, torch.Tensor]:
     20,
     [
         (
-            "You have q, k and v: compute what each broken kernel would return, and take the one that is nearest to"
-            " out. Or look first: which rows are wrong, and does a row differ by one factor?"
+            "You have q, k and v: compute what each broken kernel would return, and take the bug that comes nearest"
+            " to out. Or look first: which rows are wrong, and does a row differ by one factor?"
         ),
         (
             "Row 0 sees only itself, so it must be v[0]: without the mask it is not. If the tail is left out, only the"
@@ -605,7 +605,7 @@ def gpt2_attention(call: Call, generator: torch.Generator) -> None:
         if padding is not None:
             mistakes["Padding is seen: leave its keys out."] = _as_the_model(q, k, v, scale, None)
             mistakes["Tokens and padding are exchanged: True is a token."] = _only_padding(q, k, v, scale, padding)
-            mistakes["The rows of tokens are zero: were those of padding written? True is a token."] = _as_the_model(
+            mistakes["The rows of tokens are zero: were the rows of padding written? True is a token."] = _as_the_model(
                 q, k, v, scale, ~padding
             )
         if n_q == n_k:

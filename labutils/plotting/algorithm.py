@@ -290,7 +290,7 @@ def plot_row_errors(errors: dict[str, torch.Tensor], allowed: float, machine: st
 def plot_memory_hierarchy() -> Figure:
     """Sketches the two memories of a GPU, and what standard attention and FlashAttention send between them.
 
-    Sizes and bandwidths are those of an A100, from figure 1 of arXiv 2205.14135.
+    The sizes and bandwidths of an A100 come from figure 1 of arXiv 2205.14135.
     """
     fig, axes = plt.subplots(1, 2, figsize=(WIDE, 4.5))
     panels = (

@@ -83,7 +83,7 @@ def plot_fit(resources: pd.DataFrame, head_dim: int = 128) -> Figure:
     for ax, capability in zip(axes.flat, gpus, strict=False):
         here = grid[grid["capability"] == capability].copy()
         here["warps"] = here["blocks_per_sm"] * here["num_warps"]
-        # Of several numbers of warps we show the one that fits, spills least and fills the SM best, in this order.
+        # Show the number of warps that fits, spills least and fills the SM best, in this order.
         order = ["fits", "spilled_bytes", "occupancy"]
         best = here.sort_values(order, ascending=[False, True, False]).drop_duplicates(["block_m", "block_n"])
         best = best.set_index(["block_m", "block_n"])

@@ -69,7 +69,7 @@ _RING = {
 
 
 def _overhead_bound(df: pd.DataFrame) -> pd.Series:
-    """Which rows only measure the launch overhead of the host; none if the table lacks that column."""
+    """Whether each row only measures the launch overhead of the host; False if the table lacks that column."""
     if "overhead_bound" not in df:
         return pd.Series(False, index=df.index)
     return df["overhead_bound"].map(lambda value: str(value) == "True").astype(bool)

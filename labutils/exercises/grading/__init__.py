@@ -7,5 +7,5 @@
     wire         the messages between the two
     grades       the table of grades
 
-This file stays a docstring, because a student's process imports it, too, and needs only `worker` and `wire`.
+This file stays a docstring: a student's process imports it too, and of these files needs only `worker` and `wire`.
 """
