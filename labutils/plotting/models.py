@@ -22,7 +22,7 @@ def plot_models(table: pd.DataFrame, work: str = "step", quantity: str = "tokens
     """One panel for each model and batch size, one line for each attention; a cross where memory ended.
 
     Args:
-        table: of `model_benchmark.sweep` or `model_benchmark.speedup`.
+        table: of `model_benchmark.measure_models` or `benchmark.speedup`.
         work: "forward", "backward", "step", "prefill" or "decode".
         quantity: ms, tokens_per_s, peak_gib or speedup.
 
