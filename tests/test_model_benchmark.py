@@ -152,3 +152,21 @@ def test_short_calls_are_repeated_more_often_and_warmed_up_twice(monkeypatch, se
     monkeypatch.setattr(model_benchmark.time, "perf_counter", lambda: now[0])
     assert model_benchmark._repeated(call, 0.35) == list(range(calls - kept, calls))
     assert len(made) == calls
+
+
+def test_a_recorder_keeps_the_table_of_models(tmp_path):
+    """It reads a stored table and writes the same bytes again, one row with the point of another, and no other key."""
+    stored = benchmark.reference_results(table="models")
+    made_by = stored.attrs["environment"]
+    path = benchmark.save_results(stored, tmp_path, made_by, table="models")
+    before = path.read_bytes()
+    recorder = benchmark.Recorder(tmp_path, made_by, table="models", resume=True)
+    point = ("124M", "step", "triton_v2", 4, 8192)
+    measured = stored.set_index(["model", "work", "impl", "batch", "seqlen"]).loc[point, "ms"]
+    assert len(recorder.rows) == len(stored) and recorder.rows[point]["ms"] == measured
+    recorder.write()
+    assert path.read_bytes() == before
+    recorder.rows["124M", "step", "mine", 4, 8192] = recorder.rows[point] | {"ms": measured / 2}
+    recorder.write()
+    faster = benchmark.speedup(read_results(tmp_path, "models"), over="triton_v2")
+    assert row(faster, impl="mine")["speedup"] == pytest.approx(2.0, rel=1e-5)
