@@ -179,7 +179,7 @@ class CardOf8GB:
     @staticmethod
     @contextlib.contextmanager
     def memory_cap(gib):
-        yield memory._plan_cap(gib, total_bytes=8 * training.GIB, context_bytes=training.GIB // 2)
+        yield memory._plan_cap(gib, total_bytes=8 * memory.GIB, context_bytes=memory.GIB // 2)
 
 
 def test_notebook_03_takes_both_remedies_on_a_gpu_with_8_gb(capsys):
@@ -248,7 +248,9 @@ def test_a_sweep_that_was_interrupted_says_so(capsys):
 def test_a_sweep_of_models_and_a_ladder_that_were_interrupted_say_so(kept, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(model_benchmark, "_attempt", interrupted)
     folder = tmp_path / "rows" if kept else None
-    table = model_benchmark.sweep(["nano"], ["eager"], [8], works=["step"], batch=1, vocab_size=64, folder=folder)
+    table = model_benchmark.measure_models(
+        ["nano"], ["eager"], [8], works=["step"], batch=1, vocab_size=64, folder=folder
+    )
     assert list(table["reason"]) == ["not reached before the sweep was interrupted"]
     assert model_benchmark.side_by_side(table, "step").to_numpy().tolist() == [["–"]]
     assert f"Run this cell again {'to go on' if kept else 'for all of them'}." in capsys.readouterr().out

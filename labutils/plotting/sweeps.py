@@ -270,7 +270,7 @@ def plot_models(table: pd.DataFrame, work: str = "step", quantity: str = "tokens
     A cross stands at the length at which an attention ran out of memory.
 
     Args:
-        table: the table that `model_benchmark.sweep` or `model_benchmark.speedup` returns.
+        table: the table that `model_benchmark.measure_models` or `benchmark.speedup` returns.
         work: "forward", "backward", "step", "prefill" or "decode".
         quantity: "ms", "tokens_per_s", "peak_gib" or "speedup".
 
