@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from labutils.attention import reference
-from labutils.machine import runtime
+from labutils.machine import runtime, versions
 
 PROBE_SHAPE = (1, 128, 2, 64)
 """(B, N, H, D) of what each backend is tried on: small enough for the interpreter, large enough for all."""
@@ -422,8 +422,10 @@ def as_dict(*, compile_flex: bool | None = None) -> dict[str, Any]:
     tried = backends(compile_flex=compile_flex)
     flash = _compiled_flash(tried)
     cause, remedy = (None, None) if flash else _cause_and_remedy(tried)
+    machine = environment()
     return {
-        "environment": environment().as_dict(),
+        "environment": machine.as_dict(),
+        "untested_versions": versions.untested(machine.torch, machine.triton),
         "triton_kernels": "interpreter" if runtime.interpreted else "compiled",
         "backends": [asdict(backend) for backend in tried],
         "compiled_flash_kernels_on_gpu": flash,
@@ -452,6 +454,8 @@ def report(*, compile_flex: bool | None = None) -> str:
         ("CPU", machine.cpu, ""),
         ("Triton kernels", "interpreted, on the CPU" if runtime.interpreted else "compiled, on the GPU", ""),
     ]
+    if untested := versions.untested(machine.torch, machine.triton):
+        facts.append(("tested versions", None, untested))
     if machine.launch_table is not None:
         facts.append(("launch table", f"{machine.launch_table}: `python -m labutils tune --show`", ""))
     lines = ["This machine"]
