@@ -1,4 +1,4 @@
-"""The pairs of PyTorch and Triton that the lab was tested with, and what says that a pair is not among them."""
+"""The pairs of PyTorch and Triton that the lab was tested with, and a sentence about any other pair."""
 
 from __future__ import annotations
 
