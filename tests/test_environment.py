@@ -62,6 +62,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(runtime, "memory_gib", 15.77)
         monkeypatch.setattr(environment, "_gpu", lambda: (name, capability))
         monkeypatch.setattr(environment, "_driver", lambda: "580.65.06")
+        monkeypatch.setattr(environment.versions, "untested", lambda torch, triton: None)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
         installed = probing.installed_version
         monkeypatch.setattr(

@@ -5,6 +5,8 @@
 
 import ast
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +31,23 @@ def test_types():
         [sys.executable, "-m", "mypy", f"--cache-dir={os.devnull}"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def hooks():
+    """The hooks of .pre-commit-config.yaml."""
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed here")
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    return local["hooks"]
+
+
+def test_hooks_find_their_programs_and_files():
+    files = [str(path.relative_to(ROOT)) for folder in ("", "labutils", "tests") for path in (ROOT / folder).iterdir()]
+    for hook in hooks():
+        python, *arguments = shlex.split(hook["entry"])
+        assert python == "python" and hook["language"] == "system", "the ruff that the tests use is the one that runs"
+        help_text = subprocess.run([sys.executable, *arguments, "--help"], cwd=ROOT, capture_output=True, text=True)
+        assert help_text.returncode == 0, f"{hook['id']}: {help_text.stderr}"
+        assert any(re.search(hook.get("files", ""), name) for name in files), f"{hook['id']} finds no file"
 
 
 def rows_of_modules():

@@ -5,7 +5,7 @@ accumulators and, where its left operand lies in registers, those as well, must 
 product's result before that is used; a loop that ends with a product whose left operand is in registers, and that
 computes the next such operand before it waits again, gets no wait for the operand. ptxas does not see it: it looks for
 such writes between a product and its wait, and here the loop begins anew in between. What comes out is right or NaN,
-as the registers fall.
+as the registers fall. Triton 3.6 to 3.8 compile it so. Triton 3.9 moves the operand to other registers after the wait.
 
 A loop of ours is safe where its first product is used at once (as the scores are) and everything that the later ones
 take is computed from it. `overwritten` looks at what was compiled, and finds the writes that are not.
