@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import os
 import subprocess
 import sys
 import traceback
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 from labutils.analysis import count_traffic
+from labutils.analysis.interpreting import interpreting_python
 from labutils.machine import runtime
 
 _child: subprocess.Popen[str] | None = None
@@ -68,15 +68,11 @@ def _ask(folder: Path) -> None:
     """Has the other process do the launch in `folder`, and starts it where there is none."""
     global _child
     if _child is None or _child.poll() is not None:
-        package_root = str(Path(__file__).resolve().parents[2])
-        search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
         _child = subprocess.Popen(
-            [sys.executable, "-m", "labutils.analysis.bounds"],
-            env=os.environ | {"LABUTILS_DEVICE": "cpu", "PYTHONPATH": search_path},
+            **interpreting_python(["-m", "labutils.analysis.bounds"]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
         )
     assert _child.stdin is not None and _child.stdout is not None  # pipes, as asked for above
     said: list[str] = []

@@ -12,7 +12,16 @@ import triton
 import triton.language as tl
 
 from labutils.analysis.traffic import compulsory_bytes, io_bytes
-from labutils.benchmark import RESULTS, SCHEMAS, Unsupported, attention_flops, decode_bandwidth, dtype_name, time_call
+from labutils.attention import interface
+from labutils.benchmark import (
+    RESULTS,
+    SCHEMAS,
+    Unsupported,
+    attention_flops,
+    dtype_name,
+    time_call,
+    time_replayed,
+)
 from labutils.machine import runtime
 
 
@@ -116,6 +125,55 @@ def exponential_tflops(exponentials_per_s: float, head_dim: int) -> float:
 def in_turn(*tflops: float) -> float:
     """TFLOP/s of a kernel that does one thing after another, each at a rate of its own, overlapping nothing."""
     return 1 / sum(1 / rate for rate in tflops)
+
+
+def decode_bandwidth(
+    *,
+    batch: int,
+    seqlen: int,
+    heads: int = 64,
+    heads_kv: int = 8,
+    head_dim: int = 128,
+    page: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[float, float]:
+    """How fast `flash_attn_with_kvcache` reads a full cache for one token.
+
+    Decoding reads each key and value once and computes little with them, so memory bounds it. Compare the rate with
+    `measure_ceilings().gb_per_s`.
+
+    Args:
+        batch, seqlen, heads, heads_kv, head_dim: B, N_k, H, H_kv, D.
+        page: rows of a block of a paged cache, the blocks in random order; None for a cache in one piece.
+        dtype: of queries and cache.
+
+    Returns:
+        Microseconds of the call, and GB/s (10^9 bytes) of keys and values.
+
+    Raises:
+        Unsupported: there is no GPU.
+    """
+    if runtime.device.type != "cuda":
+        raise Unsupported("decoding is timed only on a GPU: in the interpreter a time means nothing.")
+    on_gpu = {"device": runtime.device, "dtype": dtype}
+    size = 2 * batch * seqlen * heads_kv * head_dim * dtype.itemsize  # bytes of one cache
+    # Each call reads a cache of its own. Together they are four times the L2 cache, so none is found there.
+    l2 = torch.cuda.get_device_properties(runtime.device).L2_cache_size
+    copies = max(2, -(-4 * l2 // size))
+    q = torch.randn(batch, 1, heads, head_dim, **on_gpu)
+    table = None
+    if page is not None:
+        blocks = -(-seqlen // page)
+        table = torch.randperm(batch * blocks, device=runtime.device).view(batch, blocks).int()
+    shape = (batch, seqlen) if page is None else (batch * blocks, page)
+    caches = [torch.randn(2, *shape, heads_kv, head_dim, **on_gpu) for _ in range(copies)]
+    lengths = torch.full((batch,), seqlen, dtype=torch.int32, device=runtime.device)
+    calls = [
+        lambda kv=kv: interface.flash_attn_with_kvcache(q, kv[0], kv[1], cache_seqlens=lengths, block_table=table)
+        for kv in caches
+    ]
+    microseconds = time_replayed(calls)
+    return microseconds, size / microseconds / 1e3
 
 
 def decode_points(

@@ -9,19 +9,18 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, overload
 
 import pandas as pd
 import torch
 
+from labutils.analysis.interpreting import interpreting_python
 from labutils.benchmark import dtype_name, watch_interpreter
 from labutils.machine import runtime
 
@@ -386,14 +385,8 @@ def counted_traffic(
     }  # fmt: skip
     if runtime.interpreted:
         return _count_here(dtype=dtype, **shape)
-    package_root = str(Path(__file__).resolve().parents[2])
-    search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-    child = subprocess.run(
-        [sys.executable, "-c", _CHILD, json.dumps({"dtype": dtype_name(dtype), **shape})],
-        env=os.environ | {"LABUTILS_DEVICE": "cpu", "PYTHONPATH": search_path},
-        capture_output=True,
-        text=True,
-    )
+    program = ["-c", _CHILD, json.dumps({"dtype": dtype_name(dtype), **shape})]
+    child = subprocess.run(**interpreting_python(program), capture_output=True)
     if child.returncode != 0:
         raise RuntimeError(f"counting in a child process failed:\n{child.stderr.strip()[-2000:]}")
     return json.loads(child.stdout.splitlines()[-1])

@@ -157,8 +157,8 @@ def _processes(arguments: argparse.Namespace) -> int:
 
 def _tune(arguments: argparse.Namespace, places: Sequence[Place], file: Path, capability: tuple[int, int]) -> int:
     from labutils.attention.kernels import tuned_table
-    from labutils.attention.tuning import candidates
-    from labutils.benchmark import environment, sweeping, tuning
+    from labutils.attention.tuning import candidates, search
+    from labutils.benchmark import environment, launches, sweeping
 
     gpu = tuned_table.TunedFor.here()
     try:
@@ -181,16 +181,16 @@ def _tune(arguments: argparse.Namespace, places: Sequence[Place], file: Path, ca
             2,
         )
     else:
-        tuned.measured = [stored for stored in tuned.measured if tuning.Row.of(stored).place not in places]
+        tuned.measured = [stored for stored in tuned.measured if search.Row.of(stored).place not in places]
         tuned.environment = made_by
     print(f"{gpu}: {len(places)} entries of the launch table, kept in {file}")
     steps = sum(len(candidates.candidates(place, capability)) for place in places)
     processes = _processes(arguments)
     with sweeping.progress_bar(steps) as bar:
         try:
-            tuning.tune(
+            search.tune(
                 places, tuned,
-                lambda place: tuning.OnGpu(place, seconds=arguments.seconds),
+                lambda place: launches.OnGpu(place, seconds=arguments.seconds),
                 lambda place: candidates.compile_candidates(place, capability, processes=processes),
                 rounds=arguments.rounds, save=lambda: tuned_table.write(file, tables),
                 describe=bar.set_description_str, advance=bar.update,
