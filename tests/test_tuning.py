@@ -13,7 +13,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from labutils import runtime
-from labutils.__main__ import main, parser
+from labutils.__main__ import main
 from labutils.attention import interface
 from labutils.attention.kernels import launch, launch_config, launch_table, tuned_table
 from labutils.attention.kernels.launch import pick_config
@@ -569,7 +569,7 @@ def test_bad_arguments_are_named(monkeypatch, capsys):
     assert main(["tune"]) == 2 and "LABUTILS_LAUNCH_TABLE=none says" in capsys.readouterr().err
     for bad in (["--kernels", "all"], ["--head-dims", "96,x"], ["--rounds", "0"], ["--show", "--reset"]):
         with pytest.raises(SystemExit):
-            parser().parse_args(["tune", *bad])
+            command.parser().parse_args(bad)
 
 
 def test_the_lists_of_the_help_are_those_of_the_table():

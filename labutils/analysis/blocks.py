@@ -81,7 +81,7 @@ def stored_blocks(gpu: str = "nvidia_h200") -> pd.DataFrame:
         gpu: a folder under labutils/results.
 
     Raises:
-        FileNotFoundError: none is stored: `python -m labutils study blocks` makes one.
+        FileNotFoundError: none is stored: `python tools/study.py blocks` makes one.
     """
     return reference_results(gpu, "blocks", dtype=None)
 

@@ -6,7 +6,7 @@ and one marker in all figures (`COLORS`, `MARKERS`); the markers tell them apart
 The parts: `style` has what all figures share, `sweeps` draws measurements over the sequence length, `algorithm` how
 attention is computed, `causal` what a causal mask leaves of it, `costs` bytes, roofline and profiles, `machines` what a
 GPU makes of a kernel, `training` losses and memory, `models` the times of a whole model, `contexts` what long contexts
-cost and buy, `overview` the README's figure.
+cost and buy.
 """
 
 from labutils.plotting.algorithm import plot_mask, plot_memory_hierarchy, plot_online_softmax, plot_tile_order
@@ -23,7 +23,6 @@ from labutils.plotting.machines import (
     plot_timeline,
 )
 from labutils.plotting.models import plot_models
-from labutils.plotting.overview import plot_overview
 from labutils.plotting.style import COLORS, LABELS, MARKERS, TENSOR_COLORS
 from labutils.plotting.sweeps import plot_error, plot_memory, plot_time
 from labutils.plotting.training import plot_memory_bars, plot_training
@@ -49,7 +48,6 @@ __all__ = [
     "plot_memory_hierarchy",
     "plot_models",
     "plot_online_softmax",
-    "plot_overview",
     "plot_prediction",
     "plot_profile",
     "plot_roofline",
