@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status.
 
     Args:
-        argv: the words of the command line; those that Python was started with where None.
+        argv: the words of the command line; None for those that Python was started with.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     name = parser().parse_args(words[:1]).command

@@ -154,7 +154,7 @@ def host_times(*, calls: int = 2000) -> list[dict[str, Any]]:
         Unsupported: there is no GPU.
     """
     if runtime.device.type != "cuda":
-        raise Unsupported("host time is that of launching a kernel on a GPU, and there is none.")
+        raise Unsupported("host time is measured while a GPU works, and this machine has none.")
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     rows = []

@@ -1,4 +1,4 @@
-"""Measures on this GPU what the kernels are held to, and prints required and measured side by side."""
+"""Measures the kernels on this GPU, and prints required and measured speed side by side."""
 
 from __future__ import annotations
 
@@ -48,8 +48,11 @@ def parser() -> ArgumentParser:
 
 
 def run(words: Sequence[str]) -> int:
-    """Measures and judges. Returns 0 if all targets are met, 1 if not or without a GPU, 2 for bad arguments, 130 after
-    an interrupt."""
+    """Measures and judges.
+
+    Returns:
+        0 if all targets are met, 1 if not or without a GPU, 2 for bad arguments, 130 after an interrupt.
+    """
     arguments = parser().parse_args(words)
     from labutils import benchmark
     from labutils.benchmark import environment

@@ -32,7 +32,7 @@ def new_parser(program: str, description: str, epilog: str | None = None) -> Arg
         description=description,
         epilog=epilog,
         allow_abbrev=False,
-        formatter_class=argparse.HelpFormatter,  # defaults stand in the help texts, where "%(default)s" names them
+        formatter_class=argparse.HelpFormatter,  # a default stands in its help text, as "%(default)s"
     )
 
 

@@ -1,4 +1,4 @@
-"""`python -m labutils bench`: time, peak memory and error of attention implementations, as files and figures."""
+"""`python -m labutils bench`: measures time, peak memory and error of attention, and writes tables and figures."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMES = (
     "naive", "sdpa_math", "sdpa_efficient", "sdpa_flash", "sdpa_cudnn", "flash_attn", "flex", "triton_v1", "triton_v2",
     "tiled_v1", "tiled_v2",
 )  # fmt: skip
-"""The implementations, as the help lists them without importing torch; a test holds them to `IMPLEMENTATIONS`."""
+"""The implementations, for a help without torch. A test compares them with `IMPLEMENTATIONS`."""
 
 DTYPES = ("bfloat16", "float16", "float32")
 FORMATS = ("json", "png", "svg")
@@ -236,7 +236,7 @@ def _bench(arguments: Namespace) -> int:
         except DeviceLost as error:
             lost = error
     if recorder.rows:
-        recorder.write()  # an interrupt may have come while the last row was being written
+        recorder.write()  # an interrupt may have stopped the writing of the last row
     if not recorder.path.exists():
         print("\nNothing was measured.")
         return INTERRUPTED if interrupted else _complain_of(lost) if lost is not None else 0
@@ -277,7 +277,7 @@ def _complain_of(lost: Exception) -> int:
 
 
 def _plan(given: Namespace) -> list[Point]:
-    """The points that the arguments ask for, with the defaults of this machine."""
+    """The points that the arguments ask for. Missing arguments get the defaults of this machine."""
     import torch
 
     from labutils.benchmark import sweeping
@@ -309,7 +309,7 @@ def _plan(given: Namespace) -> list[Point]:
 
 
 def describe(df: pd.DataFrame) -> str:
-    """The table as text, a block for each pass, dtype, head dimension and mask; reasons and marks below."""
+    """The table as text: a block for each pass, dtype, head dimension and mask. Reasons and marks stand below."""
     made = df.attrs["environment"]
     lines = [f"{df.attrs['machine']}, torch {made['torch']}, triton {made['triton']}, {made['date']}", ""]
     reasons: dict[str, list[str]] = {}
@@ -344,8 +344,10 @@ def _line(row: Any) -> str:
 
 
 def _compare(earlier: pd.DataFrame, now: pd.DataFrame, folder: Path) -> int:
-    """Prints how far two sweeps lie apart; 1 where a median differs by more than `LIMIT`, or where the spread covers
-    less than `COVERED` of the differences."""
+    """Prints how much two sweeps differ, and returns the exit status.
+
+    It is 1 if a median differs by more than `LIMIT`, or if the spread covers less than `COVERED` of the differences.
+    """
     from labutils import benchmark
     from labutils.benchmark import environment, tables
 
@@ -367,7 +369,7 @@ def _compare(earlier: pd.DataFrame, now: pd.DataFrame, folder: Path) -> int:
     ):
         print(f"They were not measured with the same settings: {'; '.join(others)}.")
     if long.empty:
-        print("None is long enough to be held to a limit.")
+        print("None is long enough to be judged.")
         return 0
     print(
         f"Medians of these differ by up to {long['difference'].max():.2%}, half of them by less than "
@@ -411,7 +413,7 @@ def _write(df: pd.DataFrame, arguments: Namespace) -> None:
 
 
 def _draw(df: pd.DataFrame, folder: Path, formats: Sequence[str], reference: str | None) -> list[str]:
-    """A figure of time and one of memory for each pass, dtype, head dimension, mask, and further B and H."""
+    """Draws a figure of time and one of memory for each pass, dtype, head dimension and mask; returns their names."""
     import matplotlib
 
     matplotlib.use("agg")  # no screen is needed, nor opened
@@ -426,7 +428,7 @@ def _draw(df: pd.DataFrame, folder: Path, formats: Sequence[str], reference: str
                 mask = "causal" if causal else "full"
                 for what, draw in (("time", plotting.plot_time), ("memory", plotting.plot_memory)):
                     if part["peak_mib" if what == "memory" else "ms"].isna().all():
-                        continue  # nothing but failures: the table says which
+                        continue  # all points failed; the table says how
                     figure = draw(part, stored, which=which)
                     for ending in formats:
                         path = folder / f"{what}_{which}_{dtype}_d{d}_{mask}{name}.{ending}"
@@ -436,14 +438,14 @@ def _draw(df: pd.DataFrame, folder: Path, formats: Sequence[str], reference: str
 
 
 def _drawable(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Parts of a table with one row for each implementation and length: resumed sweeps may hold several B and H."""
+    """Parts of a table with one row for each implementation and length. A resumed sweep may have several B and H."""
     if not rows.duplicated(["impl", "seqlen"]).any():
         return [("", rows)]
     return [(f"_b{b}_h{h}", part) for (b, h), part in rows.groupby(["batch", "heads"], sort=False)]
 
 
 def _stored(gpu: str | None, rows: pd.DataFrame, which: str) -> pd.DataFrame | None:
-    """Stored rows at the same head dimension and mask, in the same dtype where there are such rows."""
+    """Stored rows at the same head dimension and mask, in the same dtype if there are such rows."""
     if gpu is None:
         return None
     from labutils import benchmark
@@ -456,8 +458,6 @@ def _stored(gpu: str | None, rows: pd.DataFrame, which: str) -> pd.DataFrame | N
     ]
     if not (like["pass"] == which).any():
         mask = "causal" if first["causal"] else "full"
-        print(
-            f"{gpu} has no stored rows at D = {first['head_dim']}, {mask}, {which}: that figure shows your own alone."
-        )
+        print(f"{gpu} has no stored rows at D = {first['head_dim']}, {mask}, {which}: that figure shows only your own.")
         return None
     return like

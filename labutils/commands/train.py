@@ -1,4 +1,4 @@
-"""`python -m labutils train`: the training loop of notebook 03, from a YAML file and dotted flags."""
+"""`python -m labutils train`: trains a GPT-2 as notebook 03 does, from a YAML file and flags."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SMOKE_TEST = {
     "run.save_every": 10,
     "run.log_every": 1,
 }
-"""What --smoke-test sets; everything else stays as it was given. It keeps nothing: its folder is a temporary one."""
+"""The options that --smoke-test sets. All others stay as given. The folder of the run is a temporary one."""
 
 FLASH = ("sdpa_flash", "sdpa_cudnn", "flash_attn", "triton_v2")
 """What counts as a flash kernel, of the names that `labutils.training.attention_used` gives."""
@@ -300,7 +300,7 @@ def _add_run(kept: Any) -> None:
         "--run.deterministic",
         type=bool,
         default=True,
-        help="the same losses in each run, with slower kernels where they are needed (default: true)",
+        help="the same losses in each run; some kernels are slower (default: true)",
     )
 
 
@@ -336,13 +336,13 @@ def run(words: Sequence[str]) -> int:
 
 
 def _complain(error: object, status: int) -> int:
-    """Says on one line of stderr what was wrong; returns the status."""
+    """Prints the error on one line of stderr; returns the status."""
     print(f"labutils train: {' '.join(str(error).split())}", file=sys.stderr)
     return status
 
 
 def _check(options: Namespace) -> None:
-    """Raises ValueError where options contradict each other; what others check is left to them."""
+    """Raises ValueError if options contradict each other, or if a number is too small."""
     how = options.optimization
     for name, on in {
         "flash_attention_force": how.flash_attention_force,
@@ -375,7 +375,7 @@ def _check(options: Namespace) -> None:
 
 
 def _train(options: Namespace, command_line: ArgumentParser, asked_to_stop: Callable[[], bool]) -> int:
-    """The run from its texts to what is kept of it; returns the exit status."""
+    """The whole run, from its texts to the files that it keeps; returns the exit status."""
     import torch
 
     from labutils import training
@@ -440,13 +440,13 @@ def _train(options: Namespace, command_line: ArgumentParser, asked_to_stop: Call
 
 
 def _keep(folder: Path, outcome: dict[str, Any], options: Namespace, command_line: ArgumentParser) -> None:
-    """Writes run.json and config.yaml, and says what is in the folder, unless it goes away with the smoke test."""
+    """Writes run.json and config.yaml. Prints which files are in the folder, unless this is the smoke test."""
     from labutils.benchmark import environment
     from labutils.machine import files
 
     outcome = outcome | {"environment": environment.environment().as_dict()}
     files.replace(folder / "run.json", json.dumps(outcome, indent=2) + "\n")
-    options.resume = False  # how this run came about is no setting of it
+    options.resume = False  # it says how this run began, and is not a setting
     files.replace(folder / "config.yaml", command_line.dump(options))
     if not options.smoke_test:
         names = ("checkpoint.pt", "history.csv", "config.yaml", "run.json")
@@ -454,7 +454,7 @@ def _keep(folder: Path, outcome: dict[str, Any], options: Namespace, command_lin
 
 
 def _model(options: Namespace, vocab_size: int, attention: str) -> GPT2LMHeadModel:
-    """The model that is asked for, with random weights, on the lab's device."""
+    """The model of the options, with random weights, on the lab's device."""
     from labutils.gpt2 import models, rope
     from labutils.machine import runtime
     from labutils.training import ladder
@@ -468,7 +468,7 @@ def _model(options: Namespace, vocab_size: int, attention: str) -> GPT2LMHeadMod
 
 
 def _texts(options: Namespace) -> tuple[torch.Tensor, Sequence[torch.Tensor], int]:
-    """Sequences to train on (S, N), batches of others to evaluate on, and the vocabulary's size."""
+    """Sequences to train on (S, N), batches of other sequences to evaluate on, and the size of the vocabulary."""
     from labutils.gpt2 import data
 
     what, n = options.data.text, options.model.seqlen
@@ -492,7 +492,7 @@ def _texts(options: Namespace) -> tuple[torch.Tensor, Sequence[torch.Tensor], in
 
 
 def _writable(folder: Path) -> None:
-    """Makes the folder of the run; raises ValueError where it cannot be made, or not written to."""
+    """Makes the folder of the run. Raises ValueError if it cannot be made or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
@@ -504,7 +504,7 @@ def _writable(folder: Path) -> None:
 def _checkpoint(
     options: Namespace, folder: Path | None, sequences: torch.Tensor, attention: str, autocast: torch.dtype | None
 ) -> Any:
-    """The run's checkpoint; its settings are what the losses depend on, with what `auto` means on this machine.
+    """The run's checkpoint. Its settings are those that the losses depend on, with `auto` resolved for this machine.
 
     Raises:
         ValueError: the checkpoint to go on from has other settings, or more steps than are asked for.
@@ -546,7 +546,7 @@ def _checkpoint(
 
 
 def _attention(options: Namespace) -> str:
-    """The name under which transformers finds the attention that was asked for."""
+    """The name under which transformers finds the attention of the options."""
     from labutils.machine import runtime
     from labutils.training import choice
 
@@ -559,7 +559,7 @@ def _attention(options: Namespace) -> str:
 
 
 def _allowed_backends(options: Namespace) -> Any:
-    """Which of SDPA's backends may run; it raises where it may use none of them."""
+    """A context in which only the allowed backends of SDPA run. SDPA raises RuntimeError if none of them can."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     how = options.optimization
@@ -573,10 +573,13 @@ def _allowed_backends(options: Namespace) -> Any:
 def _find_out(
     model: GPT2LMHeadModel, tokens: torch.Tensor, options: Namespace, attention: str, shared: dict
 ) -> dict[str, int]:
-    """Profiles one step, prints which attention ran in it, and raises where that may not be.
+    """Profiles one step, and prints which attention ran in it.
+
+    Returns:
+        Name of the attention -> how often it ran.
 
     Raises:
-        RuntimeError: no backend that is allowed can run, or what ran is none of them.
+        RuntimeError: no allowed attention can run, or one that is not allowed ran.
     """
     from labutils import training
     from labutils.machine import runtime
@@ -621,7 +624,7 @@ def _find_out(
 
 @contextmanager
 def _polite_interrupts() -> Iterator[Callable[[], bool]]:
-    """The first SIGINT or SIGTERM asks the loop to stop between two steps; the second interrupts where it is."""
+    """The first SIGINT or SIGTERM asks the loop to stop after its step. The second one interrupts at once."""
     asked = False
 
     def note(number: int, frame: Any) -> None:
@@ -629,7 +632,7 @@ def _polite_interrupts() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        # Not print: where the signal comes in the middle of another print, Python forbids a second one.
+        # Not print: if the signal comes in the middle of a print, Python forbids a second one.
         os.write(2, b"\nStopping after this step; once more stops at once.\n")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -642,7 +645,7 @@ def _polite_interrupts() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """PyTorch's deterministic kernels where it has them; where it has none it warns."""
+    """Uses PyTorch's deterministic kernels, with a warning if an operation has none."""
     import torch
 
     was, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
@@ -658,7 +661,7 @@ def _deterministic() -> Iterator[None]:
 
 @contextmanager
 def _history_file(folder: Path | None, checkpoint: Any) -> Iterator[Callable[[dict], None]]:
-    """history.csv, a row at a time. Rows after the checkpoint that is gone on from are made anew."""
+    """Writes history.csv, a row at a time. After --resume it begins with the rows up to the checkpoint."""
     if folder is None:
         yield lambda row: None
         return

@@ -268,7 +268,7 @@ def _list(places: Sequence[Place], capability: tuple[int, int], processes: int) 
             bar.set_description_str(f"compiling {place}")
             found = candidates.compile_candidates(place, capability, configs, processes=processes, done=bar.update)
             bar.write(_block(place, capability, found), file=sys.stdout)
-    print("* the shipped entry. > the one to choose from these figures alone: see labutils.attention.tuning.candidates."
+    print("* the shipped entry. > the best by only these figures: see labutils.attention.tuning.candidates."
           f" Nothing was timed; {tuned_table.VARIABLE} was not read.")  # fmt: skip
     return 0
 
