@@ -11,7 +11,8 @@ import torch
 from labutils.attention.kernels import launch, launch_config
 from labutils.attention.kernels.launch_config import LaunchConfig
 from labutils.attention.tuning import compiled
-from labutils.attention.tuning.compiled import GPUS, PROGRAMS, Request, Resources
+from labutils.attention.tuning.compiled import PROGRAMS, Request, Resources
+from labutils.machine.chips import GPUS
 
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.float16, torch.float32)  # bfloat16 takes what float16 takes: see the test of that

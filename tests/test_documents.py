@@ -71,6 +71,7 @@ def unknown_names(spans: list[str]) -> list[str]:
 def missing_files(spans: list[str]) -> list[str]:
     """Spans that look like files of the repository, by their whole path or below a folder that the page is about."""
     folders = (
+        "labutils/attention",
         "labutils/attention/kernels",
         "labutils/attention/tuning",
         "labutils/results/nvidia_h200",

@@ -19,7 +19,7 @@ import without_features
 from labutils import benchmark, runtime
 from labutils.attention import interface
 from labutils.attention.kernels import flash_v2, flash_v2_backward
-from labutils.attention.kernels.flash_v2 import Options
+from labutils.attention.kernels.options import Options
 from labutils.attention.tuning import compiled
 from labutils.benchmark import environment, sweeping
 from labutils.benchmark.points import Point
@@ -105,7 +105,7 @@ def test_plain_kernels_compute_the_same(causal):
     g = torch.Generator().manual_seed(0)
     q, k, v, dout = (torch.randn(1, 40, 4, 16, generator=g).to(runtime.device) for _ in range(4))
     k, v = k[:, :, :2], v[:, :, :2]
-    options = Options(0.25, (None, 0 if causal else None))
+    options = Options(0.25, window_right=0 if causal else None)
 
     def both():
         out, lse = flash_v2.forward(q, k, v, options)

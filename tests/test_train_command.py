@@ -16,6 +16,7 @@ import torch
 
 from labutils import runtime, training
 from labutils.__main__ import main
+from labutils.attention.backends import BACKENDS
 from labutils.commands import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,7 +59,7 @@ def test_the_smoke_test_trains_says_what_ran_and_keeps_nothing(tmp_path):
     status, printed, err = finish(start(*asked))
     assert status == 0, err
     assert "Smoke test passed." in printed and "done after 20 steps" in printed
-    assert any(f"({name}), 2 times" in printed for name in train.WHAT_RAN)
+    assert any(f"({name}), 2 times" in printed for name in BACKENDS)
     assert not (tmp_path / "folder").exists()
 
 
@@ -184,7 +185,7 @@ def test_force_and_the_math_fallback(here):
     """PyTorch's flash kernel for the CPU has no dropout: without a word, SDPA then takes the math backend."""
     asked = [*SMALL, "--optimization.steps=1"]
     status, printed, err = here(*asked, "--optimization.flash_attention_force=true")
-    assert status == 0 and "PyTorch's flash kernel (sdpa_flash), 2 times" in printed, err
+    assert status == 0 and "PyTorch SDPA, flash (sdpa_flash), 2 times" in printed, err
     status, printed, err = here(*asked, "--model.dropout=0.1")
     assert status == 0 and "(sdpa_math), 2 times" in printed, err
     for switch in ("flash_attention_force", "disable_math_fallback"):
@@ -198,7 +199,7 @@ def test_force_and_the_math_fallback(here):
 def test_force_raises_where_something_else_ran(here, monkeypatch):
     monkeypatch.setattr(training, "attention_used", lambda *arguments, **options: {"sdpa_efficient": 2})
     status, _, err = here(*SMALL, "--optimization.flash_attention_force=true")
-    assert status == 1 and "but PyTorch's memory-efficient kernel ran" in err
+    assert status == 1 and "but PyTorch SDPA, memory-efficient ran" in err
     monkeypatch.setattr(training, "attention_used", lambda *arguments, **options: {"naive": 2})
     status, _, err = here(*SMALL, "--optimization.disable_math_fallback=true")
     assert status == 1 and "but standard attention, which stores the N x N matrix, ran: `python -m labutils" in err

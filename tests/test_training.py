@@ -11,6 +11,8 @@ import torch
 
 from labutils import runtime, training
 from labutils.gpt2 import data, models
+from labutils.machine import memory
+from labutils.training import fits
 
 NEEDS_GPU = pytest.mark.skipif(runtime.device.type != "cuda", reason="needs a CUDA GPU; this machine has none")
 COLUMNS = [
@@ -255,7 +257,7 @@ def test_try_step_is_a_row_of_training_csv():
 
 def test_a_row_names_attention_as_the_other_tables_do():
     config = types.SimpleNamespace(_attn_implementation="flash_attention_2", lab_size="124M")
-    names = training.trying._names(types.SimpleNamespace(config=config), None)
+    names = fits._names(types.SimpleNamespace(config=config), None)
     assert names == {"model": "124M", "impl": "flash_attn"}
 
 
@@ -317,12 +319,12 @@ def test_memory_cap_is_refused_on_a_cpu():
 
 def test_the_cap_counts_the_context():
     gib = 2**30
-    cap = training.memory._plan_cap(16.0, total_bytes=140 * gib, context_bytes=gib // 2)
+    cap = memory._plan_cap(16.0, total_bytes=140 * gib, context_bytes=gib // 2)
     assert (cap.cap_gib, cap.context_gib, cap.allocator_gib) == (16.0, 0.5, 15.5)
-    smaller = training.memory._plan_cap(16.0, total_bytes=8 * gib, context_bytes=gib)
+    smaller = memory._plan_cap(16.0, total_bytes=8 * gib, context_bytes=gib)
     assert (smaller.cap_gib, smaller.allocator_gib) == (8.0, 7.0)  # the card is its own limit
     with pytest.raises(ValueError, match="no room left"):
-        training.memory._plan_cap(0.5, total_bytes=8 * gib, context_bytes=gib)
+        memory._plan_cap(0.5, total_bytes=8 * gib, context_bytes=gib)
 
 
 # --- on a GPU -----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from labutils.attention.kernels import launch, launch_config, launch_table, tune
 from labutils.attention.kernels.launch import pick_config
 from labutils.attention.kernels.launch_config import LaunchConfig, Place
 from labutils.attention.kernels.tuned_table import Tuned, TunedFor
-from labutils.attention.tuning import candidates, compiled
+from labutils.attention.tuning import candidates
 from labutils.attention.tuning.candidates import Compiled, best_by_resources
 from labutils.attention.tuning.compiled import Resources
 from labutils.attention.tuning.search import Row, contenders, decide, tune
@@ -27,6 +27,7 @@ from labutils.benchmark import environment, launches
 from labutils.benchmark.environment import differences
 from labutils.benchmark.timing import Timing
 from labutils.commands import tune as command
+from labutils.machine import chips
 
 CUDA = torch.device("cuda", 0)
 PLACE = Place("forward", 128, True, "16 bit")
@@ -217,7 +218,7 @@ def test_decoding_has_one_entry_for_both_masks(table):
 def test_the_table_is_read_once_in_a_process(table, monkeypatch):
     store(table)
     picked()
-    monkeypatch.setattr(launch_table, "read", lambda file: pytest.fail("read again"))
+    monkeypatch.setattr(tuned_table, "read", lambda file: pytest.fail("read again"))
     assert picked() is picked() and picked(causal=False) is not None
 
 
@@ -329,7 +330,7 @@ def test_measurements_say_that_a_tuned_entry_was_in_force(table, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("capability", compiled.GPUS, ids=lambda c: f"{c[0]}.{c[1]}")
+@pytest.mark.parametrize("capability", chips.GPUS, ids=lambda c: f"{c[0]}.{c[1]}")
 def test_candidates_begin_with_the_shipped_entry(capability):
     found = candidates.places(capability=capability)
     assert {place.kernel for place in found} == set(launch_config.KERNELS)
@@ -420,13 +421,12 @@ def test_what_is_launched_again_is_still_there(kernel, monkeypatch):
         gone = weakref.ref(tensor)
         launched.append(gone)
 
-        def make(tensor=tensor):
-            return types.SimpleNamespace(again=lambda: None)
-
-        return (None, None, make) if kernel == "forward" else ((None,) * 3, {kernel: make})
+        launch = types.SimpleNamespace(holds=tensor)
+        return (None, None, launch) if kernel == "forward" else ((None,) * 3, {kernel: launch}, None)
 
     module = launches.flash_v2 if kernel == "forward" else launches.flash_v2_backward
-    monkeypatch.setattr(module, "start", start)
+    monkeypatch.setattr(module, "launch_forward" if kernel == "forward" else "launch_backward", start)
+    monkeypatch.setattr(launches, "Replay", lambda launch: types.SimpleNamespace(again=lambda: None))
     experiment = launches.OnGpu(Place(kernel, 64, True, "float32"))
     calls = [experiment._launch(LaunchConfig(16, 16), n) for n in (32, 64)]
     gc.collect()

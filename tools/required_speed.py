@@ -69,7 +69,7 @@ def _grouped(q, k, v, *, causal=False, softmax_scale=None):
 
 def implementations() -> dict[str, Attention]:
     """`IMPLEMENTATIONS`, and "triton_v2_gqa8": ours with eight query heads for each key head, only for the forward."""
-    return IMPLEMENTATIONS | {GQA: _grouped}
+    return {**IMPLEMENTATIONS, GQA: _grouped}
 
 
 FEATURE_COLUMNS = ("pass", "head_dim", "causal", "with_ms", "without_ms", "spread")
@@ -93,6 +93,7 @@ def feature_costs(*, rounds: int = 3, seconds: float = 0.1) -> Iterator[dict[str
         raise Unsupported("kernels are timed only on a GPU: in the interpreter a time means nothing.")
     import without_features
     from labutils.attention.kernels import flash_v2, flash_v2_backward
+    from labutils.attention.kernels.options import Options
 
     for d in HEAD_DIMS:
         shape = (TOKENS // EVEN, EVEN, HIDDEN // d, d)
@@ -101,7 +102,7 @@ def feature_costs(*, rounds: int = 3, seconds: float = 0.1) -> Iterator[dict[str
             torch.randn(shape, generator=generator, device=runtime.device, dtype=torch.float16) for _ in range(4)
         )
         for causal in (False, True):
-            options = flash_v2.Options(d**-0.5, (None, 0 if causal else None))
+            options = Options(d**-0.5, window_right=0 if causal else None)
             out, lse = flash_v2.forward(q, k, v, options)
 
             def forward(q=q, k=k, v=v, options=options):

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from labutils.benchmark import SCHEMAS, Unsupported, dtype_name, reference_results, time_call
-from labutils.machine import runtime
+from labutils.machine import chips, runtime
 
 BLOCKS, WARPS, STAGES = (32, 64, 128), (4, 8), (2, 3)
 
@@ -48,14 +48,15 @@ def sweep_blocks(
     """
     from labutils.attention.kernels import flash_v2
     from labutils.attention.kernels.launch_config import LaunchConfig
+    from labutils.attention.kernels.options import Options
 
     if runtime.capability is None:
         raise Unsupported("block sizes are timed on a GPU: in the interpreter a time means nothing.")
     generator = runtime.seed(0)
     shape = (batch, seqlen, heads, head_dim)
     q, k, v = (torch.randn(shape, generator=generator, device=runtime.device, dtype=dtype) for _ in range(3))
-    options = flash_v2.Options(head_dim**-0.5, (None, 0 if causal else None))
-    tma = runtime.capability >= (9, 0)
+    options = Options(head_dim**-0.5, window_right=0 if causal else None)
+    tma = runtime.capability >= chips.TMA
     rows = []
     sizes = tuple(blocks)
     for m, n, w, s in product(sizes, sizes, warps, stages):
@@ -119,12 +120,11 @@ def against_the_table(blocks: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def _capability_of(blocks: pd.DataFrame) -> tuple[int, int]:
+def _capability_of(blocks: pd.DataFrame) -> chips.Capability:
     """The compute capability of the GPU of a sweep: stored with the table, or this machine's."""
     stored = (blocks.attrs.get("environment") or {}).get("capability")
     if stored is not None:
-        major, minor = map(int, stored.split("."))
-        return major, minor
+        return chips.undotted(stored)
     if runtime.capability is None:
         raise ValueError("the table does not say which GPU it is of, and there is none here: take `stored_blocks`.")
     return runtime.capability

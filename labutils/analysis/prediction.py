@@ -29,16 +29,13 @@ import pandas as pd
 import torch
 
 from labutils.analysis.roofline import Ceilings, measure_ceilings, stored_ceilings
+from labutils.attention.backends import BACKENDS
 from labutils.benchmark import RESULTS, Point, attention_flops, reference_results
-from labutils.machine import runtime
+from labutils.machine import chips, runtime
 
 EXPONENTIALS_PER_CLOCK = 16
 """Results of ex2 that an SM delivers in a clock, compute capability 7.5 to 10.0 (CUDA C++ Programming Guide, table
 "Throughput of Native Arithmetic Instructions")."""
-
-PREDICTED = ("triton_v2", "sdpa_flash", "sdpa_cudnn", "flash_attn", "sdpa_efficient", "flex")
-"""Implementations that the model is for: one kernel, or a few in the backward pass, each with its programs. Not naive
-attention, whose operations run one after another, nor v1, which has a program for each head alone."""
 
 GROUP = ("impl", "pass", "dtype", "causal")
 """One fit for each of these."""
@@ -93,10 +90,11 @@ class Gpu:
             ValueError: its number of SMs and its clock are not known here.
             FileNotFoundError: its ceilings are not stored.
         """
-        if gpu not in _DATASHEET:
-            raise ValueError(f"gpu={gpu!r} is not known: {', '.join(_DATASHEET)}, or Gpu.of_this_machine(ceilings).")
-        ceilings = stored_ceilings(gpu)
-        return cls(ceilings.machine, ceilings.tflops, ceilings.gb_per_s, *_DATASHEET[gpu])
+        if gpu not in _CARDS:
+            raise ValueError(f"gpu={gpu!r} is not known: {', '.join(_CARDS)}, or Gpu.of_this_machine(ceilings).")
+        ceilings, card = stored_ceilings(gpu), _CARDS[gpu]
+        assert card.mhz is not None  # a card of the table whose clock the lab knows
+        return cls(ceilings.machine, ceilings.tflops, ceilings.gb_per_s, card.processors, card.mhz)
 
 
 def gpu_for(folder: Path) -> Gpu:
@@ -110,16 +108,12 @@ def gpu_for(folder: Path) -> Gpu:
     Raises:
         RuntimeError: the stored ceilings are not its own, and this machine has no GPU.
     """
-    if (
-        folder.resolve().parent == RESULTS.resolve()
-        and folder.name in _DATASHEET
-        and (folder / "ceilings.json").exists()
-    ):
+    if folder.resolve().parent == RESULTS.resolve() and folder.name in _CARDS and (folder / "ceilings.json").exists():
         return Gpu.stored(folder.name)
     return Gpu.of_this_machine(measure_ceilings())
 
 
-_DATASHEET = {"nvidia_h200": (132, 1980.0)}  # SMs and highest clock in MHz, which stored results do not hold
+_CARDS = {"nvidia_h200": chips.CARDS["H200"]}  # has the SMs and the highest clock, which stored results do not hold
 
 
 def _highest_clock_mhz() -> float:
@@ -290,6 +284,14 @@ def fit_one(rows: Sequence[Mapping[str, Any]], gpu: Gpu) -> Fit:
     return best
 
 
+def predictable() -> list[str]:
+    """The backends that the model is for: one kernel, or a few in the backward pass, with programs of their own rows.
+
+    Not naive attention, whose operations run one after another, and not v1, which has one program for each head.
+    """
+    return [backend.name for backend in BACKENDS.values() if backend.row_programs]
+
+
 def fit(measured: pd.DataFrame, gpu: Gpu) -> dict[tuple, Fit]:
     """One `Fit` for each implementation, pass, dtype and mask in a table of measurements; failures are left out.
 
@@ -300,7 +302,7 @@ def fit(measured: pd.DataFrame, gpu: Gpu) -> dict[tuple, Fit]:
     Raises:
         ValueError: too few rows of one group.
     """
-    ok = measured[measured["ms"].notna() & measured["impl"].isin(PREDICTED)]
+    ok = measured[measured["ms"].notna() & measured["impl"].isin(predictable())]
     return {key: fit_one(rows.to_dict("records"), gpu) for key, rows in ok.groupby(list(GROUP))}
 
 

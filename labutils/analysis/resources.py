@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 
 from labutils.benchmark import SCHEMAS, dtype_name, reference_results
+from labutils.machine import chips
 
 if TYPE_CHECKING:
     from labutils.attention.kernels.launch_config import LaunchConfig
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 STORED_AS = "compiled"
 """The folder under labutils/results that holds the table: no GPU was measured for it."""
 
-CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0))
-"""T4, A100, RTX 3060, RTX 4090, H100 and B200."""
+CAPABILITIES = (chips.TURING, chips.AMPERE, chips.AMPERE_RTX, chips.ADA, chips.HOPPER, chips.BLACKWELL)
+"""The GPUs that the stored table is for."""
 
 HEAD_DIMS = (64, 128, 256)
 GRID_BLOCKS = (32, 64, 128)
@@ -53,14 +54,11 @@ class Launch:
     config: LaunchConfig | None = None
 
 
-def gpu_name(capability: tuple[int, int] | str) -> str:
-    """The first GPU that `compiled.GPUS` names for a compute capability, given as (8, 9) or "8.9"."""
-    from labutils.attention.tuning import compiled
-
+def gpu_name(capability: chips.Capability | str) -> str:
+    """The first GPU that `chips.GPUS` names for a compute capability, given as (8, 9) or "8.9"."""
     if isinstance(capability, str):
-        major, minor = map(int, capability.split("."))
-        capability = (major, minor)
-    return compiled.GPUS[capability].names.split(",")[0]
+        capability = chips.undotted(capability)
+    return chips.GPUS[capability].names.split(",")[0]
 
 
 def launches_of_the_table(capabilities: Iterable[tuple[int, int]] = CAPABILITIES) -> list[Launch]:
@@ -92,7 +90,7 @@ def launches_of_the_grid(capabilities: Iterable[tuple[int, int]] = CAPABILITIES)
     from labutils.attention.kernels.launch_config import LaunchConfig
 
     return [
-        Launch("grid", "forward", d, c, False, LaunchConfig(m, n, warps, GRID_STAGES, c >= (9, 0)))
+        Launch("grid", "forward", d, c, False, LaunchConfig(m, n, warps, GRID_STAGES, c >= chips.TMA))
         for c in capabilities
         for d, m, n, warps in product((64, 128), GRID_BLOCKS, GRID_BLOCKS, GRID_WARPS)
     ]
@@ -130,8 +128,9 @@ def _parts(items: list, size: int) -> Iterator[list]:
 def _compile(launches: list[Launch], processes: int) -> list[dict]:
     import triton
 
-    from labutils.attention.tuning import compiled
+    from labutils.attention.tuning import candidates, compiled
 
+    kernels = {name: kernel for kernel, name in candidates.NAMES.items()}  # what the launch table calls them
     requests = [
         compiled.Request(x.program, x.head_dim, torch.float16, x.capability, x.causal, config=x.config)
         for x in launches
@@ -145,8 +144,8 @@ def _compile(launches: list[Launch], processes: int) -> list[dict]:
             rows.append(
                 {
                     "origin": launch.origin,
-                    "kernel": _KERNELS.get(cost.kernel, cost.kernel),
-                    "capability": "{}.{}".format(*cost.capability),
+                    "kernel": kernels.get(cost.kernel, cost.kernel),
+                    "capability": chips.dotted(cost.capability),
                     "head_dim": launch.head_dim,
                     "dtype": dtype_name(torch.float16),
                     "causal": launch.causal,
@@ -166,15 +165,6 @@ def _compile(launches: list[Launch], processes: int) -> list[dict]:
                 }
             )
     return rows
-
-
-_KERNELS = {
-    "flash_v1._forward_kernel": "v1",
-    "flash_v2._forward_kernel": "forward",
-    "flash_v2_backward._dq_kernel": "dq",
-    "flash_v2_backward._dkdv_kernel": "dkdv",
-    "flash_decode._decode_kernel": "decode",
-}
 
 
 def compared(table: pd.DataFrame, one: str = "8.0", other: str = "8.9") -> pd.DataFrame:

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from labutils.analysis.traffic import compulsory_bytes, io_bytes
 from labutils.attention import interface
+from labutils.attention.backends import BACKENDS
 from labutils.benchmark import (
     RESULTS,
     SCHEMAS,
@@ -204,9 +205,6 @@ def decode_points(
     return pd.DataFrame(rows, columns=list(SCHEMAS["decoding"]))
 
 
-_IO_MODEL_OF = {"naive": "naive", "sdpa_math": "naive", "triton_v1": "v1", "tiled_v1": "v1"}  # the others: v2
-
-
 def roofline_points(df: pd.DataFrame, ceilings: Ceilings, *, block_m: int = 128, block_n: int = 128) -> pd.DataFrame:
     """The place of each measured forward pass under the roofline.
 
@@ -229,7 +227,7 @@ def roofline_points(df: pd.DataFrame, ceilings: Ceilings, *, block_m: int = 128,
     for row in df[(df["pass"] == "fwd") & (df["status"] == "ok")].itertuples():
         shape = {"batch": row.batch, "heads": row.heads, "seqlen": row.seqlen, "head_dim": row.head_dim}
         size = getattr(torch, row.dtype).itemsize
-        model = _IO_MODEL_OF.get(row.impl, "v2")
+        model = BACKENDS[row.impl].io_model if row.impl in BACKENDS else "v2"
         moved = io_bytes(
             model,
             **shape,

@@ -407,6 +407,7 @@ def _count_here(
 ) -> Bytes:
     from labutils.attention.kernels import flash_v1, flash_v2
     from labutils.attention.kernels.launch_config import LaunchConfig
+    from labutils.attention.kernels.options import Options
 
     if kernel in ("dq", "dkdv"):
         backward = _counted_backward(batch, heads, seqlen, seqlen_k, head_dim, block_m, block_n, dtype, causal)
@@ -417,7 +418,7 @@ def _count_here(
         if kernel == "v1":
             flash_v1.forward(q, k, v, scale, causal, config)
         else:
-            flash_v2.forward(q, k, v, flash_v2.Options(scale, (None, 0 if causal else None)), config)
+            flash_v2.forward(q, k, v, Options(scale, window_right=0 if causal else None), config)
     return traffic.per_tensor()
 
 
@@ -434,13 +435,14 @@ def _counted_backward(
     causal: bool,
 ) -> Traffic:
     """The traffic of both kernels of the backward pass."""
-    from labutils.attention.kernels import flash_v2, flash_v2_backward
+    from labutils.attention.kernels import flash_v2_backward
     from labutils.attention.kernels.launch_config import LaunchConfig
+    from labutils.attention.kernels.options import Options
 
     q, out, dout = (torch.zeros(batch, seqlen, heads, head_dim, dtype=dtype) for _ in range(3))
     k, v = (torch.zeros(batch, seqlen_k, heads, head_dim, dtype=dtype) for _ in range(2))
     lse = torch.zeros(batch, heads, seqlen)
-    options = flash_v2.Options(head_dim**-0.5, (None, 0 if causal else None))
+    options = Options(head_dim**-0.5, window_right=0 if causal else None)
     config = LaunchConfig(block_m, block_n)
     with count_traffic() as traffic:
         flash_v2_backward.backward(dout, q, k, v, out, lse, options, {"dq": config, "dkdv": config})

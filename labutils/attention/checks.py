@@ -13,7 +13,7 @@ import numbers
 
 import torch
 
-from labutils.machine import runtime
+from labutils.machine import chips, runtime
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_HEAD_DIM = 256
@@ -100,11 +100,13 @@ def _device(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_name: str, v_na
             f"q is on {q.device}: move the tensors to the GPU (runtime.device), or set LABUTILS_DEVICE=cpu and "
             "restart to run in Triton's interpreter."
         )
-    if q.dtype == torch.bfloat16 and q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) < (8, 0):
-        raise TypeError(
-            f"{torch.cuda.get_device_name(q.device)} has no bfloat16 arithmetic (compute capability below 8.0): use "
-            "torch.float16."
-        )
+    if q.dtype == torch.bfloat16 and q.device.type == "cuda":
+        capability = torch.cuda.get_device_capability(q.device)
+        if capability < chips.BFLOAT16:
+            raise TypeError(
+                f"{torch.cuda.get_device_name(q.device)} has no bfloat16 arithmetic (compute capability "
+                f"{chips.dotted(capability)}, below {chips.dotted(chips.BFLOAT16)}): use torch.float16."
+            )
 
 
 def _number(name: str, value: float) -> None:

@@ -7,23 +7,19 @@ so, never ignored. The arguments that several functions share are described in `
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
-from labutils.attention import checks, operators
-from labutils.attention.kernels import fast_path, flash_v1
-from labutils.attention.kernels.flash_v2 import Options
+from labutils.attention import checks, fast_path, operators
+from labutils.attention.kernels import flash_v1
+from labutils.attention.kernels.options import Options
 from labutils.machine import runtime
 
 _Result: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]
-
-
-def _window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
-    """(left, right), checked, as the operators take it: -1 for no bound."""
-    left, right = checks.window(window_size, causal)
-    return -1 if left is None else left, -1 if right is None else right
 
 
 def _cast(*tensors: torch.Tensor | None) -> list[Any]:
@@ -56,28 +52,83 @@ def _refuse_tangents(*tensors: torch.Tensor | None) -> None:
         )
 
 
-def _attention(
-    q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs, batch,
+class _FlashAttention(torch.autograd.Function):
+    """The derivative of all functions here: by q, k and v, and by the log-sum-exp, too; not twice.
+
+    Source: arXiv 2307.08691, Algorithm 2. A profile shows this class by its name.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, options: Options, known: fast_path.KnownCall | None):
+        if known is not None:  # its options have no tensors, and it keeps the numbers
+            out, lse = known.output(q, k, v)
+            ctx.save_for_backward(q, k, v, out, lse)
+        else:
+            out, lse = _operator(q, k, v)(q, k, v, *options)
+            ctx.save_for_backward(
+                q, k, v, out, lse, options.alibi_slopes, options.seed, options.cu_seqlens_q, options.cu_seqlens_k
+            )
+            ctx.numbers = (
+                options.softmax_scale, options.window_left, options.window_right, options.softcap, options.dropout_p,
+                options.max_seqlen_q, options.max_seqlen_k,
+            )  # fmt: skip
+        ctx.known = known
+        ctx.set_materialize_grads(False)  # a gradient by lse is rare: None says that there is none
+        return out, lse
+
+    @staticmethod
+    @once_differentiable  # there is no second derivative: asking for one raises
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        if ctx.known is not None:
+            dlse = None if dlse is None else dlse.resolve_neg()
+            return *ctx.known.gradients(dout.resolve_neg(), dlse, q, k, v, out, lse), None, None
+        slopes, seed, cu_seqlens_q, cu_seqlens_k = tensors
+        scale, left, right, softcap, dropout_p, max_seqlen_q, max_seqlen_k = ctx.numbers
+        gradients = operators.flash_attention_backward(
+            dout, dlse, q, k, v, out, lse, scale, left, right, softcap, slopes, dropout_p, seed,
+            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        )  # fmt: skip
+        return *gradients, None, None
+
+
+def _operator(q, k, v) -> Callable:
+    """The operator, or what it does without PyTorch's dispatch if nobody looks at operators."""
+    return operators.undispatched_forward if fast_path.applies(q, k, v) else operators.flash_attention
+
+
+def _attention(q, k, v, options: Options, known: fast_path.KnownCall | None, return_attn_probs: bool) -> _Result:
+    """Runs the attention, with its derivative if one may be asked for."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        out, lse = _FlashAttention.apply(q, k, v, options, known)
+    elif known is not None:
+        out, lse = known.output(q, k, v)
+    else:
+        out, lse = _operator(q, k, v)(q, k, v, *options)
+    return (out, lse, None) if return_attn_probs else out
+
+
+def _options(
+    q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, batch,
     cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0, block_table=None,
-) -> _Result:  # fmt: skip
-    """Checks what all functions share, draws a seed for dropout, and runs."""
+) -> Options:  # fmt: skip
+    """Checks the arguments that all functions share, and draws a seed for dropout."""
     _refuse_tangents(q, k, v, alibi_slopes if isinstance(alibi_slopes, torch.Tensor) else None)
     dropout_p = checks.dropout(dropout_p)
     scale = checks.scale(softmax_scale, q.shape[-1])
-    window = _window(window_size, causal)
-    softcap = checks.cap(softcap) or 0.0
+    window = checks.window(window_size, causal)
+    softcap = checks.cap(softcap)
     slopes = checks.slopes(alibi_slopes, batch, q.shape[-2], q.device)
     seed = None
     if dropout_p > 0.0:
         # From PyTorch's generator of the device, so that manual_seed repeats it and checkpointing restores it.
         seed = torch.randint(2**31 - 1, (1,), dtype=torch.int64, device=q.device)
-    direct = fast_path.may_be_short(q, k, v) and not _needs_gradient(q, k, v)
-    run = operators.attend if direct else operators.flash_attention
-    out, lse = run(
-        q, k, v, scale, *window, softcap, slopes, dropout_p, seed,
+    return Options(
+        scale, *window, softcap, slopes, dropout_p, seed,
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table,
     )  # fmt: skip
-    return (out, lse, None) if return_attn_probs else out
 
 
 def flash_attn_func(
@@ -119,23 +170,22 @@ def flash_attn_func(
         ValueError: shapes that do not fit together, values out of range, tensors on different devices.
         TypeError: a type or dtype that the kernels or the GPU do not have.
         NotImplementedError: a gradient by alibi_slopes, or a derivative in forward mode.
-        RuntimeError: a GPU too old or too small; in the backward, a second derivative (NotImplementedError where the
-            call went over PyTorch's dispatcher).
+        RuntimeError: a GPU too old or too small; in the backward, a second derivative.
     """
     q, k, v = _cast(q, k, v)
-    if dropout_p == 0.0 and alibi_slopes is None and type(window_size) is tuple and fast_path.may_be_short(q, k, v):
+    if dropout_p == 0.0 and alibi_slopes is None and type(window_size) is tuple and fast_path.applies(q, k, v):
 
-        def prepare() -> Options:
+        def check() -> Options:
             checks.tensors(q, k, v)
-            window = checks.window(window_size, causal)
-            return Options(checks.scale(softmax_scale, q.shape[-1]), window, checks.cap(softcap))
+            return Options(
+                checks.scale(softmax_scale, q.shape[-1]), *checks.window(window_size, causal), checks.cap(softcap)
+            )
 
-        out, lse = fast_path.attention(q, k, v, (softmax_scale, causal, window_size, softcap), prepare)
-        return (out, lse, None) if return_attn_probs else out
+        known = fast_path.known_call(q, k, v, (softmax_scale, causal, window_size, softcap), check)
+        return _attention(q, k, v, known.options, known, return_attn_probs)
     checks.tensors(q, k, v)
-    return _attention(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs, q.shape[0]
-    )
+    options = _options(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, q.shape[0])
+    return _attention(q, k, v, options, None, return_attn_probs)
 
 
 def flash_attn_kvpacked_func(
@@ -228,10 +278,11 @@ def flash_attn_varlen_func(
                 "block_table: there is no backward through a paged cache. Call under torch.no_grad(), or gather the "
                 "blocks into packed k and v."
             )
-    return _attention(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs, batch,
+    options = _options(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, batch,
         cu_seqlens_q, cu_seqlens_k, int(max_seqlen_q), int(max_seqlen_k), block_table,
     )  # fmt: skip
+    return _attention(q, k, v, options, None, return_attn_probs)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -346,21 +397,23 @@ def flash_attn_with_kvcache(
         and type(window_size) is tuple
         and k is v is rotary_cos is rotary_sin is None
         and cache_batch_idx is cache_leftpad is block_table is alibi_slopes is None
-        and fast_path.may_be_short(q, k_cache, v_cache)
+        and fast_path.applies(q, k_cache, v_cache)
         and not _needs_gradient(q, k_cache, v_cache)
         and k_cache.dim() == 4
         and 0 <= cache_seqlens <= k_cache.shape[1]
     ):
 
-        def prepare() -> Options:
+        def check() -> Options:
             checks.tensors(q, k_cache, v_cache, cached=True)
             checks.cache(q, k_cache, v_cache, None, None, (None, None), cache_seqlens, num_splits)
             _enough_rows(q, k_cache)
-            window = checks.window(window_size, causal)
-            return Options(checks.scale(softmax_scale, q.shape[-1]), window, checks.cap(softcap))
+            return Options(
+                checks.scale(softmax_scale, q.shape[-1]), *checks.window(window_size, causal), checks.cap(softcap)
+            )
 
-        options = (softmax_scale, causal, window_size, softcap)
-        out, lse = fast_path.decoding(q, k_cache, v_cache, cache_seqlens, options, num_splits, prepare)
+        asked = (softmax_scale, causal, window_size, softcap)
+        known = fast_path.known_decoding(q, k_cache, v_cache, cache_seqlens, num_splits, asked, check)
+        out, lse = known.decode(q, k_cache, v_cache, cache_seqlens)
     else:
         out, lse = _append_and_attend(
             q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad,
@@ -373,7 +426,7 @@ def _append_and_attend(
     q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad,
     block_table, softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """out and lse of `flash_attn_with_kvcache` by the long way, which knows all of its arguments."""
+    """out and lse of `flash_attn_with_kvcache` with any of its arguments."""
     paged = block_table is not None
     checks.tensors(q, k_cache, v_cache, paged=paged, cached=True)
     checks.cache(q, k_cache, v_cache, k, v, (rotary_cos, rotary_sin), cache_seqlens, num_splits)
@@ -392,20 +445,19 @@ def _append_and_attend(
     if not paged and batch_idx is None:
         _enough_rows(q, k_cache)
     direct = (
-        fast_path.may_be_short(q, k_cache, v_cache)
+        fast_path.applies(q, k_cache, v_cache)
         and (k is None or not (k.is_neg() or v.is_neg()))  # the dispatcher resolves that
         and not _needs_gradient(q, k_cache, v_cache, k, v)
     )
-    run = operators.attend_with_cache if direct else operators.flash_attention_with_cache
+    run = operators.undispatched_with_cache if direct else operators.flash_attention_with_cache
     if direct and k is not None:
         # What an operator does for tensors that it writes to: a gradient that needs their old values is an error.
         torch.autograd.graph.increment_version([t for t in (k_cache, v_cache) if not t.is_inference()])
     rotary_cos, rotary_sin = (None if t is None else t.contiguous() for t in (rotary_cos, rotary_sin))
-    left, right = _window(window_size, causal)
     return run(
         q, k_cache, v_cache, k, v, rotary_cos, rotary_sin,
         seqlens, seqlen, batch_idx, leftpad, block_table,
-        checks.scale(softmax_scale, q.shape[-1]), left, right, checks.cap(softcap) or 0.0,
+        checks.scale(softmax_scale, q.shape[-1]), *checks.window(window_size, causal), checks.cap(softcap),
         bool(rotary_interleaved), checks.slopes(alibi_slopes, batch, q.shape[-2], q.device), num_splits,
     )  # fmt: skip
 

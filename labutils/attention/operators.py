@@ -1,9 +1,10 @@
-"""The kernels as operators that PyTorch knows: for torch.compile, autograd, FLOP counters and CUDA graphs.
+"""The kernels as operators that PyTorch knows: for torch.compile, FLOP counters and CUDA graphs.
 
-`torch.ops.labutils.flash_attention`, its backward, and `flash_attention_with_cache`. `attend` and `attend_with_cache`
-are what two of them do, for callers that need no operator and save its dispatch. All take plain tensors and numbers,
-and expect arguments whose form `attention.interface` has checked; what must be read from the GPU to be checked (lengths
-of sequences, places in a cache) is checked here, where it is not traced. Windows: -1 is no bound; softcap: 0 is none.
+`torch.ops.labutils.flash_attention`, `flash_attention_backward` and `flash_attention_with_cache` take plain tensors and
+numbers: tensors of the forms that `attention.interface` has checked, then the fields of `options.Options`. They have no
+derivative of their own: `interface._FlashAttention` puts forward and backward together. `undispatched_forward` and
+`undispatched_with_cache` do the same without PyTorch's dispatcher. Values that must be read from the GPU to be checked
+(lengths of sequences, places in a cache) are checked here, since nothing here is traced.
 """
 
 from __future__ import annotations
@@ -14,32 +15,17 @@ from torch.utils.flop_counter import register_flop_formula
 
 from labutils.attention import checks
 from labutils.attention.kernels import flash_decode, flash_v2, flash_v2_backward, kv_append
-from labutils.attention.kernels.flash_decode import Cache
-from labutils.attention.kernels.flash_v2 import Options
+from labutils.attention.kernels.options import Cache, Options
 
 
-def _bound(side: int) -> int | None:
-    return None if side < 0 else side
-
-
-def _options(
-    softmax_scale, window_left, window_right, softcap, alibi_slopes, dropout_p=0.0, seed=None,
-    cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0, block_table=None,
-) -> Options:  # fmt: skip
-    return Options(
-        softmax_scale, (_bound(window_left), _bound(window_right)), softcap or None, alibi_slopes, dropout_p, seed,
-        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table,
-    )  # fmt: skip
-
-
-def attend(
+def undispatched_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
     alibi_slopes: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
@@ -49,11 +35,11 @@ def attend(
     max_seqlen_k: int,
     block_table: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse, as `flash_v2.forward` gives them; as an operator differentiable, also by lse, but not twice.
+    """out and lse, as `flash_v2.forward` gives them.
 
     Raises:
         ValueError: packed sequences, or a block table, without their borders; lengths or blocks that do not exist.
-        RuntimeError: as `flash_v2.forward`; NotImplementedError for a second derivative.
+        RuntimeError: as `flash_v2.forward`.
     """
     if cu_seqlens_q is None or cu_seqlens_k is None:
         if cu_seqlens_q is not None:
@@ -67,14 +53,15 @@ def attend(
         checks.packed_values("cu_seqlens_k", cu_seqlens_k, max_seqlen_k, k.shape[0] if block_table is None else None)
         if block_table is not None:
             checks.table_values(block_table, cu_seqlens_k.diff(), k.shape[0], k.shape[1])
-    options = _options(
+    options = Options(
         softmax_scale, window_left, window_right, softcap, alibi_slopes, dropout_p, seed,
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table,
     )  # fmt: skip
-    return flash_v2.forward(q, k, v, options)
+    out, lse, _ = flash_v2.launch_forward(q, k, v, options)
+    return out, lse
 
 
-flash_attention = torch.library.custom_op("labutils::flash_attention", attend, mutates_args=())
+flash_attention = torch.library.custom_op("labutils::flash_attention", undispatched_forward, mutates_args=())
 
 
 @flash_attention.register_fake
@@ -94,9 +81,9 @@ def flash_attention_backward(
     out: Tensor,
     lse: Tensor,
     softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
     alibi_slopes: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
@@ -105,12 +92,13 @@ def flash_attention_backward(
     max_seqlen_q: int,
     max_seqlen_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv, as `flash_v2_backward.backward` gives them; no second derivative (NotImplementedError)."""
-    options = _options(
+    """dq, dk and dv, as `flash_v2_backward.backward` gives them."""
+    options = Options(
         softmax_scale, window_left, window_right, softcap, alibi_slopes, dropout_p, seed,
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     )  # fmt: skip
-    return flash_v2_backward.backward(dout, q, k, v, out, lse, options, dlse=dlse)
+    gradients, _, _ = flash_v2_backward.launch_backward(dout, q, k, v, out, lse, options, dlse=dlse)
+    return gradients
 
 
 @flash_attention_backward.register_fake
@@ -118,35 +106,7 @@ def _(dout, dlse, q, k, v, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _keep_for_backward(ctx, inputs, output) -> None:
-    (q, k, v, scale, left, right, softcap, slopes, dropout_p, seed, cu_q, cu_k, max_q, max_k, _) = inputs
-    ctx.save_for_backward(q, k, v, *output, slopes, seed, cu_q, cu_k)
-    ctx.numbers = (scale, left, right, softcap, dropout_p, max_q, max_k)
-    ctx.set_materialize_grads(False)  # a gradient by lse is rare: None says that there is none
-
-
-def _backward(ctx, dout, dlse):
-    q, k, v, out, lse, slopes, seed, cu_q, cu_k = ctx.saved_tensors
-    scale, left, right, softcap, dropout_p, max_q, max_k = ctx.numbers
-    if dout is None:
-        dout = torch.zeros_like(out)
-    gradients = flash_attention_backward(
-        dout, dlse, q, k, v, out, lse, scale, left, right, softcap, slopes, dropout_p, seed, cu_q, cu_k, max_q, max_k
-    )
-    return *gradients, *(None,) * 12
-
-
-def _second_derivative(ctx, *gradients):
-    raise NotImplementedError(
-        "flash_attn functions have no second derivative: compute it with labutils.attention.reference.naive_attention."
-    )
-
-
-flash_attention.register_autograd(_backward, setup_context=_keep_for_backward)
-flash_attention_backward.register_autograd(_second_derivative)
-
-
-def attend_with_cache(
+def undispatched_with_cache(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -160,9 +120,9 @@ def attend_with_cache(
     cache_leftpad: Tensor | None,
     block_table: Tensor | None,
     softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
     rotary_interleaved: bool,
     alibi_slopes: Tensor | None,
     num_splits: int,
@@ -176,7 +136,7 @@ def attend_with_cache(
     n_new = 0 if k is None else k.shape[1]
     page = k_cache.shape[1]
     capacity = page if block_table is None else page * block_table.shape[1]
-    one_position = window_left < 0 and window_right < 0
+    one_position = window_left is None and window_right is None
     checks.cache_values(
         cache_seqlens, seqlen, n_new, capacity, q.shape[0], cache_batch_idx, cache_leftpad, k_cache.shape[0],
         None if rotary_cos is None else rotary_cos.shape[0], 1 if one_position else q.shape[1], block_table, page,
@@ -189,12 +149,12 @@ def attend_with_cache(
         kv_append.append(v, v_cache, cache)
     if rotary_cos is not None:
         q = kv_append.rotate(q, cache, rotary_cos, rotary_sin, rotary_interleaved, one_position=one_position)
-    options = _options(softmax_scale, window_left, window_right, softcap, alibi_slopes)
+    options = Options(softmax_scale, window_left, window_right, softcap, alibi_slopes)
     return flash_decode.decode(q, k_cache, v_cache, cache, options, n_new=n_new, splits=num_splits)
 
 
 flash_attention_with_cache = torch.library.custom_op(
-    "labutils::flash_attention_with_cache", attend_with_cache, mutates_args=("k_cache", "v_cache")
+    "labutils::flash_attention_with_cache", undispatched_with_cache, mutates_args=("k_cache", "v_cache")
 )
 
 
@@ -203,8 +163,8 @@ def _(q, *rest):
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
-def visible_pairs(n_q: int, n_k: int, window_left: int = -1, window_right: int = -1) -> int:
-    """Pairs of a query and a key that it sees, masks aligned to the bottom right; -1 is no bound."""
+def visible_pairs(n_q: int, n_k: int, window_left: int | None = None, window_right: int | None = None) -> int:
+    """Pairs of a query and a key that it sees, masks aligned to the bottom right; None is no bound."""
 
     def triangle(n: int) -> int:
         return n * (n + 1) // 2 if n > 0 else 0
@@ -215,8 +175,8 @@ def visible_pairs(n_q: int, n_k: int, window_left: int = -1, window_right: int =
         return ramp - beyond
 
     offset = n_k - n_q
-    up_to = n_q * n_k if window_right < 0 else cut_off(offset + window_right + 1)
-    before = 0 if window_left < 0 else cut_off(offset - window_left)
+    up_to = n_q * n_k if window_right is None else cut_off(offset + window_right + 1)
+    before = 0 if window_left is None else cut_off(offset - window_left)
     return up_to - before
 
 

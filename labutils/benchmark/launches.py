@@ -10,6 +10,8 @@ import torch
 from labutils.attention import reference
 from labutils.attention.kernels import flash_decode, flash_v1, flash_v2, flash_v2_backward, launch_table
 from labutils.attention.kernels.launch_config import LaunchConfig, Place
+from labutils.attention.kernels.options import Cache, Options
+from labutils.attention.kernels.replay import Replay
 from labutils.benchmark.timing import Timing, time_call
 from labutils.machine import runtime
 
@@ -66,7 +68,7 @@ class OnGpu:
             for n_q in (1, 8):
                 q, k, v = draw(n_q, 8), draw(n, 2), draw(n, 2)
                 cut = flash_decode.cut_to_rows(config, n_q * 4)
-                out, lse = flash_decode.decode(q, k, v, flash_decode.Cache(None, n), options, config=cut)
+                out, lse = flash_decode.decode(q, k, v, Cache(None, n), options, config=cut)
                 reference.check_attention(out, q, k, v, lse=lse, **causal).raise_if_failed()
             return
         q, k, v = draw(n, 4), draw(n, 2), draw(n, 2)
@@ -95,8 +97,8 @@ class OnGpu:
             calls = [self._launch(config, n) for n in LENGTHS]
         return [time_call(call, seconds=self.seconds) for call in calls]
 
-    def _options(self) -> flash_v2.Options:
-        return flash_v2.Options(self.place.head_dim**-0.5, (None, 0 if self.causal else None))
+    def _options(self) -> Options:
+        return Options(self.place.head_dim**-0.5, window_right=0 if self.causal else None)
 
     def _draw(self, *shapes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
         """Random tensors. They are made once for each size."""
@@ -114,13 +116,14 @@ class OnGpu:
         q, k, v, dout = self._draw(*[self._shape(n)] * 4)
         options = self._options()
         if self.place.kernel == "forward":
-            launched = flash_v2.start(q, k, v, options, config)[2]
+            launched = flash_v2.launch_forward(q, k, v, options, config)[2]
         else:
             out, lse = flash_v2.forward(q, k, v, options, self.shipped["forward"])
             configs = self.shipped | {self.place.kernel: config}
-            launched = flash_v2_backward.start(dout, q, k, v, out, lse, options, configs)[1][self.place.kernel]
+            _, launches, _ = flash_v2_backward.launch_backward(dout, q, k, v, out, lse, options, configs)
+            launched = launches[self.place.kernel]
         assert launched is not None  # it is None for an empty grid only
-        again = launched().again
+        again = Replay(launched).again
 
         # `again` holds only the addresses of the tensors; `launched` keeps the tensors alive.
         def repeat(alive: Any = launched) -> Any:
@@ -138,5 +141,5 @@ class OnGpu:
         keys = (batch, n_k, heads_kv, d)
         q, k, v = self._draw((batch, n_q, heads_kv * _HEADS_PER_KEY_HEAD, d), keys, keys)
         cut = flash_decode.cut_to_rows(config, n_q * _HEADS_PER_KEY_HEAD)
-        cache = flash_decode.Cache(None, n_k)
+        cache = Cache(None, n_k)
         return lambda: flash_decode.decode(q, k, v, cache, self._options(), config=cut)

@@ -10,18 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
+from labutils.attention.backends import BACKENDS, IMPLEMENTATIONS
 from labutils.commands.arguments import INTERRUPTED, argument_type, listed, new_parser, seconds, whole_number
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from labutils.benchmark import Point
-
-NAMES = (
-    "naive", "sdpa_math", "sdpa_efficient", "sdpa_flash", "sdpa_cudnn", "flash_attn", "flex", "triton_v1", "triton_v2",
-    "tiled_v1", "tiled_v2",
-)  # fmt: skip
-"""The implementations, for a help without torch. A test compares them with `IMPLEMENTATIONS`."""
 
 DTYPES = ("bfloat16", "float16", "float32")
 FORMATS = ("json", "png", "svg")
@@ -60,13 +55,21 @@ def parser() -> ArgumentParser:
     return parser
 
 
+def _swept(*, on_gpu: bool) -> list[str]:
+    """The implementations that are measured without --impls. Without a GPU these are PyTorch's kernels for the CPU."""
+    return [b.name for b in BACKENDS.values() if b.swept and b.load and (on_gpu or b.on_cpu == "compiled")]
+
+
 def _add_what_is_measured(what: Any) -> None:
+    names = list(IMPLEMENTATIONS)
+    not_swept = [name for name in names if not BACKENDS[name].swept]
     what.add_argument(
         "--impls",
-        type=listed(str, NAMES),
+        type=listed(str, names),
         metavar="A,B",
         default=argparse.SUPPRESS,
-        help=f"of {', '.join(NAMES)} (default: without a GPU naive, sdpa_math, sdpa_flash; with one all but tiled_*)",
+        help=f"of {', '.join(names)} (default: without a GPU {', '.join(_swept(on_gpu=False))}; with one all but "
+        f"{', '.join(not_swept)})",
     )
     what.add_argument(
         "--seqlens",
@@ -283,9 +286,7 @@ def _plan(given: Namespace) -> list[Point]:
     from labutils.benchmark import sweeping
     from labutils.machine import runtime
 
-    impls = runtime.choose(
-        cpu=["naive", "sdpa_math", "sdpa_flash"], gpu=[n for n in NAMES if not n.startswith("tiled")]
-    )
+    impls = _swept(on_gpu=runtime.device.type == "cuda")
     lengths = runtime.choose(cpu=[256, 512, 1024, 2048], gpu=[512, 1024, 2048, 4096, 8192, 16384])
     tokens = None if "batch" in given else given.get("tokens", runtime.choose(cpu=None, gpu=16384))
     hidden = None if "heads" in given else given.get("hidden", runtime.choose(cpu=None, gpu=2048))

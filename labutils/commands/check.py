@@ -41,7 +41,7 @@ def run(words: Sequence[str]) -> int:
         from labutils.benchmark import environment  # a device that is asked for and not there raises here
 
         if arguments.json:
-            found = environment.as_dict(compile_flex=arguments.compile_flex)
+            found = environment.report_as_dict(compile_flex=arguments.compile_flex)
             print(json.dumps(found, indent=2))
         else:
             print(environment.report(compile_flex=arguments.compile_flex))

@@ -61,13 +61,13 @@ def run(words: Sequence[str]) -> int:
     arguments = parser().parse_args(words)
     import signal
 
-    from labutils.exercises.grading import grader
+    from labutils.exercises.grading import grader, sandbox
 
     for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal must not leave students' processes behind
         signal.signal(number, _stop)
     memory = {} if arguments.memory is None else {"memory_gib": arguments.memory}
-    limits = grader.Limits(arguments.limit, arguments.call_limit, **memory)
-    if grader.isolation():
+    limits = sandbox.Limits(arguments.limit, arguments.call_limit, **memory)
+    if sandbox.isolation():
         print("Each notebook runs in namespaces of its own: no network, no sight of other processes.", flush=True)
     else:
         print(

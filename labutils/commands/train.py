@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
+from labutils.attention.backends import BACKENDS
 from labutils.commands.arguments import INTERRUPTED, new_parser
 
 if TYPE_CHECKING:
@@ -42,20 +43,6 @@ SMOKE_TEST = {
     "run.log_every": 1,
 }
 """The options that --smoke-test sets. All others stay as given. The folder of the run is a temporary one."""
-
-FLASH = ("sdpa_flash", "sdpa_cudnn", "flash_attn", "triton_v2")
-"""What counts as a flash kernel, of the names that `labutils.training.attention_used` gives."""
-
-WHAT_RAN = {
-    "sdpa_flash": "PyTorch's flash kernel",
-    "sdpa_cudnn": "cuDNN's flash kernel",
-    "sdpa_efficient": "PyTorch's memory-efficient kernel",
-    "sdpa_math": "PyTorch's math backend, which stores the N x N matrix",
-    "flash_attn": "the flash-attn package's kernel",
-    "triton_v2": "this lab's Triton kernel",
-    "naive": "standard attention, which stores the N x N matrix",
-}
-"""What stands behind each of these names."""
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -563,11 +550,11 @@ def _allowed_backends(options: Namespace) -> Any:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     how = options.optimization
-    if how.flash_attention_force:
-        return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION])
-    if how.disable_math_fallback:
-        return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION])
-    return nullcontext()
+    if not (how.flash_attention_force or how.disable_math_fallback):
+        return nullcontext()
+    of_sdpa = [backend for backend in BACKENDS.values() if backend.sdp_backend]
+    allowed = [backend for backend in of_sdpa if (backend.flash if how.flash_attention_force else backend.fused)]
+    return sdpa_kernel([getattr(SDPBackend, backend.sdp_backend) for backend in allowed])
 
 
 def _find_out(
@@ -600,21 +587,30 @@ def _find_out(
     where = {"cpu": "the CPU", "cuda": "the GPU"}[runtime.device.type]
     if "triton_v2" in used and runtime.interpreted:
         where = "the CPU, in Triton's interpreter"
-    ran = "; ".join(f"{WHAT_RAN[name]} ({name}), {calls} times" for name, calls in used.items())
+    ran = "; ".join(f"{_described(name)} ({name}), {calls} times" for name, calls in used.items())
     print(f"Attention that ran in a profiled step, on {where}: {ran or 'none that is known'}. Asked for: {attention}.")
-    slow = [name for name in used if name not in FLASH]
+    slow = [name for name in used if not BACKENDS[name].flash]
     if how.flash_attention_force and (slow or not used):
         raise RuntimeError(
-            f"optimization.flash_attention_force=true, but {', '.join(WHAT_RAN[name] for name in slow) or 'nothing'} "
+            f"optimization.flash_attention_force=true, but {'; '.join(map(_described, slow)) or 'nothing'} "
             "ran: `python -m labutils check` says what runs on this machine and why the rest does not."
         )
-    if how.disable_math_fallback and {"sdpa_math", "naive"} & set(used):
-        ran = " and ".join(WHAT_RAN[name] for name in used if name in ("sdpa_math", "naive"))
+    if how.disable_math_fallback and (stored := [name for name in used if _stores_the_matrix(name)]):
+        ran = " and ".join(map(_described, stored))
         raise RuntimeError(
             f"optimization.disable_math_fallback=true, but {ran}, ran: `python -m labutils check` says what runs "
             "on this machine and why the rest does not."
         )
     return used
+
+
+def _stores_the_matrix(name: str) -> bool:
+    return BACKENDS[name].io_model == "naive"
+
+
+def _described(name: str) -> str:
+    """What ran, in words, for a name that `labutils.training.attention_used` gives."""
+    return BACKENDS[name].title + (", which stores the N x N matrix" if _stores_the_matrix(name) else "")
 
 
 # ------------------------------------------------------------------------------------------------------------

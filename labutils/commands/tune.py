@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ArgumentParser, Namespace
 
 from labutils.commands.arguments import INTERRUPTED, argument_type, listed, new_parser, some_seconds, whole_number
+from labutils.machine import chips
 
 if TYPE_CHECKING:
     from labutils.attention.kernels.launch_config import Place
@@ -106,14 +107,13 @@ def run(words: Sequence[str]) -> int:
     if arguments.capability is not None and not (arguments.show or arguments.compile_only):
         return _complain("--capability is for --compile-only and --show: only the GPU here can be timed.", 2)
     from labutils.attention.kernels import tuned_table
-    from labutils.attention.tuning import compiled
     from labutils.benchmark import environment
     from labutils.machine import runtime
 
     capability = arguments.capability or runtime.capability
-    if capability is not None and capability not in compiled.GPUS:
-        known = ", ".join(f"{major}.{minor}" for major, minor in compiled.GPUS)
-        return _complain(f"of compute capability {'.'.join(map(str, capability))} nothing is known: {known}.", 2)
+    if capability is not None and capability not in chips.GPUS:
+        known = ", ".join(map(chips.dotted, chips.GPUS))
+        return _complain(f"of compute capability {chips.dotted(capability)} nothing is known: {known}.", 2)
     file = tuned_table.path()
     if file is None and not (arguments.compile_only or arguments.show or arguments.reset):
         return _complain(f"{tuned_table.VARIABLE}=none says that no table is used: unset it, or name a file.", 2)
@@ -243,7 +243,7 @@ def _show(arguments: Namespace, file: Path | None, capability: tuple[int, int] |
               "shows the shipped entries of such a GPU.")  # fmt: skip
         return 0
     index = 0 if arguments.capability is None else None
-    shipped_for = f"compute capability {capability[0]}.{capability[1]}"
+    shipped_for = f"compute capability {chips.dotted(capability)}"
     print(f"\nIn force for {tuned_table.TunedFor.here() if index == 0 else shipped_for}:")
     for place in candidates.places(capability=capability):
         config = tuned_table.in_force(place, capability, index)
@@ -275,12 +275,12 @@ def _list(places: Sequence[Place], capability: tuple[int, int], processes: int) 
 
 def _block(place: Place, capability: tuple[int, int], found: Sequence[Any]) -> str:
     from labutils.attention.kernels import launch_table
-    from labutils.attention.tuning import candidates, compiled
+    from labutils.attention.tuning import candidates
 
     shipped, best = launch_table.shipped(place, capability), candidates.best_by_resources(found)
-    gpu = compiled.GPUS[capability]
+    gpu = chips.GPUS[capability]
     lines = [
-        f"{place}, compute capability {capability[0]}.{capability[1]} ({gpu.names})",
+        f"{place}, compute capability {chips.dotted(capability)} ({gpu.names})",
         f"    {'blocks, warps, stages':<42}{'registers':>10}{'spilled':>9}{'KiB':>7}{'blocks/SM':>11}{'occupancy':>11}",
     ]
     for one in found:

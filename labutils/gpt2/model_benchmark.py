@@ -20,8 +20,9 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from labutils.attention.backends import name_in_tables
 from labutils.attention.kernels import flash_v1, flash_v2_backward
-from labutils.attention.kernels.flash_v2 import Options
+from labutils.attention.kernels.options import Options
 from labutils.benchmark import SCHEMAS, read_results, save_results, watch_interpreter
 from labutils.benchmark.environment import differences, environment
 from labutils.benchmark.points import NOT_REACHED, is_out_of_memory
@@ -58,7 +59,7 @@ class _FirstVersion(torch.autograd.Function):
     def forward(ctx: Any, q: Any, k: Any, v: Any, softmax_scale: float, causal: bool) -> Any:
         out, lse = flash_v1.forward(q, k, v, softmax_scale, causal)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.options = Options(softmax_scale, (None, 0 if causal else None))
+        ctx.options = Options(softmax_scale, window_right=0 if causal else None)
         return out
 
     @staticmethod
@@ -120,7 +121,7 @@ def sweep(
         progress: a progress bar on stdout.
 
     Returns:
-        A row for each model, work, attention, batch and length, with `COLUMNS`: `impl` as in `models.IMPL`, `ms`
+        A row for each model, work, attention, batch and length, with `COLUMNS`: `impl` (see `name_in_tables`), `ms`
         (median; "decode": of one token), `tokens_per_s` (all sequences together), `peak_gib` (allocated, with the
         weights; NaN on a CPU), `status` ok, oom or unsupported, and the `reason`. `.attrs`: "machine" and "interrupted"
         (True after a KeyboardInterrupt: points that were not reached are then rows that say so).
@@ -169,7 +170,7 @@ def sweep(
             for point in _points(size, named, attention, b, n):
                 rows.found.setdefault(point, NOT_REACHED)  # in this table alone: the next run measures it
     table = rows.table()
-    wanted = {models.IMPL.get(a, a) for a in attentions}
+    wanted = {name_in_tables(a) for a in attentions}
     table = table[table["model"].isin(sizes) & table["impl"].isin(wanted) & table["work"].isin(works)]
     table = table[table["seqlen"].isin(lengths)].reset_index(drop=True)
     table.attrs.update(machine=runtime.machine, interrupted=interrupted)
@@ -274,7 +275,7 @@ class _Subject:
 
 def _points(size: str, works: Sequence[str], attention: str, batch: int, n: int) -> list[tuple]:
     """The keys of what one measurement gives: `KEY`, for each work."""
-    return [(size, work, models.IMPL.get(attention, attention), batch, n) for work in works]
+    return [(size, work, name_in_tables(attention), batch, n) for work in works]
 
 
 def _measure_lengths(

@@ -35,9 +35,6 @@ GPT2_SIZES: dict[str, tuple[int, int, int]] = {
 """Layers, heads and width. The first four are Radford et al. 2019, table 2, with the parameter counts that are in use
 today; the last two are small enough for two CPU cores and for Triton's interpreter."""
 
-IMPL = {"eager": "naive", "flash_attention_2": "flash_attn", "labutils": "triton_v2", "labutils_v1": "triton_v1"}
-"""What the tables call the attentions that transformers names otherwise."""
-
 
 def register_attention(name: str = "labutils") -> str:
     """Make the lab's FlashAttention available to transformers as `attn_implementation=name`.

@@ -20,9 +20,10 @@ from typing import TypeVar
 
 import torch
 
+from labutils.machine import chips
+
 _T = TypeVar("_T")
 
-OLDEST_CAPABILITY = (7, 5)  # Turing: the oldest architecture that Triton 3.6 and 3.7 emit code for
 LARGE_GPU_GIB = 40  # from here on a GPU gets the sizes of a data-centre card
 
 # Order-of-magnitude costs from which `sizes` judges what ends in seconds. They choose a problem size and are never
@@ -59,10 +60,10 @@ def _cuda_capability() -> tuple[int, int] | None:
             "it in Triton's interpreter."
         )
     capability = torch.cuda.get_device_capability()
-    if capability < OLDEST_CAPABILITY:
+    if capability < chips.OLDEST:
         why = (
-            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, and Triton "
-            f"compiles for {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} or higher"
+            f"{torch.cuda.get_device_name()} has compute capability {chips.dotted(capability)}, and Triton compiles "
+            f"for {chips.dotted(chips.OLDEST)} or higher"
         )
         if wanted == "cuda":
             raise RuntimeError(f"LABUTILS_DEVICE=cuda was asked for, but {why}. Unset it to run on the CPU.")
@@ -113,7 +114,7 @@ def default_dtype(capability: tuple[int, int] | None) -> torch.dtype:
     """
     if capability is None:
         return torch.float32
-    return torch.bfloat16 if capability >= (8, 0) else torch.float16
+    return torch.bfloat16 if capability >= chips.BFLOAT16 else torch.float16
 
 
 dtype: torch.dtype = default_dtype(capability)

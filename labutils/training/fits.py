@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from labutils.gpt2.models import IMPL
+from labutils.attention.backends import name_in_tables
 from labutils.machine import runtime
 from labutils.machine.memory import free_memory, memory_cap
 from labutils.training.loop import History, train
@@ -45,7 +45,7 @@ def try_step(
             time and memory as text (their loss says nothing).
         steps: 2 or more for the peak, since the optimizer's state is not there in the first; 3 or more for the speed,
             since the first two are slower.
-        impl: the name of the row; by default that of the model's attention in the tables (`labutils.gpt2.models.IMPL`).
+        impl: the name of the row; None: what tables call the model's attention (`backends.name_in_tables`).
         checkpointing: as for `train`.
         chunked_loss: as for `train`.
         train_options: further arguments of `train`.
@@ -99,7 +99,7 @@ def _names(model: GPT2LMHeadModel, impl: str | None) -> dict[str, str]:
     attention = model.config._attn_implementation
     return {
         "model": getattr(model.config, "lab_size", type(model).__name__),
-        "impl": impl or IMPL.get(attention, attention),
+        "impl": impl or name_in_tables(attention),
     }
 
 

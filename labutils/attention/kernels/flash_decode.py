@@ -12,49 +12,21 @@ merge is the associativity of the online softmax.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from labutils.attention.kernels.flash_v2 import Options, attend
-from labutils.attention.kernels.launch import SEQUENCE_LENGTHS, Launched, launch, pick_config
+from labutils.attention.kernels.flash_v2 import attend
+from labutils.attention.kernels.launch import SEQUENCE_LENGTHS, Launch, launch, pick_config
 from labutils.attention.kernels.launch_config import SMALLEST_BLOCK, LaunchConfig, cdiv, next_power_of_2
+from labutils.attention.kernels.options import Cache, Options
 from labutils.attention.kernels.scores import LN_2, LOG2_E, columns_of
 from labutils.attention.kernels.tiles import load_tile, row_pointers, source, store_tile
 
 MOST_SPLITS = 128  # the merge holds all parts of a row in one tile
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Where in a KV cache the keys of each sequence are.
-
-    Attributes:
-        seqlens: int32 (B,), keys of each sequence in the cache, or None where all have `seqlen`.
-        seqlen: that number; where `seqlens` is given, the most that any sequence can have.
-        batch_idx: int32 (B,), which row of the cache a sequence uses, or None for its own number.
-        leftpad: int32 (B,), the first key of each sequence, or None for 0.
-        block_table: int32 (B, blocks of a sequence) of a paged cache, or None.
-    """
-
-    seqlens: torch.Tensor | None
-    seqlen: int
-    batch_idx: torch.Tensor | None = None
-    leftpad: torch.Tensor | None = None
-    block_table: torch.Tensor | None = None
-
-    def arguments(self) -> tuple:
-        """What the kernels of the cache take, in their order: from `seqlens_ptr` to `stride_tb`."""
-        table = self.block_table
-        return self.seqlens, self.batch_idx, self.leftpad, table, None if table is None else table.stride(0)
-
-    def page(self, k_cache: torch.Tensor) -> int:
-        """Rows of a block; 0 where the cache has none."""
-        return 0 if self.block_table is None else k_cache.shape[1]
 
 
 @triton.jit(do_not_specialize=(*SEQUENCE_LENGTHS, "N_NEW", "SPLITS"))
@@ -257,11 +229,11 @@ def decode(
         RuntimeError: as `launch.pick_config` and `launch.launch`.
     """
     n_k = cache.seqlen + n_new  # of the longest sequence
-    plan = Plan.of(q, k_cache.shape[2], options.window[1], n_k, config)
-    return start(q, k_cache, v_cache, cache, options, plan, n_new, splits or plan.splits(n_k))[:2]
+    plan = Plan.of(q, k_cache.shape[2], options.window_right, n_k, config)
+    return launch_decode(q, k_cache, v_cache, cache, options, plan, n_new, splits or plan.splits(n_k))[:2]
 
 
-def start(
+def launch_decode(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -270,8 +242,8 @@ def start(
     plan: Plan,
     n_new: int,
     splits: int,
-) -> tuple[torch.Tensor, torch.Tensor, list[Callable[[], Launched] | None]]:
-    """`decode` by a plan in so many parts, and what it launched, to be launched again: decoding, and any merge."""
+) -> tuple[torch.Tensor, torch.Tensor, list[Launch | None]]:
+    """`decode` by a plan in so many parts, and its launches, for `replay.Replay`: decoding, then the merge if any."""
     batch, n_q, heads, head_dim = q.shape
     heads_kv, config = k_cache.shape[2], plan.config
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -284,7 +256,7 @@ def start(
     launched = [launch(
         _decode_kernel, (plan.programs * splits,), config,
         q, k_cache, v_cache, parts, part_lse, *cache.arguments(),
-        *options.slopes(), options.softmax_scale, options.softcap, options.window[0], plan.right, heads_kv, splits,
+        *options.slopes(), options.softmax_scale, options.softcap, options.window_left, plan.right, heads_kv, splits,
         n_q, cache.seqlen, n_new, *q.stride(), *k_cache.stride(), *v_cache.stride(), *parts.stride(),
         part_lse.stride(0), part_lse.stride(1), part_lse.stride(3), part_lse.stride(2),
         D=head_dim, BLOCK_D=config.block_d(head_dim), GROUP=heads // heads_kv, PAGE=cache.page(k_cache),

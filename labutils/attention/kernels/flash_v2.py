@@ -8,15 +8,13 @@ Source: arXiv 2307.08691, Algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
-from labutils.attention.kernels.launch import SEQUENCE_LENGTHS, Launched, describe, descriptors_fit, launch, pick_config
+from labutils.attention.kernels.launch import SEQUENCE_LENGTHS, Launch, describe, descriptors_fit, launch, pick_config
 from labutils.attention.kernels.launch_config import LaunchConfig, cdiv
+from labutils.attention.kernels.options import Options, with_batch
 from labutils.attention.kernels.scores import (
     LN_2,
     columns_of,
@@ -27,63 +25,6 @@ from labutils.attention.kernels.scores import (
     sequence,
 )
 from labutils.attention.kernels.tiles import load_rows, load_tile, source, store_tile, tile_pointers
-
-
-@dataclass(frozen=True)
-class Options:
-    """What changes the attention, other than its tensors; shared by forward, backward and decoding.
-
-    Attributes:
-        softmax_scale: positive factor on the scores.
-        window: (left, right), keys that a query sees before and after its own place, None for no bound; causal is
-            (None, 0). Aligned to the bottom right.
-        softcap: c in c * tanh(score / c), or None.
-        alibi_slopes: float32 (H,) or (B, H), or None.
-        dropout_p: probability of dropping a weight; with a `seed`, int64 (1,) on the device.
-        cu_seqlens_q, cu_seqlens_k: int32 (B + 1,) for packed sequences, or None.
-        max_seqlen_q, max_seqlen_k: the longest of the packed sequences.
-        block_table: int32 (B, blocks of a sequence), for keys and values in pages, or None.
-    """
-
-    softmax_scale: float
-    window: tuple[int | None, int | None] = (None, None)
-    softcap: float | None = None
-    alibi_slopes: torch.Tensor | None = None
-    dropout_p: float = 0.0
-    seed: torch.Tensor | None = None
-    cu_seqlens_q: torch.Tensor | None = None
-    cu_seqlens_k: torch.Tensor | None = None
-    max_seqlen_q: int = 0
-    max_seqlen_k: int = 0
-    block_table: torch.Tensor | None = None
-
-    def sizes(self, q: torch.Tensor, k: torch.Tensor) -> tuple[int, int, int]:
-        """(B, longest N_q, longest N_k)."""
-        if self.cu_seqlens_q is None:
-            return q.shape[0], q.shape[1], k.shape[1]
-        return len(self.cu_seqlens_q) - 1, self.max_seqlen_q, self.max_seqlen_k
-
-    def arguments(self) -> tuple:
-        """What forward and backward kernels take, in their order: from `cu_seqlens_q_ptr` to `window_right`."""
-        return (
-            self.cu_seqlens_q, self.cu_seqlens_k, *self.slopes(),
-            self.seed, self.dropout_p if self.seed is not None else None,
-            self.softmax_scale, self.softcap, *self.window,
-        )  # fmt: skip
-
-    def slopes(self) -> tuple:
-        """`slopes_ptr` and `stride_sb`, which is 0 where all sequences have the same slopes."""
-        slopes = self.alibi_slopes
-        return slopes, None if slopes is None else slopes.stride(0) if slopes.dim() == 2 else 0
-
-    def paging(self) -> tuple:
-        """`table_ptr` and `stride_tb`, for kernels that read keys from pages."""
-        return (None, None) if self.block_table is None else (self.block_table, self.block_table.stride(0))
-
-
-def with_batch(t: torch.Tensor) -> torch.Tensor:
-    """(B, N, H, D) as it is; a packed (total, H, D) as a batch of one, which is how the kernels see it."""
-    return t if t.dim() == 4 else t[None]
 
 
 @triton.jit
@@ -214,13 +155,13 @@ def forward(
     Raises:
         RuntimeError: as `launch.pick_config` and `launch.launch`.
     """
-    return start(q, k, v, options, config)[:2]
+    return launch_forward(q, k, v, options, config)[:2]
 
 
-def start(
+def launch_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, config: LaunchConfig | None = None
-) -> tuple[torch.Tensor, torch.Tensor, Callable[[], Launched] | None]:
-    """`forward`, and what it launched, to be launched again."""
+) -> tuple[torch.Tensor, torch.Tensor, Launch | None]:
+    """`forward`, and the launch that it made, for a `replay.Replay`."""
     batch, n_q, n_k = options.sizes(q, k)
     heads, head_dim = q.shape[-2:]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -228,7 +169,7 @@ def start(
     lse = torch.empty((heads, len(q)) if packed else (batch, heads, n_q), dtype=torch.float32, device=q.device)
     if config is None:
         config = pick_config(
-            "forward", head_dim, q.dtype, options.window[1] is not None, q.device, longest=max(n_q, n_k)
+            "forward", head_dim, q.dtype, options.window_right is not None, q.device, longest=max(n_q, n_k)
         )
     block_d = config.block_d(head_dim)
     tma = config.tma and not packed and descriptors_fit(k, v)

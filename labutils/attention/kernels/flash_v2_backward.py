@@ -8,16 +8,13 @@ Source: arXiv 2307.08691, Algorithm 2; the split in two kernels is ours, it reco
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
 
-from labutils.attention.kernels.flash_v2 import Options, with_batch
 from labutils.attention.kernels.launch import (
     SEQUENCE_LENGTHS,
-    Launched,
+    Launch,
     describe,
     describe_vectors,
     descriptors_fit,
@@ -25,6 +22,7 @@ from labutils.attention.kernels.launch import (
     pick_config,
 )
 from labutils.attention.kernels.launch_config import LaunchConfig, cdiv
+from labutils.attention.kernels.options import Options, with_batch
 from labutils.attention.kernels.scores import (
     LOG2_E,
     columns_of,
@@ -266,13 +264,13 @@ def backward(
     Raises:
         RuntimeError: as `launch.pick_config` and `launch.launch`.
     """
-    return start(dout, q, k, v, out, lse, options, configs, dlse)[0]
+    return launch_backward(dout, q, k, v, out, lse, options, configs, dlse)[0]
 
 
-def start(
+def launch_backward(
     dout, q, k, v, out, lse, options: Options, configs: dict[str, LaunchConfig] | None = None, dlse=None
-) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, Callable[[], Launched] | None], torch.Tensor]:
-    """`backward`, by kernel ("dkdv", "dq") what it launched, to be launched again, and what the first left the second.
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, Launch | None], torch.Tensor]:
+    """`backward`; its two launches by kernel ("dq", "dkdv"), for `replay.Replay`; and what dQ's leaves for dK/dV's.
 
     That last tensor, (2, ...), holds L log2 e and Δ of each row.
     """
@@ -286,7 +284,7 @@ def start(
     strides = {t: with_batch(t).stride() for t in (q, k, v, out, dout, dq, dk, dv)}
 
     def config(kernel: str) -> LaunchConfig:
-        causal = options.window[1] is not None
+        causal = options.window_right is not None
         chosen = (configs or {}).get(kernel)
         return chosen or pick_config(kernel, head_dim, q.dtype, causal, q.device, longest=max(n_q, n_k))
 

@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from labutils.attention.kernels.flash_decode import Cache
 from labutils.attention.kernels.launch import SEQUENCE_LENGTHS, launch
 from labutils.attention.kernels.launch_config import SMALLEST_BLOCK, LaunchConfig, next_power_of_2
+from labutils.attention.kernels.options import Cache
 
 
 @triton.jit(do_not_specialize=SEQUENCE_LENGTHS)

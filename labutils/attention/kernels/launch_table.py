@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from labutils.attention.kernels.launch_config import KERNELS, LaunchConfig, Place
+from labutils.machine import chips
 
 # Tables by (kernel, BLOCK_D up to, causal); an entry without the third holds for both. Entries as in LaunchConfig:
 # block_m, block_n, num_warps, num_stages, tma.
@@ -102,12 +103,12 @@ _TURING_FLOAT32 = (
 
 
 def _table(capability: tuple[int, int], dtype: str) -> dict[tuple, LaunchConfig]:
-    if capability < (8, 0):
+    if capability < chips.TENSOR_CORES:
         return _TURING_FLOAT32 if dtype == "float32" else _TURING
     if dtype == "float32":
         return _FLOAT32
     own: dict[tuple[int, int], dict[tuple, LaunchConfig]]
-    own = {(8, 0): _AMPERE, (9, 0): _HOPPER, (10, 0): _BLACKWELL}
+    own = {chips.AMPERE: _AMPERE, chips.HOPPER: _HOPPER, chips.BLACKWELL: _BLACKWELL}
     return own.get(capability, _SMALL)
 
 
@@ -136,7 +137,7 @@ def shipped(place: Place, capability: tuple[int, int]) -> LaunchConfig:
     if config is None:
         remedy = "use torch.float16, or split the heads" if place.dtype == "float32" else "split the heads"
         raise RuntimeError(
-            f"a GPU of compute capability {capability[0]}.{capability[1]} has too little shared memory for the kernel "
+            f"a GPU of compute capability {chips.dotted(capability)} has too little shared memory for the kernel "
             f"{place.kernel!r} at head dimension {place.head_dim} in {place.dtype}: {remedy}."
         )
     return config

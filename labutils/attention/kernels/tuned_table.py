@@ -29,7 +29,7 @@ from labutils.attention.kernels.launch_config import (
     LaunchConfig,
     Place,
 )
-from labutils.machine import files
+from labutils.machine import chips, files
 
 
 class TunedFor(NamedTuple):
@@ -46,7 +46,7 @@ class TunedFor(NamedTuple):
         return TunedFor(name, capability, triton.__version__)
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.capability[0]}.{self.capability[1]}), triton {self.triton}"
+        return f"{self.name} ({chips.dotted(self.capability)}), triton {self.triton}"
 
 
 VARIABLE = "LABUTILS_LAUNCH_TABLE"

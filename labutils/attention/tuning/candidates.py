@@ -15,7 +15,8 @@ import torch
 from labutils.attention.kernels import launch_config, launch_table
 from labutils.attention.kernels.launch_config import DTYPE_CLASSES, LaunchConfig, Place
 from labutils.attention.tuning import compiled
-from labutils.attention.tuning.compiled import WARP_SIZE, Request, Resources
+from labutils.attention.tuning.compiled import Request, Resources
+from labutils.machine import chips
 
 PROGRAMS = {"v1": "v1", "forward": "forward", "dkdv": "backward", "dq": "backward", "decode": "decode"}
 """The program of `compiled` that launches each kernel."""
@@ -37,7 +38,6 @@ REPRESENTATIVE = {"16 bit": torch.float16, "float32": torch.float32}
 # registers, too.
 _HELD = {True: (64, 192), False: (8, 64)}
 _SPILLED = 64  # bytes a thread; the compiler keeps addresses there that it reads once, which costs little
-_DESCRIPTORS = (9, 0)  # from here on there is a copy engine
 _WITH_TMA = ("forward", "dkdv", "dq")
 
 
@@ -53,27 +53,27 @@ def candidates(place: Place, capability: tuple[int, int]) -> list[LaunchConfig]:
 
     Args:
         place: which kernel, for what.
-        capability: of the GPU, a key of `compiled.GPUS`.
+        capability: of the GPU, a key of `chips.GPUS`.
 
     Raises:
         RuntimeError: the shipped table has no entry: nothing fits this GPU.
     """
     shipped = launch_table.shipped(place, capability)
     found = [shipped]
-    tensor_cores = place.dtype == "16 bit" and capability >= (8, 0)
+    tensor_cores = place.dtype == "16 bit" and capability >= chips.TENSOR_CORES
     least, most = _HELD[tensor_cores]
     if place.kernel == "decode":
         least //= 4  # memory is its bound: small tiles do as well
     sizes = (32, 64, 128) if tensor_cores and place.head_dim <= 128 and place.kernel != "decode" else (16, 32, 64)
     through: tuple[bool, ...] = (shipped.tma,)
-    if capability >= _DESCRIPTORS and tensor_cores and place.kernel in _WITH_TMA and not shipped.tma:
+    if capability >= chips.TMA and tensor_cores and place.kernel in _WITH_TMA and not shipped.tma:
         through = (False, True)  # where descriptors were timed, they won
     for m, n, warps in itertools.product(sizes, sizes, (4, 8)):
-        if not least <= _held(place.kernel, m, n, place.head_dim) / (WARP_SIZE * warps) <= most:
+        if not least <= _held(place.kernel, m, n, place.head_dim) / (chips.WARP_SIZE * warps) <= most:
             continue
         for stages, tma in itertools.product((1, 2) if place.head_dim > 128 else (2, 3), through):
             config = LaunchConfig(m, n, warps, stages, tma)
-            if _tiles_kib(place, config) <= compiled.GPUS[capability].shared_kib:
+            if _tiles_kib(place, config) <= chips.GPUS[capability].shared_kib:
                 found.append(config)
     return list(dict.fromkeys(found))
 
@@ -100,7 +100,7 @@ class Compiled:
 
 
 def _reason(resources: Resources) -> str:
-    gpu = compiled.GPUS[resources.capability]
+    gpu = chips.GPUS[resources.capability]
     if not resources.fits:
         return f"too large: {resources.shared_bytes / 1024:.0f} of {gpu.shared_kib} KiB of shared memory"
     if not resources.blocks_per_sm:

@@ -6,7 +6,9 @@ its `jit_cache_hook`; there the launch ends, and the kernel is compiled for the 
 kernels that a user's call launches on that GPU, in the configuration that the launch table has for it.
 
     from labutils.attention.tuning import compiled
-    [[forward]] = compiled.resources_of([compiled.Request("forward", 64, torch.float16, (8, 6))], binaries=True)
+    from labutils.machine import chips
+    request = compiled.Request("forward", 64, torch.float16, chips.AMPERE_RTX)
+    [[forward]] = compiled.resources_of([request], binaries=True)
     forward.shared_bytes, forward.registers, forward.blocks_per_sm
 """
 
@@ -36,41 +38,9 @@ from triton.runtime.jit import JITFunction
 
 from labutils.attention.kernels import flash_decode, flash_v1, flash_v2, flash_v2_backward, kv_append, launch
 from labutils.attention.kernels.launch_config import LaunchConfig
+from labutils.attention.kernels.options import Cache, Options
 from labutils.attention.tuning import wgmma_races
-
-WARP_SIZE = 32
-REGISTERS_PER_SM = 65_536
-TENSOR_MEMORY_COLUMNS = 512  # of one SM of compute capability 10.0
-
-
-@dataclass(frozen=True)
-class Chip:
-    """Limits of one compute capability.
-
-    Attributes:
-        names: GPUs that have it, for example.
-        shared_kib: shared memory that a block may use, in KiB.
-        shared_kib_per_sm: shared memory of an SM, in KiB. From 8.0 on each block costs 1 KiB more than it uses.
-        warps_per_sm, blocks_per_sm: the most that an SM holds at once.
-    """
-
-    names: str
-    shared_kib: int
-    shared_kib_per_sm: int
-    warps_per_sm: int
-    blocks_per_sm: int
-
-
-# Source: `arch_traits` in NVIDIA's CCCL, libcudacxx/include/cuda/__device/arch_traits.h.
-GPUS = {
-    (7, 5): Chip("T4, RTX 2080", 64, 64, 32, 16),
-    (8, 0): Chip("A100, A30", 163, 164, 64, 32),
-    (8, 6): Chip("RTX 3060, A10", 99, 100, 48, 16),
-    (8, 9): Chip("RTX 4090, L4", 99, 100, 48, 24),
-    (9, 0): Chip("H100, H200", 227, 228, 64, 32),
-    (10, 0): Chip("B200", 227, 228, 64, 32),
-    (12, 0): Chip("RTX 5090", 99, 100, 48, 24),
-}
+from labutils.machine.chips import GPUS, REGISTERS_PER_SM, TENSOR_MEMORY_COLUMNS, WARP_SIZE
 
 
 @dataclass(frozen=True)
@@ -173,15 +143,16 @@ def _empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _call(r: Request, n_q: int = _N) -> tuple[torch.Tensor, torch.Tensor, flash_v2.Options]:
+def _call(r: Request, n_q: int = _N) -> tuple[torch.Tensor, torch.Tensor, Options]:
     """q, one tensor for k and v, and the options of a request."""
     on, packed = r.features, "packed" in r.features
     q = _empty(*((_B * n_q,) if packed else (_B, n_q)), _H, r.head_dim, dtype=r.dtype)
     keys = (_B * _N // _PAGE, _PAGE) if "paged" in on else (_B * _N,) if packed else (_B, _N)
     k = _empty(*keys, _H_KV, r.head_dim, dtype=r.dtype)
-    options = flash_v2.Options(
+    options = Options(
         softmax_scale=0.125,
-        window=(250 if "window" in on else None, 0 if r.causal else 250 if "window" in on else None),
+        window_left=250 if "window" in on else None,
+        window_right=0 if r.causal else 250 if "window" in on else None,
         softcap=30.0 if "softcap" in on else None,
         alibi_slopes=_empty(_B, _H, dtype=torch.float32) if "alibi" in on else None,
         dropout_p=0.1 if "dropout" in on else 0.0,
@@ -195,10 +166,10 @@ def _call(r: Request, n_q: int = _N) -> tuple[torch.Tensor, torch.Tensor, flash_
     return q, k, options
 
 
-def _cache(r: Request, table: torch.Tensor | None) -> flash_decode.Cache:
+def _cache(r: Request, table: torch.Tensor | None) -> Cache:
     lengths = _empty(_B) if "lengths" in r.features else None
     rows = lengths if table is None else None  # a paged cache has no rows to name, nor padding
-    return flash_decode.Cache(lengths, _N, batch_idx=rows, leftpad=rows, block_table=table)
+    return Cache(lengths, _N, batch_idx=rows, leftpad=rows, block_table=table)
 
 
 def _v1(r: Request) -> None:
