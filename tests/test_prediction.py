@@ -310,7 +310,7 @@ def test_stored_resources_are_what_compiling_gives():
 
 
 def test_the_stored_table_has_the_launch_table_of_today(monkeypatch):
-    """Without compiling: `python -m labutils study resources` makes it anew."""
+    """Without compiling: `python tools/study.py resources` makes it anew."""
     stored = resources.stored_table()
     table = stored[stored["origin"] == "table"]
     assert set(table["capability"]) == {"{}.{}".format(*c) for c in resources.CAPABILITIES}

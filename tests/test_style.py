@@ -1,6 +1,6 @@
 """The code obeys the rules and has the types that pyproject.toml asks for, and the order of imports in CONTRIBUTING.md.
 
-`ruff check --fix .` and `ruff format labutils tests` help with the rules, and `mypy` says where types do not fit.
+`ruff check --fix .` and `ruff format labutils tests tools` help with the rules, and `mypy` says where types do not fit.
 """
 
 import ast
@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("command", [["check", "."], ["format", "--check", "labutils", "tests"]], ids=" ".join)
+@pytest.mark.parametrize("command", [["check", "."], ["format", "--check", "labutils", "tests", "tools"]], ids=" ".join)
 def test_ruff(command):
     pytest.importorskip("ruff", reason="ruff is not installed here")
     done = subprocess.run(
@@ -56,19 +56,21 @@ def rows_of_modules():
     return [line.split(", ") for line in f"machine\n{block}".strip().splitlines()]
 
 
-def imported_modules(path):
-    """The modules and packages right below labutils that a file imports from, whether at its top or later."""
+def imports(path):
+    """The full names that a file imports, whether at its top or later."""
     package = path.relative_to(ROOT).parent.parts
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else ()
             source = ".".join([*above, *filter(None, [node.module])])
-            names = [f"{source}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        yield from (name.split(".")[1] for name in names if name.startswith("labutils."))
+            yield from (f"{source}.{alias.name}" for alias in node.names)
+
+
+def imported_modules(path):
+    """The modules and packages right below labutils that a file imports from, whether at its top or later."""
+    return (name.split(".")[1] for name in imports(path) if name.startswith("labutils."))
 
 
 def test_every_module_has_a_row():
@@ -93,3 +95,15 @@ def test_imports_point_one_way():
             if name != module and row_of.get(name, -1) >= row_of[module]
         ]
     assert not wrong, f"CONTRIBUTING.md has the order of modules; against it: {'; '.join(wrong)}"
+
+
+def test_labutils_imports_nothing_of_tools():
+    tools = {path.stem for path in (ROOT / "tools").glob("*.py")}
+    assert {"study", "without_features"} <= tools
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in sorted((ROOT / "labutils").rglob("*.py"))
+        for name in imports(path)
+        if name.split(".")[0] in tools | {"tools"}
+    ]
+    assert not wrong, f"the package is installed without tools: {'; '.join(wrong)}"

@@ -465,7 +465,7 @@ def stored_predictions(gpu: str = "nvidia_h200") -> pd.DataFrame:
         gpu: a folder under labutils/results.
 
     Raises:
-        FileNotFoundError: none is stored: `python -m labutils study shapes` measures one.
+        FileNotFoundError: none is stored: `python tools/study.py shapes` measures one.
     """
     return reference_results(gpu, "prediction", dtype=None)
 

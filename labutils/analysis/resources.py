@@ -7,6 +7,7 @@ test compiles a few rows again and compares.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -191,3 +192,26 @@ def compared(table: pd.DataFrame, one: str = "8.0", other: str = "8.9") -> pd.Da
 def stored_table() -> pd.DataFrame:
     """The stored table of all launches, with `COLUMNS`; `.attrs["environment"]` says what compiled it."""
     return reference_results(STORED_AS, "resources", dtype=None).astype({"capability": str})
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Programs on multiprocessors
+# ------------------------------------------------------------------------------------------------------------
+
+
+def makespan(work: Iterable[float], slots: int) -> float:
+    """When the last program of a launch ends, if each starts as soon as one of `slots` places is free.
+
+    Args:
+        work: the time of each program, in the order in which they start, in any unit.
+        slots: how many programs run at a time: those of one multiprocessor times the multiprocessors.
+
+    Raises:
+        ValueError: `slots` is below 1.
+    """
+    if slots < 1:
+        raise ValueError(f"slots={slots}: a program needs a place to run.")
+    ends = [0.0] * slots
+    for takes in work:
+        heapq.heapreplace(ends, ends[0] + takes)
+    return max(ends)

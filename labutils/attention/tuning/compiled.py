@@ -39,7 +39,7 @@ from triton.runtime.jit import JITFunction
 from labutils.attention.kernels import flash_decode, flash_v1, flash_v2, flash_v2_backward, kv_append, launch
 from labutils.attention.kernels.launch_config import LaunchConfig
 from labutils.attention.kernels.options import Cache, Options
-from labutils.attention.tuning import wgmma_races, without_features
+from labutils.attention.tuning import wgmma_races
 from labutils.machine.chips import GPUS, REGISTERS_PER_SM, TENSOR_MEMORY_COLUMNS, WARP_SIZE
 
 
@@ -55,7 +55,6 @@ class Request:
         features: of `PROGRAMS[program].features`, those to switch on.
         config: for all kernels of the program that take one; the launch table's where not given.
         only: of what the program launches, the one kernel to compile, as in `Resources.kernel`; all where not given.
-        plain: the kernels as they would be without their features (see `plain`), for "forward" and "backward".
 
     Raises:
         ValueError: the program does not exist or has no such feature, or the capability is not in the table.
@@ -69,7 +68,6 @@ class Request:
     features: tuple[str, ...] = ()
     config: LaunchConfig | None = None
     only: str | None = None
-    plain: bool = False
 
     def __post_init__(self) -> None:
         if self.program not in PROGRAMS:
@@ -78,8 +76,6 @@ class Request:
             raise ValueError(f"capability={self.capability} is not known: one of {', '.join(map(str, GPUS))}.")
         if unknown := set(self.features) - set(PROGRAMS[self.program].features):
             raise ValueError(f"{self.program!r} has no feature {', '.join(sorted(unknown))}.")
-        if self.plain and (self.features or self.program not in ("forward", "backward")):
-            raise ValueError("plain kernels have no features, and there are those of forward and backward alone.")
 
 
 @dataclass(frozen=True)
@@ -302,8 +298,7 @@ def _launches(request: Request, binaries: bool) -> list[Resources]:
         )
     )
     launch._capability = lambda device_index: request.capability  # type: ignore[assignment]  # this process is a GPU's
-    with without_features.plain_kernels() if request.plain else contextlib.nullcontext():
-        PROGRAMS[request.program].run(request)
+    PROGRAMS[request.program].run(request)
     if not found:
         raise RuntimeError("no kernel was compiled: Triton's interpreter may be on, or its hook has changed")
     return found
@@ -315,6 +310,7 @@ package = types.ModuleType("labutils")  # labutils itself would switch Triton's 
 package.__path__ = [sys.argv[1]]
 sys.modules["labutils"] = package
 from labutils.attention.tuning import compiled
+exec(sys.argv[2])
 compiled._answer()
 """
 
@@ -342,10 +338,10 @@ def _answer() -> None:
     pickle.dump(found, answers)
 
 
-def _ask_child(requests: list[Request], binaries: bool) -> list[list[Resources]]:
+def _ask_child(requests: list[Request], binaries: bool, setup: str) -> list[list[Resources]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     child = subprocess.run(
-        [sys.executable, "-c", _CHILD, str(Path(__file__).resolve().parents[2])],
+        [sys.executable, "-c", _CHILD, str(Path(__file__).resolve().parents[2]), setup],
         input=pickle.dumps((requests, binaries)),
         capture_output=True,
         env=environment,
@@ -358,7 +354,9 @@ def _ask_child(requests: list[Request], binaries: bool) -> list[list[Resources]]
     return pickle.loads(child.stdout)
 
 
-def resources_of(requests: Iterable[Request], *, binaries: bool = False, processes: int = 1) -> list[list[Resources]]:
+def resources_of(
+    requests: Iterable[Request], *, binaries: bool = False, processes: int = 1, setup: str = ""
+) -> list[list[Resources]]:
     """Compiles what each request launches.
 
     Args:
@@ -366,6 +364,7 @@ def resources_of(requests: Iterable[Request], *, binaries: bool = False, process
         binaries: compile to the end, for registers and spills. Else shared and tensor memory alone, in a third of the
             time or less: 0.1 to 4 s a kernel.
         processes: how many compile at once; each takes a CPU core and half a GiB.
+        setup: Python statements that each process runs before it compiles, such as some that replace a kernel.
 
     Returns:
         For each request its launches, in their order.
@@ -378,6 +377,6 @@ def resources_of(requests: Iterable[Request], *, binaries: bool = False, process
     different = list(dict.fromkeys(requests))
     shares = [share for i in range(processes) if (share := different[i::processes])]
     with ThreadPoolExecutor(max_workers=processes) as pool:
-        answers = pool.map(_ask_child, shares, [binaries] * len(shares))
+        answers = pool.map(lambda share: _ask_child(share, binaries, setup), shares)
         found = {request: answer for share, part in zip(shares, answers) for request, answer in zip(share, part)}
     return [found[request] for request in requests]
