@@ -7,7 +7,7 @@ import torch
 
 from labutils import runtime, training
 from labutils.commands.train import _deterministic
-from labutils.gpt2 import data, models
+from labutils.gpt2 import models, packing
 from labutils.training import checkpoints
 from labutils.training.checkpoints import Checkpoint
 
@@ -32,7 +32,7 @@ def train(checkpoint=None, *, steps=6, batch=3, dropout=0.1, **options):
         embd_pdrop=dropout,
     ).to(runtime.device)  # fmt: skip
     history = training.train(
-        model, data.batches(SEQUENCES, batch), steps=steps, lr=1e-2, warmup=4, progress=False, checkpoint=checkpoint,
+        model, packing.batches(SEQUENCES, batch), steps=steps, lr=1e-2, warmup=4, progress=False, checkpoint=checkpoint,
         **options,
     )  # fmt: skip
     return history, model
@@ -181,16 +181,16 @@ def test_a_checkpoint_knows_where_it_was_written(tmp_path):
 
 
 def test_batches_go_on_from_their_place():
-    one = data.batches(SEQUENCES, 3, seed=5)
+    one = packing.batches(SEQUENCES, 3, seed=5)
     for _ in range(5):
         next(one)
     state = one.state_dict()
     expected = [next(one) for _ in range(5)]
-    other = data.batches(SEQUENCES, 3, seed=6)
+    other = packing.batches(SEQUENCES, 3, seed=6)
     other.load_state_dict(state)
     assert all(torch.equal(a, b) for a, b in zip(expected, other, strict=False))
-    with pytest.raises(ValueError, match="among 10 sequences, and here are 4"):
-        data.batches(SEQUENCES[:4]).load_state_dict(state)
+    with pytest.raises(ValueError, match="among 10 sequences, but here are 4"):
+        packing.batches(SEQUENCES[:4]).load_state_dict(state)
 
 
 # -- which attention ran ---------------------------------------------------------------------------------------

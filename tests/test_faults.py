@@ -24,7 +24,7 @@ from labutils.attention.tuning import compiled
 from labutils.commands import study
 from labutils.commands.arguments import INTERRUPTED
 from labutils.commands.lab import environment_for_kernels
-from labutils.exercises.grading import grader
+from labutils.exercises.grading import grades
 from labutils.gpt2 import model_benchmark, models
 from labutils.machine import files, memory
 from labutils.training import ladder, parity
@@ -67,9 +67,9 @@ def test_a_figure_that_cannot_be_written_leaves_the_one_before(tmp_path, full_di
 def test_a_table_of_marks_that_cannot_be_written_leaves_the_one_before(tmp_path, full_disk):
     table = tmp_path / "grades.csv"
     table.write_text("rows before")
-    mark = grader.Mark(*("x" * 20 for _ in grader.COLUMNS))
+    mark = grades.Mark(*("x" * 20 for _ in grades.COLUMNS))
     with pytest.raises(OSError, match=r"rows written before are kept.*grades\.csv"):
-        grader._save(table, [mark])
+        grades.save(table, [mark])
     assert table.read_text() == "rows before" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -136,7 +136,7 @@ def test_a_working_folder_and_a_home_that_are_read_only(tmp_path):
     ended = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd="/proc", env=environment | {
         "TMPDIR": str(tmp_path), "LABUTILS_DEVICE": "cpu"}, capture_output=True, text=True, timeout=120)  # fmt: skip
     assert ended.returncode == 0, ended.stderr
-    assert "safe_softmax: passed" in ended.stdout and "kept in this session alone" in ended.stdout
+    assert "safe_softmax: passed" in ended.stdout and "kept only for this session" in ended.stdout
     assert "Traceback" not in ended.stderr
 
 
@@ -179,7 +179,7 @@ class CardOf8GB:
     @staticmethod
     @contextlib.contextmanager
     def memory_cap(gib):
-        yield memory._plan_cap(gib, total_bytes=8 * training.GIB, context_bytes=training.GIB // 2)
+        yield memory._plan_cap(gib, total_bytes=8 * memory.GIB, context_bytes=memory.GIB // 2)
 
 
 def test_notebook_03_takes_both_remedies_on_a_gpu_with_8_gb(capsys):
@@ -248,7 +248,9 @@ def test_a_sweep_that_was_interrupted_says_so(capsys):
 def test_a_sweep_of_models_and_a_ladder_that_were_interrupted_say_so(kept, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(model_benchmark, "_attempt", interrupted)
     folder = tmp_path / "rows" if kept else None
-    table = model_benchmark.sweep(["nano"], ["eager"], [8], works=["step"], batch=1, vocab_size=64, folder=folder)
+    table = model_benchmark.measure_models(
+        ["nano"], ["eager"], [8], works=["step"], batch=1, vocab_size=64, folder=folder
+    )
     assert list(table["reason"]) == ["not reached before the sweep was interrupted"]
     assert model_benchmark.side_by_side(table, "step").to_numpy().tolist() == [["–"]]
     assert f"Run this cell again {'to go on' if kept else 'for all of them'}." in capsys.readouterr().out

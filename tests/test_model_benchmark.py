@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from labutils import runtime
-from labutils.attention.reference import judge
+from labutils import benchmark, runtime
 from labutils.benchmark import SCHEMAS, read_results
 from labutils.gpt2 import model_benchmark, models
+from labutils.gpt2.attention import register_attention
 
 OPTIONS = dict(vocab_size=61, batch=2, inference_batches=(1,), progress=False)
 
@@ -21,7 +21,7 @@ def row(table, **wanted):
 
 
 def test_rows_have_times_and_reasons():
-    table = model_benchmark.sweep(["nano"], ["eager", "no_such_attention", "labutils"], [8, 16], **OPTIONS)
+    table = model_benchmark.measure_models(["nano"], ["eager", "no_such_attention", "labutils"], [8, 16], **OPTIONS)
     assert list(table.columns)[: len(SCHEMAS["models"])] == list(SCHEMAS["models"])
     assert len(table) == 3 * 2 * 5 and table.attrs["machine"] == runtime.machine and not table.attrs["interrupted"]
     for work in (*model_benchmark.TRAINING, *model_benchmark.INFERENCE):
@@ -53,7 +53,7 @@ def test_out_of_memory_is_a_row_and_longer_lengths_are_not_tried(monkeypatch):
 
     monkeypatch.setattr(model_benchmark, "_training", training)
     works = model_benchmark.TRAINING
-    table = model_benchmark.sweep(["nano"], ["sdpa"], [8, 12, 16], works=works, **OPTIONS)
+    table = model_benchmark.measure_models(["nano"], ["sdpa"], [8, 12, 16], works=works, **OPTIONS)
     assert tried == [8, 12]
     assert list(table[table["work"] == "step"]["status"]) == ["ok", "oom", "oom"]
     assert "no room" in row(table, work="step", seqlen=12)["reason"]
@@ -74,17 +74,17 @@ def test_rows_are_on_disk_and_an_interrupted_sweep_goes_on(monkeypatch, tmp_path
     monkeypatch.setattr(model_benchmark, "_training", training)
     monkeypatch.setattr(model_benchmark, "environment", lambda: Made("one"))
     options = OPTIONS | dict(works=model_benchmark.TRAINING, folder=tmp_path)
-    first = model_benchmark.sweep(["nano"], ["eager", "sdpa"], [8, 16], **options)
+    first = model_benchmark.measure_models(["nano"], ["eager", "sdpa"], [8, 16], **options)
     assert first.attrs["interrupted"] and len(first) == 2 * 2 * 3
     reached = first[~first["reason"].str.startswith("not reached")]
     assert list(reached["seqlen"]) == [8] * 3 and set(first.drop(reached.index)["status"]) == {"unsupported"}
     assert len(read_results(tmp_path, "models")) == 3
-    second = model_benchmark.sweep(["nano"], ["eager", "sdpa"], [8, 16], **options)
+    second = model_benchmark.measure_models(["nano"], ["eager", "sdpa"], [8, 16], **options)
     assert not second.attrs["interrupted"] and len(second) == 2 * 2 * 3
     assert tried == [8, 16, 16, 8, 16]  # what was there is not measured again
     monkeypatch.setattr(model_benchmark, "environment", lambda: Made("another"))
     with pytest.raises(ValueError, match="another environment"):
-        model_benchmark.sweep(["nano"], ["eager"], [8], **options)
+        model_benchmark.measure_models(["nano"], ["eager"], [8], **options)
 
 
 class Made:
@@ -103,12 +103,12 @@ def test_speedup_and_what_is_not_in_a_table(monkeypatch):
         return {work: model_benchmark._row(ms, batch * n, math.nan) for work in model_benchmark.TRAINING}
 
     monkeypatch.setattr(model_benchmark, "_training", training)
-    table = model_benchmark.sweep(["nano"], ["eager", "sdpa"], [8], works=("step",), **OPTIONS)
-    fast = model_benchmark.speedup(table)
+    table = model_benchmark.measure_models(["nano"], ["eager", "sdpa"], [8], works=("step",), **OPTIONS)
+    fast = benchmark.speedup(table)
     assert row(fast, impl="sdpa")["speedup"] == 3.0 and row(fast, impl="naive")["speedup"] == 1.0
     assert model_benchmark.side_by_side(fast, "step", "speedup")["sdpa"].tolist() == ["3.00"]
     with pytest.raises(ValueError, match="naive, sdpa"):
-        model_benchmark.speedup(table, over="flash_attn")
+        benchmark.speedup(table, over="flash_attn")
     with pytest.raises(ValueError, match="no row of 'prefill'"):
         model_benchmark.side_by_side(table, "prefill")
 
@@ -125,31 +125,12 @@ def test_speedup_and_what_is_not_in_a_table(monkeypatch):
 def test_wrong_arguments(changes, words):
     arguments = dict(sizes=["nano"], attentions=["eager"], seqlens=[8]) | changes
     with pytest.raises(ValueError, match=words):
-        model_benchmark.sweep(**arguments)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_first_version_in_a_model(dtype):
-    """The attention that is measured as v1 computes what eager computes, forward and backward."""
-    model_benchmark.register_first_version()
-    model = models.gpt2("nano", n_positions=32, vocab_size=61, attention="eager").to(runtime.device)
-    ids = torch.randint(61, (2, 21), generator=torch.Generator().manual_seed(0)).to(runtime.device)
-    results = []
-    for attention, kind in (("labutils_v1", dtype), ("eager", dtype), ("eager", torch.float64)):
-        model.to(kind).set_attn_implementation(attention)
-        model.zero_grad()
-        out = model(ids, labels=ids, use_cache=False)
-        out.loss.backward()
-        results.append((out.logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}))
-    (out, d_out), (low, d_low), (ref, d_ref) = results
-    judge(out, ref, low, name="logits").raise_if_failed()
-    for name in d_ref:
-        judge(d_out[name], d_ref[name], d_low[name], factor=3.0, name=name).raise_if_failed()
+        model_benchmark.measure_models(**arguments)
 
 
 def test_attentions_that_cannot_run_are_named_with_their_reason():
-    models.register_attention()
-    can, reasons = model_benchmark.attention_names(
+    register_attention()
+    can, reasons = model_benchmark.usable_attentions(
         ["sdpa", "no_such_attention", "labutils"], lambda: models.gpt2("nano", vocab_size=61)
     )
     assert can == ["sdpa", "labutils"] and "no_such_attention" in reasons["no_such_attention"]
@@ -171,3 +152,21 @@ def test_short_calls_are_repeated_more_often_and_warmed_up_twice(monkeypatch, se
     monkeypatch.setattr(model_benchmark.time, "perf_counter", lambda: now[0])
     assert model_benchmark._repeated(call, 0.35) == list(range(calls - kept, calls))
     assert len(made) == calls
+
+
+def test_a_recorder_keeps_the_table_of_models(tmp_path):
+    """It reads a stored table and writes the same bytes again, one row with the point of another, and no other key."""
+    stored = benchmark.reference_results(table="models")
+    made_by = stored.attrs["environment"]
+    path = benchmark.save_results(stored, tmp_path, made_by, table="models")
+    before = path.read_bytes()
+    recorder = benchmark.Recorder(tmp_path, made_by, table="models", resume=True)
+    point = ("124M", "step", "triton_v2", 4, 8192)
+    measured = stored.set_index(["model", "work", "impl", "batch", "seqlen"]).loc[point, "ms"]
+    assert len(recorder.rows) == len(stored) and recorder.rows[point]["ms"] == measured
+    recorder.write()
+    assert path.read_bytes() == before
+    recorder.rows["124M", "step", "mine", 4, 8192] = recorder.rows[point] | {"ms": measured / 2}
+    recorder.write()
+    faster = benchmark.speedup(read_results(tmp_path, "models"), over="triton_v2")
+    assert row(faster, impl="mine")["speedup"] == pytest.approx(2.0, rel=1e-5)

@@ -17,6 +17,7 @@ from labutils import runtime, training
 from labutils.__main__ import main
 from labutils.attention.backends import BACKENDS
 from labutils.commands import train
+from labutils.training.loop import HISTORY_COLUMNS
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -87,7 +88,7 @@ def test_an_interrupted_run_continues_to_the_same_losses(tmp_path, here, signal_
     status, printed, err = here(*SMALL, *steps, "--run.folder", tmp_path / "whole")
     assert status == 0, err
     interrupted, whole = (pd.read_csv(tmp_path / name / "history.csv") for name in ("interrupted", "whole"))
-    assert list(interrupted.columns) == list(training.COLUMNS)
+    assert list(interrupted.columns) == list(HISTORY_COLUMNS)
     assert list(interrupted.step) == list(range(1, done + 5)) == list(whole.step)
     assert list(interrupted.loss) == list(whole.loss)  # to the last digit
     assert list(interrupted.grad_norm) == list(whole.grad_norm)

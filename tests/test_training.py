@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from labutils import runtime, training
-from labutils.gpt2 import data, models
+from labutils.gpt2 import models, packing, texts
 from labutils.machine import memory
 from labutils.training import fits
+from labutils.training.loop import HISTORY_COLUMNS
 
 NEEDS_GPU = pytest.mark.skipif(runtime.device.type != "cuda", reason="needs a CUDA GPU; this machine has none")
 COLUMNS = [
@@ -42,9 +43,9 @@ def endless(batch=2, seqlen=32, vocab_size=300):
 @pytest.fixture(scope="module")
 def text():
     """(train, held-out) sequences of real text, and the vocabulary's size."""
-    train, held_out = data.split(data.python_reference())
-    tokenizer = data.train_tokenizer(train, vocab_size=512)
-    return *(data.pack(part, tokenizer, 128)[0] for part in (train, held_out)), tokenizer.get_vocab_size()
+    train, held_out = texts.split(texts.python_reference())
+    tokenizer = packing.train_tokenizer(train, vocab_size=512)
+    return *(packing.pack(part, tokenizer, 128)[0] for part in (train, held_out)), tokenizer.get_vocab_size()
 
 
 # --- the loop -----------------------------------------------------------------------------------------------
@@ -56,7 +57,7 @@ def test_loss_goes_down_on_real_text_and_on_held_out_text(text):
     held_out = held_out[:8].split(4)
     before = training.evaluate(model, held_out)
     assert before == pytest.approx(math.log(vocab_size), rel=0.05)  # random weights: the uniform guess
-    history = training.train(model, data.batches(train, 4), steps=25, lr=3e-3, warmup=5, progress=False)
+    history = training.train(model, packing.batches(train, 4), steps=25, lr=3e-3, warmup=5, progress=False)
     assert history.status == "done" and history.steps == 25
     losses = history.frame.loss
     assert losses.iloc[-5:].mean() < losses.iloc[:5].mean() - 0.3
@@ -74,7 +75,7 @@ def test_training_is_repeatable():
 def test_history_columns_and_rows():
     history = training.train(tiny(), endless(), steps=7, log_every=3, progress=False)
     frame = history.frame
-    assert list(frame.columns) == COLUMNS == list(training.COLUMNS)
+    assert list(frame.columns) == COLUMNS == list(HISTORY_COLUMNS)
     assert frame.step.tolist() == [3, 6, 7]
     assert (frame.tokens_per_s > 0).all() and (frame.grad_norm > 0).all() and history.seconds > 0
     memory = frame[["peak_allocated_gib", "peak_reserved_gib"]]

@@ -421,13 +421,12 @@ def test_what_is_launched_again_is_still_there(kernel, monkeypatch):
         gone = weakref.ref(tensor)
         launched.append(gone)
 
-        def make(tensor=tensor):
-            return types.SimpleNamespace(again=lambda: None)
-
-        return (None, None, make) if kernel == "forward" else ((None,) * 3, {kernel: make})
+        launch = types.SimpleNamespace(holds=tensor)
+        return (None, None, launch) if kernel == "forward" else ((None,) * 3, {kernel: launch}, None)
 
     module = tuning.flash_v2 if kernel == "forward" else tuning.flash_v2_backward
-    monkeypatch.setattr(module, "start", start)
+    monkeypatch.setattr(module, "launch_forward" if kernel == "forward" else "launch_backward", start)
+    monkeypatch.setattr(tuning, "Replay", lambda launch: types.SimpleNamespace(again=lambda: None))
     experiment = tuning.OnGpu(Place(kernel, 64, True, "float32"))
     calls = [experiment._launch(LaunchConfig(16, 16), n) for n in (32, 64)]
     gc.collect()

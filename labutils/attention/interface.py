@@ -61,15 +61,18 @@ class _FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, options: Options, known: fast_path.KnownCall | None):
-        run, arguments = _forward_of(q, k, v, options, known)
-        out, lse = run(q, k, v, *arguments)
-        ctx.save_for_backward(
-            q, k, v, out, lse, options.alibi_slopes, options.seed, options.cu_seqlens_q, options.cu_seqlens_k
-        )
-        ctx.numbers = (
-            options.softmax_scale, options.window_left, options.window_right, options.softcap, options.dropout_p,
-            options.max_seqlen_q, options.max_seqlen_k,
-        )  # fmt: skip
+        if known is not None:  # the call keeps its options, in which there is no tensor
+            out, lse = known.output(q, k, v)
+            ctx.save_for_backward(q, k, v, out, lse)
+        else:
+            out, lse = _operator(q, k, v)(q, k, v, *options)
+            ctx.save_for_backward(
+                q, k, v, out, lse, options.alibi_slopes, options.seed, options.cu_seqlens_q, options.cu_seqlens_k
+            )
+            ctx.numbers = (
+                options.softmax_scale, options.window_left, options.window_right, options.softcap, options.dropout_p,
+                options.max_seqlen_q, options.max_seqlen_k,
+            )  # fmt: skip
         ctx.known = known
         ctx.set_materialize_grads(False)  # a gradient by lse is rare: without it backward gets None, not zeros
         return out, lse
@@ -77,12 +80,13 @@ class _FlashAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # a second derivative raises an error
     def backward(ctx, dout, dlse):
-        q, k, v, out, lse, slopes, seed, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(out)
         if ctx.known is not None:
             dlse = None if dlse is None else dlse.resolve_neg()
             return *ctx.known.gradients(dout.resolve_neg(), dlse, q, k, v, out, lse), None, None
+        slopes, seed, cu_seqlens_q, cu_seqlens_k = tensors
         scale, left, right, softcap, dropout_p, max_seqlen_q, max_seqlen_k = ctx.numbers
         gradients = operators.flash_attention_backward(
             dout, dlse, q, k, v, out, lse, scale, left, right, softcap, slopes, dropout_p, seed,
@@ -91,24 +95,19 @@ class _FlashAttention(torch.autograd.Function):
         return *gradients, None, None
 
 
-def _forward_of(q, k, v, options: Options, known: fast_path.KnownCall | None) -> tuple[Callable, tuple]:
-    """The function that computes out and lse, and its arguments after q, k and v.
-
-    For a known call it launches the kernel again. Otherwise it is the operator, or the function under the operator if
-    nothing needs PyTorch's dispatcher.
-    """
-    if known is not None:
-        return known.output, ()
-    return operators.undispatched_forward if fast_path.applies(q, k, v) else operators.flash_attention, options
+def _operator(q, k, v) -> Callable:
+    """The operator, or the function under it if nothing needs PyTorch's dispatcher."""
+    return operators.undispatched_forward if fast_path.applies(q, k, v) else operators.flash_attention
 
 
 def _attention(q, k, v, options: Options, known: fast_path.KnownCall | None, return_attn_probs: bool) -> _Result:
     """Computes the attention, through autograd if an input requires a gradient."""
-    if _needs_gradient(q, k, v):
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         out, lse = _FlashAttention.apply(q, k, v, options, known)
+    elif known is not None:
+        out, lse = known.output(q, k, v)
     else:
-        run, arguments = _forward_of(q, k, v, options, known)
-        out, lse = run(q, k, v, *arguments)
+        out, lse = _operator(q, k, v)(q, k, v, *options)
     return (out, lse, None) if return_attn_probs else out
 
 

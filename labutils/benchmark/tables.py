@@ -55,6 +55,9 @@ SETTINGS = ("seconds", "rounds", "warm_up", "error_seconds")
 """How a table was measured: what `bench` calls --seconds, --rounds, --warm-up and --error-seconds. `environment.json`
 has them, under "settings", for the tables that `bench` wrote."""
 
+KEYS = {"attention": KEY, "models": ("model", "work", "impl", "batch", "seqlen")}
+"""The columns that tell the rows of a table apart."""
+
 NUMBERS = ("ms", "tflops", "peak_mib", "spread_ms", "max_error")
 STATUSES = ("ok", "oom", "unsupported")
 RESULTS = Path(__file__).resolve().parent.parent / "results"
@@ -229,15 +232,17 @@ def _whole(value: Any) -> bool:
 
 
 class Recorder:
-    """`attention.csv` in a folder, complete on disk after each row; a later run can go on where one ended.
+    """A table in a folder, complete on disk after each row; a later run can go on where one ended.
 
     Args:
         directory: made where it does not exist.
         environment: as for `save_results`.
+        table: a key of `KEYS`: "attention" or "models".
         resume: go on with the rows that the folder holds.
         settings: how the rows are measured, `SETTINGS`; `environment.json` keeps them with the table's environment.
 
     Attributes:
+        rows: the row of each point, without the columns of `KEYS`. Add to it, then call `write`.
         settings_known: whether the settings of all rows are. They are not where the folder holds rows from before they
             were kept, or where none were given; then the file says nothing of them.
 
@@ -252,16 +257,18 @@ class Recorder:
         directory: str | Path,
         environment: Any,
         *,
+        table: str = "attention",
         resume: bool = False,
         settings: Mapping[str, float] | None = None,
     ):
         if settings is not None and set(settings) != set(SETTINGS):
             raise ValueError(f"settings={sorted(settings)}: give {', '.join(SETTINGS)}.")
         self.directory = Path(directory)
-        self.path = self.directory / "attention.csv"
+        self.table = table
+        self.path = self.directory / f"{table}.csv"
         made_by = dict(environment.as_dict() if hasattr(environment, "as_dict") else environment)
         self.environment = made_by
-        self.rows: dict[Point, dict] = {}
+        self.rows: dict[Any, dict] = {}
         self.settings_known = settings is not None
         if self.path.exists():
             if not resume:
@@ -269,15 +276,14 @@ class Recorder:
                     f"{self.path} holds measurements already: go on with --resume, name another folder with --out, "
                     "or delete that file."
                 )
-            stored = read_results(self.directory)
+            stored = read_results(self.directory, table)
             changes = differences(stored.attrs["environment"], made_by)
             if changes:
                 raise ValueError(
                     f"{self.path} was measured in another environment ({'; '.join(changes)}), and one table must "
-                    "not mix two. Measure in that environment again, name another folder with --out, or delete that "
-                    "file."
+                    "not mix two. Measure in that environment again, name another folder, or delete that file."
                 )
-            self.rows = rows_by_point(stored)
+            self.rows = rows_by_point(stored) if table == "attention" else _rows_by_key(stored, KEYS[table])
             before = stored.attrs["environment"].get("settings")
             if before is None and self.rows:
                 self.settings_known = False
@@ -288,14 +294,15 @@ class Recorder:
                 )
         if self.settings_known:
             made_by["settings"] = dict(settings or {})
-        files.replace_together(_with_environment(self.directory, made_by, "attention"))
+        files.replace_together(_with_environment(self.directory, made_by, table))
 
     def write(self) -> None:
         """Puts all rows on disk; whoever reads the file meanwhile finds whole rows."""
-        lines: list[list[str]] = [list(COLUMNS)]
+        columns = COLUMNS if self.table == "attention" else SCHEMAS[self.table]
+        lines: list[list[str]] = [list(columns)]
         for point, row in self.rows.items():
-            values = point.as_dict() | row
-            lines.append([_text(values.get(column)) for column in COLUMNS])
+            values = dict(zip(KEYS[self.table], point, strict=True)) | row
+            lines.append([_text(values.get(column)) for column in columns])
         text = io.StringIO(newline="")
         csv.writer(text, lineterminator="\n").writerows(lines)
         files.replace(self.path, text.getvalue())
@@ -325,6 +332,11 @@ def rows_by_point(df: pd.DataFrame) -> dict[Point, dict]:
         row["overhead_bound"] = None if bound is None or pd.isna(bound) else str(bound) == "True"
         rows[Point.of(record)] = row
     return rows
+
+
+def _rows_by_key(df: pd.DataFrame, key: tuple[str, ...]) -> dict[tuple, dict]:
+    """The rows of a table by their values in the columns `key`."""
+    return {tuple(record.pop(name) for name in key): record for record in df.to_dict("records")}
 
 
 def as_table(rows: Mapping[Point, Mapping[str, Any]]) -> pd.DataFrame:
@@ -389,12 +401,12 @@ def compare(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
 
 
 def speedup(df: pd.DataFrame, over: str = "naive") -> pd.DataFrame:
-    """The table with a column `speedup`: time of `over` by time of the row, at the same pass, dtype and shape.
+    """The table with a column `speedup`: time of `over` divided by time of the row, if both differ only in `impl`.
 
-    NaN where either did not run.
+    NaN if either did not run.
 
     Args:
-        df: an attention table.
+        df: an attention table, or a table of whole models (`labutils.gpt2.model_benchmark.measure_models`).
         over: an implementation in it.
 
     Raises:
@@ -402,7 +414,7 @@ def speedup(df: pd.DataFrame, over: str = "naive") -> pd.DataFrame:
     """
     if over not in set(df["impl"]):
         raise ValueError(f"over={over!r} is not in the table, which has {', '.join(sorted(set(df['impl'])))}.")
-    keys = [name for name in KEY if name != "impl"]
+    keys = [name for name in KEYS["models" if "model" in df.columns else "attention"] if name != "impl"]
     base = df.loc[df["impl"] == over, [*keys, "ms"]].rename(columns={"ms": "base_ms"})
     if base.duplicated(keys).any():
         raise ValueError(f"{over} stands more than once at the same point: pass one sweep at a time.")

@@ -55,13 +55,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Grades, and returns 0, whatever the marks; 2 where nothing could be graded, 130 after an interrupt."""
     import signal
 
-    from labutils.exercises.grading import grader
+    from labutils.exercises.grading import grader, sandbox
 
     for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal must not leave students' processes behind
         signal.signal(number, _stop)
     memory = {} if arguments.memory is None else {"memory_gib": arguments.memory}
-    limits = grader.Limits(arguments.limit, arguments.call_limit, **memory)
-    if grader.isolation():
+    limits = sandbox.Limits(arguments.limit, arguments.call_limit, **memory)
+    if sandbox.isolation():
         print("Each notebook runs in namespaces of its own: no network, no sight of other processes.", flush=True)
     else:
         print(

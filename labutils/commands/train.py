@@ -236,7 +236,7 @@ def _train(options: Namespace, parser: ArgumentParser, asked_to_stop: Callable[[
     import torch
 
     from labutils import training
-    from labutils.gpt2 import data
+    from labutils.gpt2 import packing
     from labutils.machine import runtime
     from labutils.training.checkpoints import check_path
 
@@ -270,7 +270,7 @@ def _train(options: Namespace, parser: ArgumentParser, asked_to_stop: Callable[[
             print(f"Held-out loss before: {before:.3f} nats a token")
         with _history_file(folder, checkpoint) as on_row:
             history = training.train(
-                model, data.batches(sequences, options.data.batch_size, seed=options.data.seed), steps=how.steps,
+                model, packing.batches(sequences, options.data.batch_size, seed=options.data.seed), steps=how.steps,
                 lr=how.lr, warmup=how.warmup, weight_decay=how.weight_decay, clip=how.clip,
                 checkpointing=how.checkpointing, optimizer=how.optimizer, log_every=options.run.log_every,
                 checkpoint=checkpoint,
@@ -314,23 +314,22 @@ def _model(options: Namespace, vocab_size: int, attention: str) -> GPT2LMHeadMod
     """The model that is asked for, with random weights, on the lab's device."""
     from labutils.gpt2 import models, rope
     from labutils.machine import runtime
-    from labutils.training import ladder
 
     runtime.seed(options.run.seed)
     model = models.gpt2(
         options.model.size, n_positions=options.model.seqlen, vocab_size=vocab_size, attention=attention,
-        attn_pdrop=options.model.dropout, **(ladder.ONE_GELU if options.model.one_gelu else {}),
+        attn_pdrop=options.model.dropout, **(models.ONE_GELU if options.model.one_gelu else {}),
     ).to(runtime.device)  # fmt: skip
     return rope.use_rope(model) if options.model.rotary else model
 
 
 def _texts(options: Namespace) -> tuple[torch.Tensor, Sequence[torch.Tensor], int]:
     """Sequences to train on (S, N), batches of others to evaluate on, and the vocabulary's size."""
-    from labutils.gpt2 import data
+    from labutils.gpt2 import packing, texts
 
     what, n = options.data.text, options.model.seqlen
     if what in ("reference", "sources"):
-        documents = data.python_reference() if what == "reference" else data.python_sources()
+        documents = texts.python_reference() if what == "reference" else texts.python_sources()
     else:
         paths = sorted(Path(what).glob("*.txt"))
         if len(paths) < 2:
@@ -338,13 +337,13 @@ def _texts(options: Namespace) -> tuple[torch.Tensor, Sequence[torch.Tensor], in
                 f"data.text={what!r} is neither 'reference' nor 'sources' nor a folder with two .txt files or more."
             )
         documents = list(dict.fromkeys(path.read_text(encoding="utf-8") for path in paths))
-    train, other = data.split(documents, seed=options.data.seed)
-    tokenizer = data.train_tokenizer(train, options.data.vocab_size)
-    sequences, stats = data.pack(train, tokenizer, n)
+    train, other = texts.split(documents, seed=options.data.seed)
+    tokenizer = packing.train_tokenizer(train, options.data.vocab_size)
+    sequences, stats = packing.pack(train, tokenizer, n)
     print(f"Text: {stats}")
     held_out: Sequence[torch.Tensor] = []
     if options.data.held_out:
-        held_out = data.pack(other, tokenizer, n)[0][: options.data.held_out].split(options.data.batch_size)
+        held_out = packing.pack(other, tokenizer, n)[0][: options.data.held_out].split(options.data.batch_size)
     return sequences, held_out, tokenizer.get_vocab_size()
 
 
@@ -412,7 +411,7 @@ def _attention(options: Namespace) -> str:
         return "eager"
     if how.implementation != "auto":
         return how.implementation
-    return choice.choose(runtime.capability).attention
+    return choice.for_capability(runtime.capability).attention
 
 
 def _allowed_backends(options: Namespace) -> Any:
@@ -528,11 +527,11 @@ def _history_file(folder: Path | None, checkpoint: Any) -> Iterator[Callable[[di
     if folder is None:
         yield lambda row: None
         return
-    from labutils.training import COLUMNS
+    from labutils.training.loop import HISTORY_COLUMNS
 
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "history.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, HISTORY_COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(checkpoint.rows)
         file.flush()

@@ -1,8 +1,8 @@
-"""Measures a whole GPT-2 under each attention: training steps in their parts, prefill and decoding, as a table.
+"""Measures a whole GPT-2 under each attention: the parts of a training step, prefill and decoding, as a table.
 
-`sweep` is the one function that measures. What runs out of memory or cannot run is a row with its reason; with a folder
-the rows are on disk as they come, and a later call measures what is missing. `speedup` sets the rows against one
-implementation, `side_by_side` shows them, and `attention_names` says beforehand what a model can be switched to.
+`measure_models` makes the table. A point that runs out of memory or cannot run is a row with its reason. With a folder
+the rows are on disk as they come, and a later call measures only the missing ones. `side_by_side` shows the table, and
+`benchmark.speedup` adds a column to it. `usable_attentions` says which attentions a model can be switched to here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,77 +21,32 @@ import torch
 from tqdm import tqdm
 
 from labutils.attention.backends import name_in_tables
-from labutils.attention.kernels import flash_v1, flash_v2_backward
-from labutils.attention.kernels.options import Options
-from labutils.benchmark import SCHEMAS, read_results, save_results, watch_interpreter
-from labutils.benchmark.environment import differences, environment
+from labutils.benchmark import SCHEMAS, Recorder, Unsupported, watch_interpreter
+from labutils.benchmark.environment import environment
 from labutils.benchmark.points import NOT_REACHED, is_out_of_memory
+from labutils.benchmark.tables import KEYS
 from labutils.benchmark.timing import INTERPRETED
 from labutils.gpt2 import models
+from labutils.gpt2.attention import register_attention, register_first_version
 from labutils.machine import runtime
-from labutils.machine.memory import free_memory
+from labutils.machine.memory import free_memory, peaks_gib
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
 
-TABLE = "models"
-"""The name of the table among stored results."""
-COLUMNS = SCHEMAS[TABLE]
-"""Its columns."""
-KEY = ("model", "work", "impl", "batch", "seqlen")
-"""What a row is the measurement of; no two rows have the same."""
-
 TRAINING = ("forward", "backward", "step")
-"""Parts of a training step: loss included in the forward pass; `step` is all of it, the optimizer included."""
+"""The parts of a training step. The forward pass includes the loss; `step` is all of it, with the optimizer."""
 INFERENCE = ("prefill", "decode")
 """The pass over the prompt, up to the logits of its last token; and one more token for each sequence after it."""
 
+_TABLE = "models"  # the name of the table among stored results
 _FEWEST, _MOST = 2, 10  # repeats after the warm-up
-_SECONDS = {"training": 0.3, "inference": 0.1}  # for the repeats of one point, where the fewest take less
-_WARM_UP_TOKENS, _DECODED = 3, 8  # tokens before those that are timed, and those
-_LEFT_OVER = 128 * 2**20  # bytes that are no sign of a leak: the workspaces of libraries lie in PyTorch's memory
+_SECONDS = {"training": 0.3, "inference": 0.1}  # for the repeats of one point, if the fewest repeats take less
+_WARM_UP_TOKENS, _DECODED = 3, 8  # number of decoded tokens that are not timed, and of those that are
+_LEFT_OVER = 128 * 2**20  # bytes that may stay: libraries keep their workspaces in PyTorch's memory
 
 
-class _FirstVersion(torch.autograd.Function):
-    """FlashAttention-1 forward. The backward is `flash_v2_backward`: it wants the log-sum-exp, whoever made it."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Any, k: Any, v: Any, softmax_scale: float, causal: bool) -> Any:
-        out, lse = flash_v1.forward(q, k, v, softmax_scale, causal)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.options = Options(softmax_scale, window_right=0 if causal else None)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, dout: Any) -> tuple:
-        q, k, v, out, lse = ctx.saved_tensors
-        return *flash_v2_backward.backward(dout, q, k, v, out, lse, ctx.options), None, None
-
-
-def _first_version(module, query, key, value, attention_mask, *, scaling=None, dropout=0.0, is_causal=None, **kwargs):
-    if attention_mask is not None or dropout:
-        raise NotImplementedError("labutils_v1 is for measurements: no padding, no dropout. Use 'labutils'")
-    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    causal = module.is_causal if is_causal is None else is_causal
-    return _FirstVersion.apply(q, k, v, scaling or q.shape[-1] ** -0.5, bool(causal)), None
-
-
-def register_first_version() -> str:
-    """Registers FlashAttention-1's forward kernel with transformers as "labutils_v1", for measurements alone.
-
-    Its backward pass is that of `labutils.flash_attn_func`. Padding and dropout raise NotImplementedError.
-
-    Returns:
-        The name, for `attn_implementation`.
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    AttentionInterface.register("labutils_v1", _first_version)
-    AttentionMaskInterface.register("labutils_v1", models.padding_mask)
-    return "labutils_v1"
-
-
-def sweep(
+def measure_models(
     sizes: Iterable[str],
     attentions: Iterable[str],
     seqlens: Iterable[int],
@@ -110,24 +65,25 @@ def sweep(
 
     Args:
         sizes: keys of `models.GPT2_SIZES`.
-        attentions: names that transformers knows, among them "eager", "sdpa", "flash_attention_2", "labutils" and
+        attentions: names that transformers knows, such as "eager", "sdpa", "flash_attention_2", "labutils" and
             "labutils_v1" (see `register_first_version`).
-        seqlens: N, measured in ascending order; of "decode" the tokens that the cache holds before.
-        works: of `TRAINING` and `INFERENCE`. The parts of a training step are measured together.
+        seqlens: N, measured in ascending order; for "decode" the number of tokens already in the cache.
+        works: parts of `TRAINING` and `INFERENCE`. The parts of a training step are measured together.
         batch: B of training.
         inference_batches: B of prefill and decoding: 1 for the latency of one request, more for throughput.
         vocab_size: entries of the tokenizer.
-        folder: `models.csv` is kept there, complete after each measurement, and what it holds is not measured again.
+        folder: `models.csv` is kept there, complete after each measurement. Rows that it holds are not measured again.
         progress: a progress bar on stdout.
 
     Returns:
-        A row for each model, work, attention, batch and length, with `COLUMNS`: `impl` (see `name_in_tables`), `ms`
-        (median; "decode": of one token), `tokens_per_s` (all sequences together), `peak_gib` (allocated, with the
-        weights; NaN on a CPU), `status` ok, oom or unsupported, and the `reason`. `.attrs`: "machine" and "interrupted"
-        (True after a KeyboardInterrupt: points that were not reached are then rows that say so).
+        A row for each model, work, attention, batch and length, with the columns `benchmark.SCHEMAS["models"]`: `impl`
+        by `backends.name_in_tables`, `ms` (median; "decode": of one token), `tokens_per_s` (all sequences together),
+        `peak_gib` (allocated, with the weights; NaN on a CPU), `status` ok, oom or unsupported, and the `reason`.
+        `.attrs`: "machine" and "interrupted" (True after a KeyboardInterrupt: points that were not reached are then
+        rows that say so).
 
-    Once an attention has run out of memory, longer lengths are rows with status oom that were not tried. What runs in
-    Triton's interpreter gets status unsupported and no time.
+    Once an attention has run out of memory, longer lengths are not tried: they become rows with status oom. An
+    attention that runs in Triton's interpreter gets status unsupported and no time.
 
     Raises:
         ValueError: an unknown work or size, nothing to measure, or a folder with rows of another environment.
@@ -142,13 +98,14 @@ def sweep(
     if unknown:
         raise ValueError(f"sizes={unknown} are not known: choose from {', '.join(models.GPT2_SIZES)}.")
     if "labutils" in attentions:
-        models.register_attention()
+        register_attention()
     if "labutils_v1" in attentions:
         register_first_version()
     training, inference = ([work for work in works if work in those] for those in (TRAINING, INFERENCE))
     jobs = [("training", batch, training)] if training else []
     jobs += [("inference", b, inference) for b in dict.fromkeys(inference_batches)] if inference else []
-    rows = _Rows(folder)
+    recorder = None if folder is None else Recorder(folder, environment(), table=_TABLE, resume=True)
+    rows: dict[tuple, dict] = {} if recorder is None else recorder.rows
     total = len(sizes) * len(jobs) * len(attentions) * len(lengths)
     bar = tqdm(total=total, file=sys.stdout, disable=not progress, mininterval=0.5)
     interrupted = False
@@ -157,7 +114,9 @@ def sweep(
             subject = _Subject(size, lengths[-1] + _WARM_UP_TOKENS + _DECODED, vocab_size)
             for job, b, named in jobs:
                 for attention in attentions:
-                    _measure_lengths(subject, rows, job, attention, b, lengths, named, bar)
+                    for _ in _measure_lengths(subject, rows, job, attention, b, lengths, named, bar):
+                        if recorder is not None:
+                            recorder.write()
             subject.let_go()
     except KeyboardInterrupt:
         interrupted = True
@@ -168,42 +127,25 @@ def sweep(
         print(f"Interrupted after {bar.n} of {total} points; the others say so. Run this cell again {again}.")
         for size, (_, b, named), attention, n in itertools.product(sizes, jobs, attentions, lengths):
             for point in _points(size, named, attention, b, n):
-                rows.found.setdefault(point, NOT_REACHED)  # in this table alone: the next run measures it
-    table = rows.table()
-    wanted = {name_in_tables(a) for a in attentions}
+                rows.setdefault(point, NOT_REACHED)  # only in this table, not on disk: the next run measures it
+    table = pd.DataFrame(
+        [dict(zip(KEYS[_TABLE], point, strict=True)) | dict(row) for point, row in rows.items()],
+        columns=list(SCHEMAS[_TABLE]),
+    )
+    wanted = {name_in_tables(attention) for attention in attentions}
     table = table[table["model"].isin(sizes) & table["impl"].isin(wanted) & table["work"].isin(works)]
     table = table[table["seqlen"].isin(lengths)].reset_index(drop=True)
     table.attrs.update(machine=runtime.machine, interrupted=interrupted)
     return table
 
 
-def speedup(table: pd.DataFrame, over: str = "naive") -> pd.DataFrame:
-    """The table with a column `speedup`: time of `over` by time of the row; NaN where either did not run.
-
-    Args:
-        table: of `sweep`.
-        over: the implementation that counts as 1, as in the column `impl`.
-
-    Raises:
-        ValueError: `over` is not among the implementations.
-    """
-    if over not in set(table["impl"]):
-        raise ValueError(f"over={over!r} is not in the table, which has {', '.join(sorted(set(table['impl'])))}.")
-    keys = [name for name in KEY if name != "impl"]
-    base = table.loc[table["impl"] == over, [*keys, "ms"]].rename(columns={"ms": "base_ms"})
-    merged = table.merge(base, on=keys, how="left")
-    result = merged.drop(columns="base_ms").assign(speedup=merged["base_ms"] / merged["ms"])
-    result.attrs.update(table.attrs)
-    return result
-
-
 def side_by_side(table: pd.DataFrame, work: str, value: str = "ms") -> pd.DataFrame:
-    """One row for each model, batch and length, one column for each implementation; "OOM" and "–" where it did not run.
+    """One row for each model, batch and length, one column for each implementation; "OOM" and "–" if it did not run.
 
     Args:
-        table: of `sweep` or `speedup`.
+        table: of `measure_models` or `benchmark.speedup`.
         work: of `TRAINING` or `INFERENCE`.
-        value: the column shown, as text in its own unit: ms, tokens_per_s, peak_gib or speedup.
+        value: the column to show, as text in its own unit: ms, tokens_per_s, peak_gib or speedup.
 
     Raises:
         ValueError: no row of that work.
@@ -224,17 +166,17 @@ def side_by_side(table: pd.DataFrame, work: str, value: str = "ms") -> pd.DataFr
     return shown.pivot(index=["model", "batch", "seqlen"], columns="impl", values="text")[columns]
 
 
-def attention_names(wanted: Iterable[str], make: Callable[[], GPT2LMHeadModel]) -> tuple[list[str], dict[str, str]]:
-    """Which attentions a model can be switched to here, and why not to the others.
+def usable_attentions(wanted: Iterable[str], make: Callable[[], GPT2LMHeadModel]) -> tuple[list[str], dict[str, str]]:
+    """The attentions that a model can be switched to on this machine, and why it cannot be switched to the others.
 
     Args:
         wanted: names for `set_attn_implementation`; "labutils" must be registered.
         make: makes a small model on the lab's device.
 
     Returns:
-        The names of those that it can be switched to, in their order, and name -> reason of the others.
+        The names that work, in their order, and a dict with the reason for each of the other names.
     """
-    model, can, reasons = make(), [], {}
+    model, usable, reasons = make(), [], {}
     for name in wanted:
         try:
             with _quiet():
@@ -242,8 +184,8 @@ def attention_names(wanted: Iterable[str], make: Callable[[], GPT2LMHeadModel]) 
         except (ImportError, ValueError, OSError) as error:
             reasons[name] = _reason(error)
         else:
-            can.append(name)
-    return can, reasons
+            usable.append(name)
+    return usable, reasons
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,7 +194,7 @@ def attention_names(wanted: Iterable[str], make: Callable[[], GPT2LMHeadModel]) 
 
 
 class _Subject:
-    """The model of one size: made when something has to be measured, and then used for all of that size."""
+    """The model of one size: made for its first measurement, and then used for all measurements of that size."""
 
     def __init__(self, size: str, positions: int, vocab_size: int) -> None:
         self.size, self.positions, self.vocab_size = size, positions, vocab_size
@@ -260,11 +202,11 @@ class _Subject:
         self.others = 0  # bytes on the GPU that are not the model's
 
     def attempt(self, job: str, attention: str, batch: int, n: int, works: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """`_attempt` of this model, with the memory that was free before the last point."""
+        """`_attempt` with this model, after the memory of the point before is free again."""
         if self.model is None:
             self.model = _make(self.size, self.positions, self.vocab_size)
             self.others = _allocated() - _bytes_of(self.model)
-        _let_go_of_the_last_point(self.model, self.others)
+        _free_the_last_point(self.model, self.others)
         return _attempt(self.model, job, attention, batch, n, works)
 
     def let_go(self) -> None:
@@ -274,21 +216,21 @@ class _Subject:
 
 
 def _points(size: str, works: Sequence[str], attention: str, batch: int, n: int) -> list[tuple]:
-    """The keys of what one measurement gives: `KEY`, for each work."""
+    """The keys (`KEYS["models"]`) of the rows that one measurement gives: a row for each work."""
     return [(size, work, name_in_tables(attention), batch, n) for work in works]
 
 
 def _measure_lengths(
-    subject: _Subject, rows: _Rows, job: str, attention: str, batch: int, lengths: Sequence[int], works: Sequence[str],
-    bar: tqdm,
-) -> None:  # fmt: skip
-    """Puts a row for each work and length into `rows`, of those that it lacks; the bar moves by one for each length."""
+    subject: _Subject, rows: dict[tuple, dict], job: str, attention: str, batch: int,
+    lengths: Sequence[int], works: Sequence[str], bar: tqdm,
+) -> Iterator[None]:  # fmt: skip
+    """Adds the missing rows of each length to `rows`, and yields after each addition; the bar counts the lengths."""
     exhausted: int | None = None
-    refused: dict[str, dict[str, Any]] | None = None  # what cannot run at one length cannot at another
+    refused: dict[str, dict[str, Any]] | None = None  # what cannot run at one length cannot run at another
     for n in lengths:
         bar.set_description_str(f"{subject.size} {job} {attention} B={batch} N={n:,}")
         points = _points(subject.size, works, attention, batch, n)
-        if not all(point in rows.found for point in points):
+        if not all(point in rows for point in points):
             if exhausted is not None:
                 reason = f"not tried: it ran out of memory at N = {exhausted:,}"
                 found = dict.fromkeys(works, {"status": "oom", "reason": reason})
@@ -298,8 +240,9 @@ def _measure_lengths(
                 found = subject.attempt(job, attention, batch, n, works)
                 if found[works[0]]["status"] == "unsupported":
                     refused = found
-            rows.add({point: found[work] for point, work in zip(points, works, strict=True)})
-        if any(rows.found[point]["status"] == "oom" for point in points):
+            rows.update({point: found[work] for point, work in zip(points, works, strict=True)})
+            yield
+        if any(rows[point]["status"] == "oom" for point in points):
             exhausted = n if exhausted is None else exhausted
         bar.update()
 
@@ -318,11 +261,11 @@ def _allocated() -> int:
     return torch.cuda.memory_allocated() if runtime.device.type == "cuda" else 0
 
 
-def _let_go_of_the_last_point(model: GPT2LMHeadModel, others: int) -> None:
-    """Memory as it was before it, `others` being the bytes that are not the model's.
+def _free_the_last_point(model: GPT2LMHeadModel, others: int) -> None:
+    """Frees the memory of the last point; `others` are the bytes on the GPU that are not the model's.
 
-    Collecting garbage takes 0.2 s, as long as many a point, and only cycles wait for it: where nothing is left over,
-    what PyTorch keeps for later is given back, and no more.
+    Garbage collection takes 0.2 s, as long as many points, and only reference cycles need it. So it runs only if some
+    memory is left over; otherwise PyTorch just returns its cached memory.
     """
     if runtime.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -333,15 +276,21 @@ def _let_go_of_the_last_point(model: GPT2LMHeadModel, others: int) -> None:
 def _attempt(
     model: Any, job: str, attention: str, batch: int, n: int, works: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """A row's values for each work; whatever goes wrong for want of memory or of support is said there."""
-    launched: list[str] = []
+    """The values of a row for each work. Out of memory and unsupported are rows, too, with the reason."""
+    interpreted = False
+
+    def refuse(*_: Any) -> None:
+        nonlocal interpreted
+        interpreted = True
+        raise Unsupported(INTERPRETED)
+
     try:
         with _quiet():
             model.set_attn_implementation(attention)
-        with watch_interpreter(lambda executor, args, kwargs: _stop(launched, executor)):
+        with watch_interpreter(refuse):
             return _training(model, batch, n) if job == "training" else _inference(model, batch, n)
     except Exception as error:
-        if launched:  # the exception of `_stop`, perhaps wrapped on its way through autograd or Triton
+        if interpreted:  # the exception of `refuse`, perhaps wrapped on its way through autograd or Triton
             status, reason = "unsupported", INTERPRETED
         else:
             status = "oom" if is_out_of_memory(error) else "unsupported"
@@ -359,7 +308,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' warning that flash_attention_2 wants 16 bits: autocast, or the weights, give them."""
+    """Silences transformers' warning that flash_attention_2 needs 16 bits: autocast or the weights provide them."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -370,21 +319,12 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-class _Interpreted(RuntimeError):
-    """A kernel was about to run in the interpreter, where nothing is timed."""
-
-
-def _stop(launched: list[str], executor: Any) -> None:
-    launched.append(executor.fn.__name__)
-    raise _Interpreted(launched[-1])
-
-
 def _training(model: Any, batch: int, n: int) -> dict[str, dict[str, Any]]:
     """Forward, backward and whole step: ms, tokens_per_s, peak_gib."""
     device = runtime.device
     model.float().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=device.type == "cuda")
-    # float16 overflows without a scaler; here for its time, and the loss is thrown away
+    # float16 overflows without a scaler. It is here for the time that it takes; the loss is thrown away.
     scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and runtime.dtype == torch.float16)
     ids = _tokens(model, batch, n)
 
@@ -408,17 +348,17 @@ def _training(model: Any, batch: int, n: int) -> dict[str, dict[str, Any]]:
     _reset_peak()
     try:
         found = _repeated(step, _SECONDS["training"])
-        peak = _peak_gib()
+        peak, _ = peaks_gib(device)
     finally:
         model.zero_grad(set_to_none=True)
     return {work: _row(statistics.median(ms[work] for ms in found), batch * n, peak) for work in TRAINING}
 
 
 def _repeated(call: Callable[[], Any], seconds: float) -> list[Any]:
-    """What `call` returns, as often as it fits in `seconds`, from `_FEWEST` to `_MOST` times; a warm-up not counted.
+    """The results of `call`, repeated as often as fits in `seconds`, from `_FEWEST` to `_MOST` times, after a warm-up.
 
-    The first call compiles, loads and allocates. A second one is part of the warm-up where calls are short, since the
-    memory of the first step is not yet laid out as that of the others is.
+    The first call compiles, loads and allocates. If calls are short, the second belongs to the warm-up, too: in the
+    first step PyTorch has not laid out its memory as in later ones.
     """
     call()
     began = time.perf_counter()
@@ -447,7 +387,7 @@ def _inference(model: Any, batch: int, n: int) -> dict[str, dict[str, Any]]:
 
     _reset_peak()
     times = _repeated(prefill, _SECONDS["inference"])
-    peaks = [_peak_gib()]
+    prefill_peak, _ = peaks_gib(runtime.device)
     _reset_peak()
     token, marks = output.logits[:, -1:].argmax(dim=-1), []
     for _ in range(_WARM_UP_TOKENS + _DECODED):
@@ -456,10 +396,10 @@ def _inference(model: Any, batch: int, n: int) -> dict[str, dict[str, Any]]:
         token = output.logits[:, -1:].argmax(dim=-1)
     marks.append(_mark())
     each = [_between(*pair) for pair in itertools.pairwise(marks[_WARM_UP_TOKENS:])]
-    peaks.append(_peak_gib())
+    decode_peak, _ = peaks_gib(runtime.device)
     return {
-        "prefill": _row(statistics.median(times), batch * n, peaks[0]),
-        "decode": _row(statistics.median(each), batch, peaks[1]),
+        "prefill": _row(statistics.median(times), batch * n, prefill_peak),
+        "decode": _row(statistics.median(each), batch, decode_peak),
     }
 
 
@@ -491,47 +431,3 @@ def _between(start: Any, end: Any) -> float:
 def _reset_peak() -> None:
     if runtime.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-
-
-def _peak_gib() -> float:
-    return torch.cuda.max_memory_allocated() / 2**30 if runtime.device.type == "cuda" else float("nan")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class _Rows:
-    """The rows of a sweep, on disk after each measurement where there is a folder."""
-
-    def __init__(self, folder: str | Path | None) -> None:
-        self.folder = None if folder is None else Path(folder)
-        self.found: dict[tuple, Mapping[str, Any]] = {}
-        if self.folder is None:
-            return
-        self.environment = environment().as_dict()
-        path = self.folder / f"{TABLE}.csv"
-        if path.exists():
-            stored = read_results(self.folder, TABLE)
-            changes = differences(stored.attrs["environment"], self.environment)
-            if changes:
-                raise ValueError(
-                    f"{path.name} was measured in another environment ({'; '.join(changes)}), and one table must not "
-                    "mix two: name another folder, or delete that file."
-                )
-            self.found = dict(self._read(stored))
-
-    @staticmethod
-    def _read(stored: pd.DataFrame) -> Iterator[tuple[tuple, dict]]:
-        for record in stored.to_dict("records"):
-            yield tuple(record[name] for name in KEY), {k: v for k, v in record.items() if k not in KEY}
-
-    def add(self, rows: Mapping[tuple, Mapping[str, Any]]) -> None:
-        self.found.update(rows)
-        if self.folder is not None:
-            save_results(self.table(), self.folder, self.environment, table=TABLE)
-
-    def table(self) -> pd.DataFrame:
-        rows = [dict(zip(KEY, point, strict=True)) | dict(row) for point, row in self.found.items()]
-        return pd.DataFrame(rows, columns=list(COLUMNS))

@@ -1,4 +1,4 @@
-"""`attention_used`: which attention a step runs, found out by profiling one."""
+"""Which attention a training step really runs: `attention_used` profiles one step."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ def attention_used(
     chunked_loss: int | None = None,
     end_of_text: int | None = None,
 ) -> dict[str, int]:
-    """Which attention a training step of this model runs, found out by profiling one, forward and backward.
+    """Which attention a training step of this model really runs: it profiles one step, forward and backward.
 
-    The step changes nothing: gradients are thrown away, weights and random generators are left as they were.
+    The step changes nothing: gradients are deleted, weights and random generators stay the same.
 
     Args:
         model, autocast_dtype, checkpointing, chunked_loss, end_of_text: as for `train`.
         tokens: int64 (B, N), on any device.
 
     Returns:
-        How often each ran: name -> calls, for the backends that name their operators in `attention.backends`, and for
-        "naive" (softmax outside of all of them). Recomputation counts.
+        The number of calls of each attention that ran, by name: of the backends that name their operators in
+        `attention.backends`, and of "naive" (a softmax outside of all the others). Recomputation counts.
 
     Raises:
         TypeError: the model is None.
         ValueError: an unknown option, or tokens that the model cannot take.
-        RuntimeError: no backend that `torch.nn.attention.sdpa_kernel` allows here can run the step.
+        RuntimeError: `torch.nn.attention.sdpa_kernel` allows no backend that can run the step.
     """
     from labutils.benchmark import torch_profiler
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: everything that the next step depends on, written so that no half of one remains."""
+"""Checkpoints of a training run: a file with everything that the next step depends on, replaced only as a whole."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 from labutils.benchmark.environment import differences
 
 FORMAT = 3
-"""Of the file; one of another format is not read."""
+"""The version of the file's format. A file of another version is refused."""
 
 
 def check_path(path: str | Path, *, resume: bool) -> None:
-    """Raises where a run cannot begin with this file, or cannot go on from it.
+    """Raises if a run can neither start a new file at this path nor continue from one, as `resume` says.
 
     Args:
-        path: of the checkpoint.
-        resume: go on from it.
+        path: path of the checkpoint.
+        resume: True: the run continues from it. False: the run starts a new file.
 
     Raises:
-        FileExistsError: the file is there, and `resume` was not asked for.
+        FileExistsError: the file exists, without `resume`.
         FileNotFoundError: `resume`, and there is no file.
     """
     there = Path(path).exists()
@@ -37,7 +37,7 @@ def check_path(path: str | Path, *, resume: bool) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What `Checkpoint.save` wrote there. Tensors and plain values alone: a file from somebody else can run no code."""
+    """The content of a file that `Checkpoint.save` wrote: only tensors and plain values, so a file cannot run code."""
     damaged = (
         f"{path} is damaged, or no checkpoint of this lab: restore it, or start without --resume in another folder."
     )
@@ -45,7 +45,7 @@ def _read(path: Path) -> dict[str, Any]:
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # garbage leads its reader into any, from RuntimeError to IndexError
+    except Exception as error:  # PyTorch's reader may fail in any way on garbage: RuntimeError, IndexError, ...
         raise ValueError(damaged) from error
     if not isinstance(stored, dict):
         raise ValueError(damaged)
@@ -58,25 +58,25 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 class Checkpoint:
-    """A file from which training goes on as if it had never stopped.
+    """A file from which training continues as if it had never stopped.
 
-    It holds the weights, the optimizer's and the loss scaler's state, the position in the data, the states of the
-    random generators of Python, of PyTorch and of each GPU, the steps done and the rows of the history.
+    It holds the weights, the state of the optimizer and of the loss scaler, the position in the data, the states of the
+    random generators of Python, of PyTorch and of each GPU, the number of steps and the rows of the history.
 
     Args:
-        path: the file; its folder is made. It is replaced as a whole, so that a kill leaves the one before.
-        every: steps between two checkpoints. One more is written at the end, and when `train` is asked to stop.
-        settings: what must be the same where training goes on: model, data, learning rate, ...
+        path: the file; its folder is made if missing. The file is replaced as a whole, so a kill leaves the one before.
+        every: steps between two checkpoints. Another one is written at the end, and when `train` is asked to stop.
+        settings: settings that must not change between runs: model, data, learning rate, ...
         environment: the machine and the software, `environment.environment().as_dict()`, kept in the file. Training may
-            go on in another one; `moved` then says what differs.
-        resume: go on from the file; without it, a file that is there is not overwritten.
+            continue in another environment; `moved` then says what differs.
+        resume: continue from the file. Otherwise an existing file is not overwritten.
 
     Attributes:
-        moved: what differs between the environment that wrote the file and the one that goes on from it, for instance
-            "torch: 2.11.0, now 2.13.0"; empty where nothing does, for a new run, and where neither has one.
+        moved: the differences between the environment that wrote the file and the present one, for instance
+            "torch: 2.11.0, now 2.13.0". Empty without differences, for a new run, and if neither has an environment.
 
     Raises:
-        FileExistsError: the file is there, and `resume` was not asked for.
+        FileExistsError: the file exists, without `resume`.
         FileNotFoundError: `resume`, and there is no file.
         ValueError: `resume`, and the settings differ, or the file is damaged or of another format; `every` below 1.
         OSError: `resume`, and the file cannot be read.
@@ -116,31 +116,31 @@ class Checkpoint:
 
     @property
     def steps(self) -> int:
-        """Steps done in the checkpoint that the run goes on from; 0 for a new run, and after `load`."""
+        """Number of steps in the checkpoint from which the run continues; 0 for a new run, and after `load`."""
         return 0 if self.stored is None else self.stored["steps"]
 
     @property
     def rows(self) -> list[dict[str, float]]:
-        """The history up to the checkpoint that the run goes on from; empty for a new run, and after `load`."""
+        """The history up to the checkpoint from which the run continues; empty for a new run, and after `load`."""
         return [] if self.stored is None else list(self.stored["rows"])
 
     def load(self, model: torch.nn.Module, optimizer: Any, scaler: Any, batches: Any) -> int:
-        """Puts the stored state into these objects and the generators.
+        """Puts the stored state into these objects and the random generators.
 
         Args:
-            model, optimizer, scaler, batches: made as those that were saved; each has `load_state_dict`.
+            model, optimizer, scaler, batches: made in the same way as the saved ones; each has `load_state_dict`.
 
         Returns:
-            The number of steps done; 0 for a new run, where nothing is changed.
+            The number of steps done so far; 0 for a new run, which changes nothing.
 
         Raises:
-            TypeError: the batches cannot say where in the data they are.
+            TypeError: the batches have no `state_dict`.
         """
         if not hasattr(batches, "state_dict"):
-            raise TypeError("a checkpoint needs batches with state_dict(), such as labutils.gpt2.data.batches makes")
+            raise TypeError("a checkpoint needs batches with state_dict(), such as labutils.gpt2.packing.batches makes")
         if self.stored is None:
             return 0
-        stored, self.stored = self.stored, None  # the copy of the weights is not kept for the whole run
+        stored, self.stored = self.stored, None  # frees the copy of the weights after this method
         model.load_state_dict(stored["model"])
         optimizer.load_state_dict(stored["optimizer"])
         scaler.load_state_dict(stored["scaler"])
@@ -148,7 +148,7 @@ class Checkpoint:
         version, numbers, gauss = stored["random"]["python"]
         random.setstate((version, tuple(numbers), gauss))
         torch.set_rng_state(stored["random"]["torch"])
-        there = stored["random"]["cuda"][: torch.cuda.device_count()]  # there may be fewer GPUs now
+        there = stored["random"]["cuda"][: torch.cuda.device_count()]  # this machine may have fewer GPUs
         if there:
             torch.cuda.set_rng_state_all(there)
         return stored["steps"]
@@ -162,15 +162,15 @@ class Checkpoint:
         steps: int,
         rows: list[dict[str, float]],
     ) -> None:
-        """Writes the state after `steps` steps. The file of before is replaced only when the new one is whole.
+        """Writes the state after `steps` steps. The old file is replaced only when the new one is complete.
 
         Args:
-            model, optimizer, scaler, batches: whose `state_dict` is kept.
-            steps: done so far.
-            rows: those of the history so far, as `training.History` has them.
+            model, optimizer, scaler, batches: their `state_dict` is saved.
+            steps: number of steps so far.
+            rows: the rows of the history so far, as in `training.History`.
 
         Raises:
-            OSError: the file cannot be written, as on a full disk; the one of before is still there.
+            OSError: the file cannot be written, for instance on a full disk; the old file is still there.
         """
         state = {
             "format": FORMAT,
@@ -194,11 +194,11 @@ class Checkpoint:
             with new.open("wb") as file:
                 torch.save(state, file)
                 file.flush()
-                os.fsync(file.fileno())  # on disk before it takes the other's place
+                os.fsync(file.fileno())  # on disk before it replaces the old file
             os.replace(new, self.path)
         except (OSError, RuntimeError) as error:  # PyTorch's writer turns a full disk into a RuntimeError
             raise OSError(
-                f"the checkpoint after step {steps} could not be written to {self.path}, which is as it was: is the "
+                f"the checkpoint after step {steps} could not be written to {self.path}, which is unchanged: is the "
                 f"disk full? ({error})"
             ) from error
         finally:

@@ -1,4 +1,4 @@
-"""In which numbers and with which attention to train on a GPU of a given compute capability, and why."""
+"""Which number format and which attention to train with on a GPU of a given compute capability, and why."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Choice:
     """How to train on a machine.
 
     Attributes:
-        dtype: of the products of matrices; autocast's.
+        dtype: the dtype of autocast, which matrix products use.
         scaled: whether the loss is scaled, so that small gradients do not vanish (torch.amp.GradScaler).
         attention: the name for `labutils.gpt2.models.gpt2`.
-        backends: the backends of PyTorch's attention that "sdpa" may use here, the best first; none of them stores
-            the N x N matrix.
+        backends: the backends of PyTorch's attention that "sdpa" may use on this machine, the best first. None of them
+            stores the N x N matrix.
         why: one sentence for each decision.
     """
 
@@ -36,11 +36,11 @@ class Choice:
         return f"{name}{scaled}, attention {self.attention!r} (of PyTorch's backends: {names}). {self.why}"
 
 
-def choose(capability: tuple[int, int] | None) -> Choice:
-    """The choice for a GPU of this compute capability, or for a CPU (None). No such GPU need be there.
+def for_capability(capability: tuple[int, int] | None) -> Choice:
+    """The choice for a GPU of this compute capability, or for a CPU (None). The machine need not have such a GPU.
 
     Raises:
-        ValueError: older than 7.5: Triton compiles for none of these, and neither does flash-attn.
+        ValueError: a capability below 7.5: neither Triton nor flash-attn compiles for such GPUs.
     """
     if capability is None:
         return Choice(

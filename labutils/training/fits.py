@@ -1,4 +1,4 @@
-"""`try_step`: whether a step fits, found out by training a few, as a row of training.csv."""
+"""Whether a training step fits into memory: `try_step` trains a few steps and gives a row of training.csv."""
 
 from __future__ import annotations
 
@@ -31,33 +31,32 @@ def try_step(
     chunked_loss: int | None = None,
     **train_options: Any,
 ) -> dict[str, Any]:
-    """Train a few steps and report whether they fit: a row of training.csv.
+    """Trains a few steps and reports whether they fit: a row of training.csv.
 
-    The model is made (on the GPU, where there is one), trained and thrown away here, so that out-of-memory is a row
-    and not an end: afterwards its memory is free again and the next call starts from nothing.
+    The model is made (on the GPU, if there is one), trained and deleted here. So running out of memory is a row and not
+    the end: afterwards the memory is free again, and the next call starts afresh.
 
     Args:
         model_factory: makes the model: `lambda: gpt2("124M", n_positions=8192, attention="eager")`.
         seqlen: N.
         batch: B.
         cap_gib: train under `memory_cap(cap_gib)`; None sets no cap.
-        batches: int64 (batch, seqlen) each, `steps` of them at least; None draws random tokens, which take the same
-            time and memory as text (their loss says nothing).
-        steps: 2 or more for the peak, since the optimizer's state is not there in the first; 3 or more for the speed,
-            since the first two are slower.
-        impl: the name of the row; None: what tables call the model's attention (`backends.name_in_tables`).
-        checkpointing: as for `train`.
-        chunked_loss: as for `train`.
+        batches: int64 (batch, seqlen) each, at least `steps` of them. None draws random tokens, which take the same
+            time and memory as text (only their loss means nothing).
+        steps: 2 or more for the peak, because the optimizer's state does not exist in the first step; 3 or more for the
+            speed, because the first two steps are slower.
+        impl: the column `impl`; by default `backends.name_in_tables` of the model's attention.
+        checkpointing, chunked_loss: as for `train`.
         train_options: further arguments of `train`.
 
     Returns:
         model, impl, checkpointing, chunked_loss, seqlen, batch, peak_gib (allocated), reserved_gib, cap_gib,
-        tokens_per_s (the median of the steps from the third on; the last step's where there are fewer), loss (the last
-        step's), status: "ok", or "oom" with NaN for what was not measured.
+        tokens_per_s (median from the third step on; of fewer steps, the last), loss (of the last step), and status:
+        "ok", or "oom" with NaN for everything that was not measured.
 
     Raises:
         ValueError: the batches have another shape, or end before `steps`.
-        KeyboardInterrupt: the run was interrupted; half a measurement is none.
+        KeyboardInterrupt: the run was interrupted, so there is no measurement.
     """
     row: dict[str, Any] = {
         "model": None, "impl": impl, "checkpointing": bool(checkpointing), "chunked_loss": chunked_loss is not None,
@@ -67,14 +66,14 @@ def try_step(
     }  # fmt: skip
     model = history = None
     if cap_gib is None:
-        free_memory()  # a cap begins with this, too
+        free_memory()  # memory_cap does the same
     with memory_cap(cap_gib) if cap_gib is not None else nullcontext():
         try:
             with torch.device(runtime.device):  # drawing a large model's weights on the CPU takes longer than its steps
                 model = model_factory()
             row |= _names(model, impl)
             model.to(runtime.device)
-            free_memory()  # what making it took, and is no part of a step
+            free_memory()  # memory that only the making of the model needed
             if batches is None:
                 batches = _random_batches(model.config.vocab_size, (batch, seqlen))
             history = train(
@@ -86,8 +85,8 @@ def try_step(
                 **({"progress": False} | train_options),
             )
         except torch.OutOfMemoryError:
-            # Nothing may keep the exception: its traceback holds every tensor of the failed step. It is gone
-            # at the end of this block, and the memory can be freed after it.
+            # Nothing may keep the exception, because its traceback holds every tensor of the failed step. At the end of
+            # this block it is gone, and the memory can be freed.
             pass
         del model
         free_memory()
@@ -95,20 +94,16 @@ def try_step(
 
 
 def _names(model: GPT2LMHeadModel, impl: str | None) -> dict[str, str]:
-    """What the tables call the model and its attention; `impl` is the latter's name where it is given."""
-    attention = model.config._attn_implementation
+    """The names of the model and of its attention in the tables; `impl` replaces the second if given."""
     return {
         "model": getattr(model.config, "lab_size", type(model).__name__),
-        "impl": impl or name_in_tables(attention),
+        "impl": impl or name_in_tables(model.config._attn_implementation),
     }
 
 
 def _measured(history: History, steps: int) -> dict[str, Any]:
-    """What a row of training.csv has from a run of so many steps; raises as `try_step` where it did not finish."""
-    if history.interrupted:
-        raise KeyboardInterrupt
-    if history.status != "done":
-        raise ValueError(f"the batches ended after {history.steps} of {steps} steps: pass one for each step")
+    """The measured columns of a row of training.csv; raises the errors of `try_step` if the run did not finish."""
+    history.require(steps)
     last = history.frame.iloc[-1].to_dict()
     return {
         "peak_gib": last["peak_allocated_gib"],
@@ -120,14 +115,14 @@ def _measured(history: History, steps: int) -> dict[str, Any]:
 
 
 def _random_batches(vocab_size: int, shape: tuple[int, int]) -> Iterator[torch.Tensor]:
-    """The same random tokens on each call, without end."""
+    """Random batches without end, the same in each call."""
     generator = torch.Generator().manual_seed(0)
     while True:
         yield torch.randint(vocab_size, shape, generator=generator)
 
 
 def _checked(batches: Iterable[torch.Tensor], shape: tuple[int, int]) -> Iterator[torch.Tensor]:
-    """The batches, each of which must have this shape: a row of training.csv says so."""
+    """The batches, with a check that each has the shape that the row of training.csv states."""
     for batch in batches:
         if tuple(batch.shape) != shape:
             raise ValueError(f"batches must be (batch, seqlen) = {shape}, got {tuple(batch.shape)}")

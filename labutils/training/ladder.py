@@ -1,9 +1,9 @@
-"""The ladder: how long a sequence each remedy lets a card of a given size train, found by trying.
+"""The ladder: the longest sequence that trains on a card of a given size, with more and more remedies.
 
-A rung is a set of remedies. `longest` looks for the longest sequence that trains under a cap; each try is a model made
-anew, trained for a few steps and thrown away (`labutils.training.try_step`), so that running out of memory is an answer
-and not an end. The rehearsal (`labutils.training.rehearsal`) says where to begin to look, and is compared with what was
-measured.
+A remedy is an option that saves memory, and a rung is a set of remedies. `longest` searches the longest sequence that
+trains under a memory cap. Each try makes a new model, trains it for a few steps and deletes it
+(`labutils.training.try_step`), so running out of memory is an answer and not the end. The search starts at the
+prediction of the rehearsal (`labutils.training.rehearsal`), which the row keeps beside the measurement.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tqdm import tqdm
 
-from labutils import training
 from labutils.gpt2 import models
 from labutils.machine import files, runtime
+from labutils.machine.memory import GIB, memory_cap
 from labutils.training import choice, ledger, rehearsal
+from labutils.training.fits import try_step
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,11 +33,8 @@ STEP = 1024
 """Lengths are tried in multiples of this many tokens."""
 
 USABLE = 0.88
-"""Of the memory that the allocator may have: about so much is in tensors where the longest sequence trains. The rest
-lies in fragments. A guess that is right to an eighth takes two tries: one length that fits and one that does not."""
-
-ONE_GELU = {"activation_function": "gelu_pytorch_tanh"}
-"""GPT-2's GELU as one operation, which keeps its input alone; transformers writes it as several."""
+"""The share of the allocator's memory that tensors fill when the longest sequence trains; the rest is fragmented.
+A guess that is right to an eighth takes two tries: one length that fits and one that does not."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +42,10 @@ class Rung:
     """One step of the ladder.
 
     Attributes:
-        name: what is new on this rung.
-        attention: for `models.gpt2`; "flash" is our kernel, or PyTorch's where Triton has no tensor cores.
-        low: 16-bit products (the GPU's `runtime.dtype`) or float32 throughout.
-        options: of `training.train`: checkpointing, chunked_loss, optimizer.
+        name: the remedy that is new on this rung.
+        attention: for `models.gpt2`; "flash" is our kernel, or PyTorch's if Triton uses no tensor cores on this GPU.
+        low: True: 16-bit products (the GPU's `runtime.dtype`); False: float32 throughout.
+        options: options of `training.train`: checkpointing, chunked_loss, optimizer.
         model: further fields of the model's config.
     """
 
@@ -67,21 +65,21 @@ RUNGS: tuple[Rung, ...] = (
     Rung("+ 16 bits"),
     Rung("+ checkpointing", options=_CHECKPOINTED),
     Rung("+ chunked loss", options=_BOTH),
-    Rung("+ GELU in one operation", options=_BOTH, model=ONE_GELU),
-    Rung("+ checkpoints offloaded", options=_PARKED, model=ONE_GELU),
-    Rung("+ optimizer offloaded", options=_PARKED | {"optimizer": "offloaded"}, model=ONE_GELU),
+    Rung("+ GELU in one operation", options=_BOTH, model=models.ONE_GELU),
+    Rung("+ checkpoints offloaded", options=_PARKED, model=models.ONE_GELU),
+    Rung("+ optimizer offloaded", options=_PARKED | {"optimizer": "offloaded"}, model=models.ONE_GELU),
 )
-"""Each rung but the first two keeps what those below it do."""
+"""From the third on, each rung adds a remedy to the rung before."""
 
 
 @functools.lru_cache(maxsize=128)
 def _rehearsed(size: str, seqlen: int, **options: Any) -> dict[str, float]:
-    """A rehearsal takes seconds, and a search that ends at a length that was rehearsed before asks for it again."""
+    """`rehearse_by_kind`, cached: it takes seconds, and a search may end at a length that was rehearsed before."""
     return rehearsal.rehearse_by_kind(size, seqlen, **options)
 
 
 def predict_by_kind(size: str, rung: Rung, seqlen: int, *, vocab_size: int = 50257) -> dict[str, float]:
-    """GiB of each kind at the peak of a training step, by `labutils.training.rehearsal`.
+    """Predicted GiB of each kind at the peak of a training step, by `labutils.training.rehearsal`.
 
     Args:
         size, vocab_size: as for `labutils.gpt2.models.gpt2`.
@@ -89,7 +87,7 @@ def predict_by_kind(size: str, rung: Rung, seqlen: int, *, vocab_size: int = 502
         seqlen: N, of one sequence.
 
     Returns:
-        GiB by `labutils.training.ledger.KINDS`, without those of which nothing is there.
+        GiB by `labutils.training.ledger.KINDS`; kinds without memory are left out.
 
     Raises:
         ValueError: an unknown size.
@@ -103,23 +101,27 @@ def predict_by_kind(size: str, rung: Rung, seqlen: int, *, vocab_size: int = 502
 
 
 def predict(size: str, rung: Rung, seqlen: int, *, vocab_size: int = 50257) -> float:
-    """GiB allocated at the peak: the sum of `predict_by_kind`, which takes the same arguments."""
+    """Predicted GiB at the peak: the sum of `predict_by_kind`, which takes the same arguments."""
     return sum(predict_by_kind(size, rung, seqlen, vocab_size=vocab_size).values())
 
 
 def predicted_longest(size: str, rung: Rung, gib: float, *, most: int = 2**17, vocab_size: int = 50257) -> int:
-    """The longest sequence, in multiples of `STEP`, whose predicted peak stays below `gib`; 0 if there is none.
+    """The longest sequence whose predicted peak stays below `gib`.
 
-    The peak is a sum of a constant, a part that grows with N and, for eager attention alone, one that grows with N².
-    Two lengths are rehearsed, three for eager attention, and the line or parabola through them is solved for `gib`.
-    With a chunked loss the longest of these is `most`, which is the answer where it stays below, and the next is half
-    of it: such peaks lie in the backward pass of a block from some length on, and a line through shorter ones would
-    miss that.
+    The peak is a constant plus a part that grows with N and, only for eager attention, a part that grows with N². Two
+    lengths are rehearsed, three for eager attention, and the line or parabola through them is solved for `gib`.
+
+    With a chunked loss the longest rehearsed length is `most`; if its peak stays below `gib`, it is the answer. The
+    next is half of it. From some length on, the peak lies in the backward pass of a block, and a line through shorter
+    lengths would miss that.
 
     Args:
         size, rung, vocab_size: as for `predict_by_kind`.
-        gib: what the allocator may have, in GiB.
+        gib: GiB that the allocator may use.
         most: with a chunked loss, the longest sequence that is rehearsed, and the largest answer.
+
+    Returns:
+        N, a multiple of `STEP`; 0 if no length fits.
 
     Raises:
         ValueError: an unknown size.
@@ -139,7 +141,7 @@ def predicted_longest(size: str, rung: Rung, gib: float, *, most: int = 2**17, v
     constant = a - linear * x - square * x * x
     if constant >= gib:
         return 0
-    if square * (64 * STEP) ** 2 < 0.01 * gib:  # a straight line, but for rounding
+    if square * (64 * STEP) ** 2 < 0.01 * gib:  # a straight line, apart from rounding
         return int((gib - constant) / slope) // STEP * STEP
     root = (-linear + math.sqrt(linear * linear + 4 * square * (gib - constant))) / (2 * square)
     return int(root) // STEP * STEP
@@ -148,16 +150,19 @@ def predicted_longest(size: str, rung: Rung, gib: float, *, most: int = 2**17, v
 def search(
     fits: Callable[[int], bool], guess: int, *, most: int, tolerance: float = 1 / 16
 ) -> Iterator[tuple[int, bool]]:
-    """Looks for the largest length that fits, by trying, and yields each length with its answer.
+    """Searches the largest length that fits, by trying.
 
-    First outward from the guess until there is a length that fits and one that does not, then by bisection, until the
-    two are no further apart than `tolerance` of the shorter, or than `STEP`.
+    It first goes outward from the guess, until one length fits and one does not. Then it bisects, until the two are at
+    most `STEP` apart, or at most the share `tolerance` of the shorter one.
 
     Args:
-        fits: whether this length trains.
-        guess: where to begin.
+        fits: tells whether a length trains.
+        guess: the first length to try.
         most: no longer length is tried.
-        tolerance: as a share of the longest length that fits.
+        tolerance: the precision, as a share of the longest length that fits.
+
+    Yields:
+        Each length that was tried, and whether it fits.
 
     Raises:
         ValueError: `most` below `STEP`, or a tolerance that is not positive.
@@ -192,23 +197,22 @@ def longest(
     size: str, rung: Rung, cap_gib: float, *, most: int = 2**17, steps: int = 2, tolerance: float = 1 / 16,
     guess: int | None = None, on_try: Callable[[int, bool], None] = lambda n, fits: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The longest sequence that a model trains with the remedies of a rung, on a card of `cap_gib`: its row.
+    """The longest sequence that a model trains with the remedies of a rung, on a card of `cap_gib`.
 
     Args:
         size: a key of `models.GPT2_SIZES`.
-        rung: its remedies; one of `RUNGS`, for instance.
-        cap_gib: GiB of the card, the CUDA context counted in (`training.memory_cap`).
-        most: look no further than this many tokens.
-        steps: of each try; 2 or more, since the optimizer's state is not there in the first.
-        tolerance: how near to each other the lengths must be that fit and that do not, as a share of the shorter.
-        guess: where to begin; None asks the rehearsal.
-        on_try: told of each try.
+        rung: the remedies; one of `RUNGS`, for instance.
+        cap_gib: GiB of the card, with the CUDA context (`training.memory_cap`).
+        most: the longest sequence to try, in tokens.
+        steps: steps of each try; 2 or more, because the optimizer's state does not exist in the first step.
+        tolerance: the precision of the search, as a share of the longest length that fits.
+        guess: the first length to try; None asks the rehearsal.
+        on_try: called after each try with the length and whether it fits.
 
     Returns:
-        A row of training.csv for the longest length that fits (or the shortest tried, with status "oom"), and the
-        columns rung, predicted_gib (by the rehearsal, for that length), bound (the shortest length that did not fit;
-        NaN if none: the search ended at `most`), tries, and a column for each of `ledger.KINDS`: the prediction by
-        kind.
+        A row of training.csv for the longest length that fits (or the shortest tried, with status "oom"). Further
+        columns are rung, predicted_gib (by the rehearsal, for that length), bound (the shortest length that did not
+        fit; NaN if every length fitted, up to `most`), tries, and the prediction for each of `ledger.KINDS`.
 
     Raises:
         RuntimeError: there is no GPU whose memory could be capped.
@@ -216,7 +220,7 @@ def longest(
         KeyboardInterrupt: a try was interrupted.
     """
     if guess is None:
-        with training.memory_cap(cap_gib) as cap:
+        with memory_cap(cap_gib) as cap:
             room = cap.allocator_gib
         guess = predicted_longest(size, rung, USABLE * room, most=most) or STEP
     best: dict[str, Any] | None = None
@@ -227,8 +231,8 @@ def longest(
         nonlocal best, row
         attention = rung.attention
         if attention == "flash":
-            attention = choice.choose(runtime.capability).attention
-        row = training.try_step(
+            attention = choice.for_capability(runtime.capability).attention
+        row = try_step(
             lambda: models.gpt2(size, n_positions=n, attention=attention, **rung.model),
             n,
             cap_gib=cap_gib,
@@ -260,7 +264,7 @@ def longest(
 
 def ladder(
     sizes: Sequence[str] = ("124M",),
-    cap_gib: float = 16e9 / training.GIB,
+    cap_gib: float = 16e9 / GIB,
     *,
     rungs: Sequence[Rung] = RUNGS,
     folder: str | Path | None = None,
@@ -273,19 +277,19 @@ def ladder(
     Args:
         sizes: keys of `models.GPT2_SIZES`.
         cap_gib: GiB of the card.
-        rungs: which rungs, in this order.
-        folder: rows are kept there, in `ladder.json`, each as soon as it is known; a later call with the same cap and
-            options looks for those alone that are missing. None keeps nothing.
-        progress: a bar that says what is being tried.
-        find: what looks for a row.
-        options: of `find`.
+        rungs: the rungs, in this order.
+        folder: rows are kept there, in `ladder.json`, each as soon as it is known. A later call with the same cap and
+            options finds only the missing rows. None keeps nothing.
+        progress: a bar that names the current try.
+        find: the function that finds a row.
+        options: options of `find`.
 
     Returns:
-        A row for each model and rung that is asked for, with the columns of training.csv and those that `longest`
-        adds. On an interrupt the rows so far, with `.attrs["interrupted"]` set.
+        A row for each model and rung, with the columns of training.csv and those that `longest` adds. After an
+        interrupt the rows so far, with `.attrs["interrupted"]` set.
 
     Raises:
-        ValueError: the folder holds rows for another cap, machine or options.
+        ValueError: the folder holds rows of another cap, machine or options.
         RuntimeError: as `longest`.
     """
     import pandas as pd
@@ -294,7 +298,7 @@ def ladder(
     made_by = {"cap_gib": round(cap_gib, 6), "machine": runtime.machine, "torch": torch.__version__} | {
         name: value for name, value in options.items() if not callable(value)
     }
-    rows: dict[tuple[str, str], dict[str, Any]] = {}  # by model and rung; the file may have some that are not asked for
+    rows: dict[tuple[str, str], dict[str, Any]] = {}  # by model and rung; the file may hold more than are asked for
     if path is not None and path.exists():
         stored = json.loads(path.read_text(encoding="utf-8"))
         if stored["made_by"] != made_by:

@@ -1,8 +1,8 @@
-"""The ledger of a training step, by kind: what each byte at the peak is for.
+"""The memory of a training step by kind: what each byte at the peak is for.
 
-A piece of memory says where in the program it was asked for. `training.rehearsal` looks at its own stack, and PyTorch's
-allocator of GPU memory keeps the stack of each allocation in its history (`torch.cuda.memory._record_memory_history`);
-`kind_of` reads both alike, so that what was predicted and what was measured are split in the same way.
+The Python stack of an allocation tells its kind. `measure` gets the stacks from the history of PyTorch's GPU allocator
+(`torch.cuda.memory._record_memory_history`), and `training.rehearsal` looks at its own stack. `kind_of` reads both, so
+predicted and measured memory are split in the same way.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from labutils import training
-from labutils.gpt2 import models
+from labutils.gpt2 import loss, models
 from labutils.machine import runtime
+from labutils.machine.memory import GIB, free_memory
+from labutils.training.fits import try_step
+from labutils.training.step import resolved_autocast
 
 if TYPE_CHECKING:
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -26,20 +28,20 @@ if TYPE_CHECKING:
 KINDS = (
     "parameters", "AdamW", "16-bit weights", "residual stream", "attention", "MLP", "logits", "gradients", "backward",
 )  # fmt: skip
-"""What memory is for. "residual stream" has the LayerNorms and embeddings with it, "attention" and "MLP" the inputs of
-their linear layers, "logits" the loss; "gradients" are those of the parameters, and "backward" what else the backward
-pass makes on its way."""
+"""The kinds of memory. "residual stream" includes LayerNorms and embeddings, "attention" and "MLP" include the inputs
+of their linear layers, "logits" includes the loss. "gradients" are those of the parameters; "backward" is everything
+else that the backward pass makes."""
 
 
 @functools.cache
 def _places() -> dict[str, list[tuple[int, int, int, str]]]:
-    """The functions of each file of interest: first line, last line, depth, kind. The deepest one in a stack counts."""
+    """The known functions of each file: first line, last line, depth, kind. The deepest function in a stack counts."""
     from torch.optim import adam, adamw, optimizer
     from transformers.models.gpt2 import modeling_gpt2 as gpt2
 
     functions: list[tuple[int, str, Any]] = [
-        (0, "logits", models.language_model_loss), (0, "logits", gpt2.GPT2LMHeadModel.forward),
-        (1, "residual stream", gpt2.GPT2Model.forward), (1, "logits", models._chunk_loss),
+        (0, "logits", loss.language_model_loss), (0, "logits", gpt2.GPT2LMHeadModel.forward),
+        (1, "residual stream", gpt2.GPT2Model.forward), (1, "logits", loss._chunk_loss),
         (2, "residual stream", gpt2.GPT2Block.forward),
         (3, "attention", gpt2.GPT2Attention.forward), (3, "MLP", gpt2.GPT2MLP.forward),
         (4, "gradients", torch.nn.utils.clip_grad_norm_),
@@ -56,43 +58,43 @@ def _places() -> dict[str, list[tuple[int, int, int, str]]]:
 
 
 class Sizes:
-    """Sizes in bytes by which pieces are known that no line of Python asked for.
+    """Sizes in bytes that tell the kind of an allocation without a Python stack.
 
-    Autocast's 16-bit copies of weights are made inside of an operator, and a GPU's backward pass runs in a thread of
-    its own, without a stack in Python.
+    Autocast makes 16-bit copies of weights inside an operator. On a GPU the backward pass runs in its own thread, which
+    has no Python stack.
 
     Args:
         config: of the model.
 
     Attributes:
-        copies: of the 16-bit copies of the matrices.
-        gradients: of the matrices' gradients, in 16 and in 32 bits.
-        row: logits of one token (V, a number and not bytes).
+        copies: sizes of the 16-bit copies of the matrices.
+        gradients: sizes of the matrices' gradients, in 16 and in 32 bits.
+        row: number of logits of one token, V (not bytes).
     """
 
     def __init__(self, config: GPT2Config):
         width, inner = config.n_embd, config.n_inner or 4 * config.n_embd
         matrices = {width * 3 * width, width * width, width * inner, config.vocab_size * width}
-        self.copies = {2 * n for n in matrices}  # a sequence as long as a matrix is wide would be taken for it
+        self.copies = {2 * n for n in matrices}  # wrong for a sequence that is as long as a matrix is wide
         self.gradients = self.copies | {4 * n for n in matrices}
         self.row = config.vocab_size
 
     def logits(self, size: int) -> bool:
-        """Whether so many bytes are logits: whole rows of them, in 16 bits of 256 tokens or more, in 32 of 128."""
+        """Whether so many bytes are logits: whole rows, of at least 256 tokens in 16 bits or 128 tokens in 32 bits."""
         return size not in self.gradients and size % (2 * self.row) == 0 and size // (2 * self.row) >= 256
 
 
 def kind_of(frames: Iterable[tuple[str, int]], size: int, sizes: Sizes, *, low: bool = True) -> str:
-    """The kind, of `KINDS`, of a piece of memory.
+    """The kind of an allocation, one of `KINDS`.
 
     Args:
-        frames: file and line of each function on the stack that asked for it, in any order; none of a backward pass.
-        size: bytes asked for.
-        sizes: of the model.
-        low: products are in 16 bits, with copies of the weights.
+        frames: file and line of each function on its stack, in any order; empty in a GPU's backward pass.
+        size: requested bytes.
+        sizes: sizes of the model.
+        low: whether products are in 16 bits, with copies of the weights.
 
     Returns:
-        That of the deepest function which is known; where none is, the kind is told by the size.
+        The kind of the deepest known function. If the stack has no known function, the size tells the kind.
     """
     places = _places()
     deepest, kind = -1, ""
@@ -110,20 +112,21 @@ def kind_of(frames: Iterable[tuple[str, int]], size: int, sizes: Sizes, *, low: 
 
 
 def allocated(size: int) -> int:
-    """Bytes that PyTorch's allocator of GPU memory hands out where so many are asked for: multiples of 512."""
+    """Bytes that PyTorch's GPU allocator hands out for a request of `size` bytes: the next multiple of 512."""
     return -(-size // 512) * 512
 
 
 def at_peak(trace: Sequence[Mapping[str, Any]], kind: Callable[[Mapping[str, Any]], str]) -> dict[str, float]:
-    """GiB of each kind that are alive when most memory is.
+    """GiB of each kind at the moment when most memory is allocated.
 
     Args:
-        trace: events of the allocator in their order, as `torch.cuda.memory._snapshot()["device_traces"]` has them for
-            a device: "action", "addr", "size" and, for an "alloc", "frames". What was there before is not in it.
-        kind: of an "alloc" event.
+        trace: events of the allocator in their order, a device's entry of
+            `torch.cuda.memory._snapshot()["device_traces"]`: "action", "addr", "size" and, for an "alloc", "frames".
+            Memory that was allocated before is not in it.
+        kind: gives the kind of an "alloc" event.
 
     Returns:
-        GiB of the kinds that are alive at the peak; their sum is the peak, in the allocator's pieces of 512 bytes.
+        GiB of each kind that is alive at the peak. Their sum is the peak, in the allocator's multiples of 512 bytes.
     """
     alive: dict[int, tuple[int, str]] = {}
     now: dict[str, int] = dict.fromkeys(KINDS, 0)
@@ -141,19 +144,19 @@ def at_peak(trace: Sequence[Mapping[str, Any]], kind: Callable[[Mapping[str, Any
             size, name = alive.pop(event["addr"])
             now[name] -= size
             total -= size
-    return {name: size / training.GIB for name, size in peak.items() if size}
+    return {name: size / GIB for name, size in peak.items() if size}
 
 
 def measure(
     model_factory: Callable[[], GPT2LMHeadModel], seqlen: int, **options: Any
 ) -> tuple[dict[str, Any], dict[str, float]]:
-    """`training.try_step` under the eyes of the allocator's history: its row, and GiB of each kind at the peak.
+    """`training.try_step` with the allocator's history switched on: its row, and GiB of each kind at the peak.
 
     Args:
         model_factory, seqlen, options: as for `try_step`.
 
     Returns:
-        The row of `try_step`, and GiB by `KINDS`; no kinds where the step did not fit.
+        The row of `try_step`, and GiB by `KINDS`; an empty dict if the step did not fit.
 
     Raises:
         RuntimeError: there is no CUDA GPU; a CPU's allocator keeps no history.
@@ -161,8 +164,8 @@ def measure(
     """
     if runtime.device.type != "cuda":
         raise RuntimeError(
-            "the history of allocations is kept by PyTorch's CUDA allocator: there is none on a CPU. "
-            "labutils.training.rehearsal.rehearse_by_kind counts without a GPU"
+            "PyTorch's CUDA allocator keeps the history of allocations: there is none on a CPU. "
+            "labutils.training.rehearsal.rehearse_by_kind predicts them without a GPU"
         )
     configs = []
 
@@ -171,20 +174,20 @@ def measure(
         configs.append(model.config)
         return model
 
-    training.free_memory()
-    # Stacks in Python alone: those in C++ cost minutes to put names to. "alloc": none for what is freed.
+    free_memory()
+    # Only Python stacks: resolving the names of C++ stacks takes minutes. "alloc": freed memory needs no stack.
     torch.cuda.memory._record_memory_history("all", context="alloc", stacks="python")
     device = torch.cuda.current_device()
     try:
-        begin = len(torch.cuda.memory._snapshot()["device_traces"][device])  # of a recording before this one
-        row = training.try_step(made, seqlen, **options)
+        begin = len(torch.cuda.memory._snapshot()["device_traces"][device])  # events of an earlier recording
+        row = try_step(made, seqlen, **options)
         trace = torch.cuda.memory._snapshot()["device_traces"][device][begin:]
     finally:
         torch.cuda.memory._record_memory_history(None)
     if row["status"] != "ok":
         return row, {}
     sizes = Sizes(configs[0])
-    dtype = training.resolved_autocast(options.get("autocast_dtype", "auto"), runtime.device)
+    dtype = resolved_autocast(options.get("autocast_dtype", "auto"), runtime.device)
 
     def kind(event: Mapping[str, Any]) -> str:
         frames = ((frame["filename"], frame["line"]) for frame in event.get("frames", ()))
@@ -194,7 +197,7 @@ def measure(
 
 
 def stack() -> list[tuple[str, int]]:
-    """File and line of each function that is running, the innermost first."""
+    """File and line of each function on the Python stack, the innermost first."""
     frames = []
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:

@@ -1,7 +1,7 @@
-"""What a training step need not keep on the GPU: the inputs of checkpointed blocks, and the optimizer with its state.
+"""Offloading to the CPU: the inputs of checkpointed blocks, and the optimizer with its state.
 
-Both trade the bus between GPU and CPU for memory, and change nothing in the result but rounding. They are rungs of
-the ladder in `labutils.training.ladder`, and options of `labutils.training.train`.
+Both save GPU memory and cost traffic between GPU and CPU. They change the result only by rounding. They are options of
+`labutils.training.train`, and rungs of the ladder in `labutils.training.ladder`.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from torch.utils.checkpoint import checkpoint
 
 
 def offloaded_checkpoint(function: Callable[..., Any], *inputs: Any) -> Any:
-    """Runs a block and keeps its inputs alone, in the CPU's memory; the backward fetches them and runs it again.
+    """Runs a block and keeps only its inputs, in the CPU's memory. The backward pass fetches them and runs it again.
 
-    The reentrant form of checkpointing saves a block's inputs the way operators do, so that PyTorch's hooks for saved
-    tensors (`torch.autograd.graph.save_on_cpu`) can carry them away; within the block nothing is saved, and so nothing
-    else travels. The memory is pinned where there is a GPU.
+    The reentrant form of checkpointing saves a block's inputs as operators do, so PyTorch's hooks for saved tensors
+    (`torch.autograd.graph.save_on_cpu`) can move them to the CPU. Within the block nothing is saved, so nothing else is
+    moved. The CPU's memory is pinned if there is a GPU.
 
     Args:
         function: the block.
-        inputs: of the block, tensors and others; one of the tensors must ask for a gradient, or none reaches the
-            block's parameters.
+        inputs: arguments of the block. At least one tensor must require a gradient; otherwise the block's parameters
+            get none.
 
     Returns:
-        What the block returns.
+        The output of the block.
     """
     with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
         return checkpoint(function, *inputs, use_reentrant=True)
@@ -35,12 +35,13 @@ def offloaded_checkpoint(function: Callable[..., Any], *inputs: Any) -> Any:
 class OffloadedAdamW(torch.optim.Optimizer):
     """AdamW on the CPU: the GPU keeps parameters and gradients, the CPU both moments and a copy of the parameters.
 
-    A step copies the gradients over, updates there, and copies the parameters back: for parameters in float32, 8 bytes
-    each leave the GPU for 8 that travel in each step (Ren et al. 2021, ZeRO-Offload, arXiv 2101.06840).
+    A step copies the gradients to the CPU, updates there, and copies the parameters back. With float32 this saves 8
+    bytes of GPU memory for each parameter, and each step copies 8 bytes for it (Ren et al. 2021, ZeRO-Offload, arXiv
+    2101.06840).
 
     Args:
-        params: parameters or groups of them, as every optimizer takes them.
-        options: `lr`, `betas`, `weight_decay`, ... as `torch.optim.AdamW` takes them.
+        params: parameters or groups of them, as for any optimizer.
+        options: `lr`, `betas`, `weight_decay`, ... of `torch.optim.AdamW`.
     """
 
     def __init__(self, params: Iterable[Any], **options: Any):
@@ -59,7 +60,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         """One update.
 
         Raises:
-            ValueError: a closure; it would have to run on the GPU in between.
+            ValueError: a closure, which would have to run on the GPU in the middle of the step.
         """
         if closure is not None:
             raise ValueError("OffloadedAdamW takes no closure: compute the gradients before step()")
@@ -75,20 +76,20 @@ class OffloadedAdamW(torch.optim.Optimizer):
                     here.grad = torch.empty_like(here, pin_memory=here.is_pinned())
                 here.grad.copy_(there.grad, non_blocking=True)
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the copies must be there before the CPU reads them
+            torch.cuda.synchronize()  # the copies must be complete before the CPU reads them
         self._inner.step()
         for there, here in pairs:
             if there.grad is not None:
                 there.copy_(here, non_blocking=True)
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # and back before the next step writes the copies anew
+            torch.cuda.synchronize()  # and before the next step overwrites the CPU's parameters
 
     def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's; the parameters' copies are made anew from the model by `load_state_dict`."""
+        """The inner optimizer's state. The copies of the parameters are not in it; `load_state_dict` makes new ones."""
         return self._inner.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from a `state_dict`; the model's weights must have been loaded before."""
+        """Continues from a `state_dict`. Load the model's weights first."""
         self._inner.load_state_dict(state_dict)
         for outer, inner in zip(self.param_groups, self._inner.param_groups, strict=True):
             outer |= {key: value for key, value in inner.items() if key != "params"}

@@ -1,11 +1,10 @@
-"""Does another attention train the same model? The yardstick is standard attention, summed in another order.
+"""Whether another attention trains the same model: its losses against those of standard attention.
 
-Two runs that differ in the order of their sums alone drift apart, a little at each step, since floating-point addition
-is not associative. An attention that computes the same thing drifts from standard attention much as these do from each
-other.
+Floating-point addition is not associative. So two runs of standard attention that sum in another order drift apart, a
+little at each step. An attention that computes the same thing drifts from standard attention by about as much.
 
-A run in 32 bits says more: all runs in 16 bits err, standard attention's as well, and the question is whether an
-attention errs more than it. That is how `attention.reference.judge` judges a single result; here it is asked of a loss.
+A run in 32 bits says more. All runs in 16 bits have errors, also those of standard attention. The question is whether
+another attention has larger ones. `attention.reference.judge` compares single results in the same way.
 """
 
 from __future__ import annotations
@@ -16,25 +15,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from labutils import training
+from labutils.training.loop import train
 
 if TYPE_CHECKING:
     import pandas as pd
     from transformers import GPT2LMHeadModel
 
 OTHER_ORDERS = ("eager, keys reversed", "eager, dimensions reversed", "eager, in halves")
-"""Runs of standard attention that differ from it in the order of their sums alone."""
+"""Runs of standard attention that differ from it only in the order of their sums."""
 EXACT = "eager, float32"
-"""The run without autocast, from which the others' errors are counted."""
+"""The run without autocast. The errors of the other runs are their distances from it."""
 
 
 def implementation_of(name: str) -> str:
-    """What transformers knows a run's attention as: "eager-keys-reversed" for "eager, keys reversed"."""
+    """The name in transformers of a run's attention: "eager-keys-reversed" for "eager, keys reversed"."""
     return name.replace(", ", "-").replace(" ", "-")
 
 
 def register_other_orders() -> None:
-    """Registers with transformers the attentions of `OTHER_ORDERS`."""
+    """Registers the attentions of `OTHER_ORDERS` with transformers."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
@@ -44,7 +43,7 @@ def register_other_orders() -> None:
 
 
 def _keys_reversed(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """Standard attention whose sums over keys, of the softmax and of P·V, begin with the last."""
+    """Standard attention whose sums over keys, in the softmax and in P·V, begin with the last key."""
     from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
 
     mask = None if attention_mask is None else attention_mask.flip(-1)
@@ -59,9 +58,9 @@ def _dimensions_reversed(module, query, key, value, attention_mask, scaling=None
 
 
 def _in_halves(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
-    """Standard attention whose products are sums of two, over half of the dimensions and half of the keys.
+    """Standard attention whose products are sums of two products, over halves of the dimensions and of the keys.
 
-    Turning a sum round leaves the rounding to 16 bits, of scores and of probabilities, where it was; this moves it.
+    Reversing a sum does not change where scores and probabilities are rounded to 16 bits; this does.
     """
     d, n = query.shape[-1] // 2, key.shape[2] // 2
     scores = query[..., :d] @ key[..., :d].transpose(2, 3) + query[..., d:] @ key[..., d:].transpose(2, 3)
@@ -83,15 +82,14 @@ def loss_parity(
     seeds: Iterable[int] = (0,),
     **options: Any,
 ) -> pd.DataFrame:
-    """Losses of one training run with each attention: standard ("eager"), in other orders, those in question, and
-    standard attention in float32 throughout.
+    """Losses of one training run with each attention: standard ("eager"), in other orders, in float32, and others.
 
     Args:
-        make_model: from the name of an attention and a seed; with the same weights for each attention.
-        make_batches: from a seed, `steps` batches, int64 (B, N) each; the same ones for each attention.
-        attentions: those in question.
-        steps: of each run.
-        seeds: all runs are made once for each; at least one.
+        make_model: makes a model from the name of an attention and a seed, with the same weights for each attention.
+        make_batches: makes `steps` batches from a seed, int64 (B, N) each, the same for each attention.
+        attentions: the attentions to compare with standard attention.
+        steps: steps of each run.
+        seeds: at least one; each seed repeats all runs.
         options: of `labutils.training.train`.
 
     Returns:
@@ -99,7 +97,7 @@ def loss_parity(
 
     Raises:
         ValueError: the batches ended before the steps did, or there is no seed.
-        KeyboardInterrupt: a run was interrupted, and what it has is no measurement of all its steps.
+        KeyboardInterrupt: a run was interrupted, so its losses are incomplete.
     """
     import pandas as pd
 
@@ -110,11 +108,8 @@ def loss_parity(
         for name in (EXACT, "eager", *OTHER_ORDERS, *attentions):
             exact = {"autocast_dtype": None} if name == EXACT else {}
             model = make_model("eager" if exact else implementation_of(name), seed)
-            history = training.train(model, make_batches(seed), steps=steps, **({"progress": False} | options | exact))
-            if history.interrupted:
-                raise KeyboardInterrupt
-            if history.status != "done":
-                raise ValueError(f"the batches ended after {history.steps} of {steps} steps: pass one for each step")
+            history = train(model, make_batches(seed), steps=steps, **({"progress": False} | options | exact))
+            history.require(steps)
             columns[name] = history.frame.set_index("step")["loss"]
             del model
         parts[seed] = pd.DataFrame(columns)
@@ -124,18 +119,21 @@ def loss_parity(
 
 
 def judge_parity(losses: pd.DataFrame, factor: float = 2.0) -> pd.DataFrame:
-    """How far each run's losses are from those of standard attention, in nats per token, over all seeds and steps.
+    """How far each run's losses are from those of standard attention, over all seeds and steps.
 
     Args:
         losses: of `loss_parity`, in nats per token.
-        factor: how much more than standard attention's largest error, in any order, an attention may err.
+        factor: the limit of an error, as a multiple of the largest error of standard attention in any order.
 
     Returns:
-        A row for each run but the one in float32: run; rms_from_eager, the root-mean-square distance from "eager" in
-        nats per token; in_spread, whether that is no larger than the largest between two runs of standard attention in
-        different orders; error, the median distance from the run in float32 in nats per token, which a single step that
-        overshoots does not decide; and within, whether that is no larger than `factor` times the largest of standard
-        attention's.
+        A row for each run except the one in float32, with the columns
+
+        - run;
+        - rms_from_eager: the root-mean-square distance from "eager", in nats per token;
+        - in_spread: whether that is at most the largest distance between two runs of standard attention;
+        - error: the median distance from the run in float32, in nats per token. A median, so that a single step that
+          overshoots does not decide;
+        - within: whether the error is at most `factor` times the largest error of standard attention.
     """
     import pandas as pd
 

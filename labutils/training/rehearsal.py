@@ -1,11 +1,13 @@
-"""A training step without a GPU and without numbers: what would be alive on the GPU at its peak.
+"""Rehearsal of a training step without a GPU: its peak memory, predicted on tensors without data.
 
-PyTorch's fake tensors have a shape and a dtype, and no data. A step on them runs the same operators as a real one,
-forward, backward and optimizer, and says which tensors each of them makes. Counting those that are alive gives the
-peak that the allocator of a GPU will see, but for workspaces of cuBLAS and what kernels use within themselves, for
-any model, length and remedy, in seconds, on any machine. The tensors claim to be the CPU's, since a PyTorch built
-without CUDA knows no others; what autocast does differently on a GPU is played after it, and so is the one operator
-that makes a large tensor for itself there: the backward pass of a softmax.
+PyTorch's fake tensors have a shape and a dtype, but no data. A step on them runs the same operators as a real step:
+forward, backward and optimizer. Counting the tensors that are alive gives the peak that a GPU's allocator will see.
+Only workspaces of cuBLAS and memory inside kernels are missing. It takes seconds, on any machine, for any model, length
+and remedy.
+
+The tensors claim to be on the CPU, because a PyTorch built without CUDA has no other device. Two differences of a GPU
+are imitated: autocast computes some operators in float32, and the backward pass of a softmax makes a large tensor for
+itself.
 """
 
 from __future__ import annotations
@@ -21,25 +23,27 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from labutils import training
 from labutils.gpt2 import models
+from labutils.gpt2.loss import language_model_loss
 from labutils.machine import runtime
+from labutils.machine.memory import GIB
 from labutils.training import ledger
+from labutils.training.step import make_optimizer, set_checkpointing
 
-# On a GPU it first multiplies the gradient and the output, of the scores' size each, into a third tensor of that size
+# On a GPU it first multiplies gradient and output into a third tensor; all three have the size of the scores
 # (`softmax_backward_cuda_out` in PyTorch's aten/src/ATen/native/cuda/SoftMax.cu).
 _SOFTMAX_BACKWARD = torch.ops.aten._softmax_backward_data.default
 
 
 class _Alive(TorchDispatchMode):
-    """Counts the bytes of storages by kind, from when an operator makes one until nobody holds it."""
+    """Counts the bytes of storages by kind, from the operator that makes one until its last reference is gone."""
 
     def __init__(self, sizes: ledger.Sizes, low: bool) -> None:
         super().__init__()
         self.bytes = self.peak = 0
         self.by_kind: dict[str, int] = dict.fromkeys(ledger.KINDS, 0)
         self.at_peak: dict[str, int] = {}
-        self.making: str | None = None  # the kind of all that is made, where it is not to be found out
+        self.making: str | None = None  # the kind of all new tensors; None: the stack tells it
         self._sizes, self._low = sizes, low
         self._seen: dict[int, weakref.ref] = {}
 
@@ -53,12 +57,12 @@ class _Alive(TorchDispatchMode):
         return result
 
     def _size_and_kind(self, nbytes: int) -> tuple[int, str]:
-        """What the allocator hands out for a tensor that is made now, in bytes; and what it is."""
+        """The bytes that the allocator would hand out for a tensor that is made now, and its kind."""
         kind = self.making or ledger.kind_of(ledger.stack(), nbytes, self._sizes, low=self._low)
         return ledger.allocated(nbytes), kind
 
     def _count_for_a_moment(self, nbytes: int) -> None:
-        """A tensor that an operator makes for itself, beside its result, and drops when it returns."""
+        """Counts a temporary tensor that an operator makes beside its result, and frees when it returns."""
         size, kind = self._size_and_kind(nbytes)
         if self.bytes + size > self.peak:
             self.peak, self.at_peak = self.bytes + size, self.by_kind | {kind: self.by_kind[kind] + size}
@@ -82,7 +86,7 @@ class _Alive(TorchDispatchMode):
 
 
 def _in_float32(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """What autocast computes in float32 on a GPU, and in its input's own dtype on a CPU."""
+    """The function in float32 under autocast, as on a GPU; on a CPU, autocast would keep the input's dtype."""
 
     def computed(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return function(x.float() if torch.is_autocast_enabled("cpu") else x, *args, **kwargs)
@@ -91,16 +95,19 @@ def _in_float32(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
 
 
 def _parked_checkpoint(function: Callable[..., Any], *inputs: Any) -> Any:
-    """`labutils.training.offload.offloaded_checkpoint`, with meta tensors for those that leave the GPU."""
+    """`labutils.training.offload.offloaded_checkpoint`, with meta tensors for the tensors that leave the GPU."""
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.to("meta"), lambda t: torch.empty_like(t, device="cpu")):
         return checkpoint(function, *inputs, use_reentrant=True)
 
 
 def rehearse(size: str, seqlen: int, **options: Any) -> float:
-    """Peak of the memory allocated on a GPU by a training step, in GiB, counted without one.
+    """Predicted peak of the memory that a training step allocates on a GPU.
 
     Args:
         size, seqlen, options: as for `rehearse_by_kind`.
+
+    Returns:
+        GiB.
     """
     return sum(rehearse_by_kind(size, seqlen, **options).values())
 
@@ -118,21 +125,21 @@ def rehearse_by_kind(
     optimizer: Literal["adamw", "offloaded"] = "adamw",
     **overrides: Any,
 ) -> dict[str, float]:
-    """What is alive on a GPU at the peak of a training step, in GiB by kind (`ledger.KINDS`), without one.
+    """Predicted memory on a GPU at the peak of a training step, by kind.
 
     Args:
-        size, vocab_size, attention, overrides: as for `gpt2.models.gpt2`; `n_positions` is `seqlen` unless given.
+        size, vocab_size, attention, overrides: as for `gpt2.models.gpt2`; `n_positions` is `seqlen` by default.
         seqlen: N.
         batch: B.
-        autocast_dtype: of products; None is no autocast, and float32 throughout.
+        autocast_dtype: the dtype of products; None is no autocast: float32 throughout.
         checkpointing, chunked_loss, optimizer: as for `labutils.training.train`.
 
     Returns:
-        GiB by `labutils.training.ledger.KINDS`, without those of which nothing is there.
+        GiB by `labutils.training.ledger.KINDS`; kinds without memory are left out.
 
     Raises:
-        ValueError: an attention that a rehearsal cannot play (PyTorch chooses the kernel of "sdpa" by the GPU), or an
-            unknown size or option.
+        ValueError: an attention that cannot be rehearsed (the kernel of "sdpa" depends on the GPU), or an unknown size
+            or option.
     """
     if attention not in ("labutils", "eager"):
         raise ValueError(f"attention={attention!r}: a rehearsal knows 'labutils' and 'eager'")
@@ -145,9 +152,9 @@ def rehearse_by_kind(
         mock.patch.object(torch, "pow", _in_float32(torch.pow)),
         mock.patch.object(F, "softmax", _in_float32(F.softmax)),
     )
-    # transformers looks whether positions begin again within a row. These have no values to look at, and do not.
+    # transformers looks whether positions restart within a row. Fake positions have no values to look at; they do not.
     one_document = mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
-    # On a machine with a GPU, too, these are tensors of the CPU, where attention would refuse them.
+    # The fake tensors are on the CPU. On a machine with a GPU, our attention would refuse CPU tensors without this.
     here = mock.patch.multiple(runtime, device=torch.device("cpu"), interpreted=True)
     with here, FakeTensorMode(allow_non_fake_inputs=True), alive, one_document, power, softmax:
         alive.making = "parameters"
@@ -159,22 +166,22 @@ def rehearse_by_kind(
         alive.peak, alive.making = alive.bytes, None
         model.train()
         if checkpointing:
-            training.set_checkpointing(model, checkpointing)
+            set_checkpointing(model, checkpointing)
         if checkpointing == "offloaded":
             for block in model.transformer.h:
                 block._gradient_checkpointing_func = _parked_checkpoint
-        # An optimizer that is offloaded has nothing here; its step copies from and to what is there.
-        stepper = training.make_optimizer(model, lr=1e-4, fused=True) if optimizer == "adamw" else None
-        if stepper is not None:  # its state is there from the second step of a run on: make it first
+        # An offloaded optimizer has no memory on the GPU: its step copies from gradients and to parameters.
+        stepper = make_optimizer(model, lr=1e-4, fused=True) if optimizer == "adamw" else None
+        if stepper is not None:  # from the second step of a run on, its state exists: make it first
             for parameter in model.parameters():
                 parameter.grad = torch.empty_like(parameter)
             stepper.step()
             model.zero_grad(set_to_none=True)
         tokens = torch.zeros(batch, seqlen, dtype=torch.int64, device="cpu")
         with torch.autocast("cpu", dtype=autocast_dtype, enabled=autocast_dtype is not None):
-            loss = models.language_model_loss(model, tokens, chunked_loss=chunked_loss)
+            loss = language_model_loss(model, tokens, chunked_loss=chunked_loss)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         if stepper is not None:
             stepper.step()
-    return {kind: size / training.GIB for kind, size in alive.at_peak.items() if size}
+    return {kind: size / GIB for kind, size in alive.at_peak.items() if size}

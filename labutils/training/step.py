@@ -1,7 +1,6 @@
-"""One step of training: the loss, the gradients and the update, and what they are made with.
+"""One step of training: the loss, the gradients and the update, with their optimizer, checkpointing and number format.
 
-The optimizer, the recomputation of blocks and the number format are chosen here; `labutils.training.loop` goes through
-the steps.
+`labutils.training.loop` repeats the step.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from labutils.gpt2.models import language_model_loss
+from labutils.gpt2.loss import language_model_loss
 from labutils.machine import runtime
 from labutils.training.offload import OffloadedAdamW, offloaded_checkpoint
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def device_of(model: GPT2LMHeadModel | None) -> torch.device:
-    """Where the model is.
+    """The device of the model.
 
     Raises:
         TypeError: the model is None. Notebooks set one to None to free its memory, and cells can be run in any order.
@@ -32,11 +31,11 @@ def device_of(model: GPT2LMHeadModel | None) -> torch.device:
 
 
 def resolved_autocast(wanted: torch.dtype | Literal["auto"] | None, device: torch.device) -> torch.dtype | None:
-    """What is asked for as `autocast_dtype`, on this device.
+    """The dtype of autocast on this device, for an `autocast_dtype` that may be "auto".
 
     Args:
-        wanted: "auto" is the GPU's `runtime.dtype` and no autocast on a CPU; None and float32 are no autocast.
-        device: where the model is.
+        wanted: "auto" is the GPU's `runtime.dtype`, and no autocast on a CPU; None and float32 are no autocast.
+        device: the model's device.
 
     Returns:
         A 16-bit dtype, or None for no autocast.
@@ -53,12 +52,12 @@ def make_optimizer(
     """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) as `labutils.training.train` uses it.
 
     Args:
-        model: whose parameters are updated.
-        kind: "adamw" with its state beside the model; "offloaded" with its state, and its work, on the CPU.
+        model: the model whose parameters it updates.
+        kind: "adamw" keeps its state beside the model; "offloaded" keeps its state, and does its work, on the CPU.
         lr: learning rate.
         weight_decay: of matrices; biases and LayerNorm gains have none.
-        fused: one kernel for all parameters; None is that on a GPU, and one for each operation on a CPU. It has no
-            part in "offloaded".
+        fused: True: one kernel for all parameters. False: one for each operation. None: True on a GPU, False on a CPU.
+            "offloaded" ignores it.
 
     Raises:
         ValueError: an unknown kind.
@@ -75,19 +74,21 @@ def make_optimizer(
 
 
 def set_checkpointing(model: GPT2LMHeadModel, on: bool | Literal["offloaded"]) -> None:
-    """Switches the recomputation of blocks in the backward pass on or off (Chen et al. 2016, arXiv 1604.06174).
+    """Switches gradient checkpointing on or off: whether the backward pass recomputes each block.
+
+    Source: Chen et al. 2016, arXiv 1604.06174.
 
     Args:
-        model: a GPT-2 of `labutils.gpt2.models.gpt2`, which is changed.
-        on: True keeps the input of each block alone; "offloaded" keeps it in the CPU's memory
+        model: a GPT-2 of `labutils.gpt2.models.gpt2`; it is changed.
+        on: True keeps only the input of each block. "offloaded" keeps that input in the CPU's memory
             (`labutils.training.offload.offloaded_checkpoint`).
 
     Raises:
-        ValueError: `on` is something else.
+        ValueError: another value of `on`.
     """
     if on not in (True, False, "offloaded"):
         raise ValueError(f"checkpointing must be True, False or 'offloaded', got {on!r}")
-    # transformers 5.23 calls "activation" what 5.17 calls "gradient" checkpointing; the old name warns there.
+    # transformers 5.23 says "activation" checkpointing where 5.17 says "gradient"; there the old name gives a warning.
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if on:
         getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
@@ -100,7 +101,7 @@ def set_checkpointing(model: GPT2LMHeadModel, on: bool | Literal["offloaded"]) -
 
 @contextmanager
 def as_in_training(model: GPT2LMHeadModel, checkpointing: bool | Literal["offloaded"]) -> Iterator[None]:
-    """The model in training mode, with or without checkpointing; afterwards as it was, and without gradients.
+    """The model in training mode, with or without checkpointing. Afterwards it is as before, and has no gradients.
 
     Args:
         model, checkpointing: as for `labutils.training.train`.
@@ -125,10 +126,10 @@ def loss_of(
     model: GPT2LMHeadModel, tokens: torch.Tensor, dtype: torch.dtype | None, chunked_loss: int | None,
     end_of_text: int | None,
 ) -> torch.Tensor:  # fmt: skip
-    """`labutils.gpt2.models.language_model_loss`, under autocast to `dtype`, or without where that is None.
+    """`labutils.gpt2.loss.language_model_loss` under autocast to `dtype`; without autocast if `dtype` is None.
 
     Args:
-        model, chunked_loss, end_of_text: as for `language_model_loss`, whose errors are raised here.
+        model, chunked_loss, end_of_text: as for `language_model_loss`, which raises its errors here.
         tokens: int64 (B, N), on any device.
 
     Returns:
@@ -142,16 +143,16 @@ def backward_and_step(
     model: GPT2LMHeadModel, loss: torch.Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
     clip: float,
 ) -> torch.Tensor:  # fmt: skip
-    """Gradients, clipped, and one update with them; afterwards there are none.
+    """Computes the gradients, clips them, makes one update with them, and deletes them.
 
     Args:
-        model: whose gradients they are.
+        model: the model that gave the loss.
         loss: scalar; `scaler` scales it.
-        optimizer: makes the update, and leaves it out where scaled gradients overflowed.
+        optimizer: makes the update. If the scaled gradients overflowed, the scaler skips the update.
         clip: largest norm of all gradients together.
 
     Returns:
-        Their norm before clipping, a scalar that is still on the device.
+        The norm of the gradients before clipping, a scalar that is still on the device.
     """
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
