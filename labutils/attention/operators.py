@@ -1,10 +1,12 @@
-"""The kernels as operators that PyTorch knows: for torch.compile, FLOP counters and CUDA graphs.
+"""The kernels as PyTorch operators, for torch.compile and FLOP counters, and the formulas that count their FLOPs.
 
-`torch.ops.labutils.flash_attention`, `flash_attention_backward` and `flash_attention_with_cache` take plain tensors and
-numbers: tensors of the forms that `attention.interface` has checked, then the fields of `options.Options`. They have no
-derivative of their own: `interface._FlashAttention` puts forward and backward together. `undispatched_forward` and
-`undispatched_with_cache` do the same without PyTorch's dispatcher. Values that must be read from the GPU to be checked
-(lengths of sequences, places in a cache) are checked here, since nothing here is traced.
+`torch.ops.labutils.flash_attention` and `flash_attention_backward` take tensors that `attention.interface` has checked,
+then the fields of `options.Options`. `flash_attention_with_cache` writes to a cache and attends to it. The operators
+have no derivative of their own: `interface._FlashAttention` joins forward and backward. `undispatched_forward` and
+`undispatched_with_cache` are the functions under the operators, for calls that need no dispatcher.
+
+Some checks read values from the GPU: lengths of sequences, places in a cache. They are made here and not in the
+interface, because a compiler traces the interface, but never what an operator does.
 """
 
 from __future__ import annotations
@@ -35,19 +37,20 @@ def undispatched_forward(
     max_seqlen_k: int,
     block_table: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse, as `flash_v2.forward` gives them.
+    """out and lse, as `flash_v2.forward` returns them.
 
     Raises:
-        ValueError: packed sequences, or a block table, without their borders; lengths or blocks that do not exist.
+        ValueError: one of cu_seqlens_q and cu_seqlens_k is missing, a block table comes without them, or a length or a
+            block does not exist.
         RuntimeError: as `flash_v2.forward`.
     """
     if cu_seqlens_q is None or cu_seqlens_k is None:
         if cu_seqlens_q is not None:
-            raise ValueError("cu_seqlens_q came without cu_seqlens_k: packed sequences need both.")
+            raise ValueError("cu_seqlens_q came without cu_seqlens_k: pass both for packed sequences.")
         if cu_seqlens_k is not None:
-            raise ValueError("cu_seqlens_k came without cu_seqlens_q: packed sequences need both.")
+            raise ValueError("cu_seqlens_k came without cu_seqlens_q: pass both for packed sequences.")
         if block_table is not None:
-            raise ValueError("block_table came without cu_seqlens_q and cu_seqlens_k: it is for packed sequences.")
+            raise ValueError("block_table came without cu_seqlens_q and cu_seqlens_k: pass both with it.")
     else:
         checks.packed_values("cu_seqlens_q", cu_seqlens_q, max_seqlen_q, q.shape[0])
         checks.packed_values("cu_seqlens_k", cu_seqlens_k, max_seqlen_k, k.shape[0] if block_table is None else None)
@@ -92,7 +95,7 @@ def flash_attention_backward(
     max_seqlen_q: int,
     max_seqlen_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv, as `flash_v2_backward.backward` gives them."""
+    """dq, dk and dv, as `flash_v2_backward.backward` returns them."""
     options = Options(
         softmax_scale, window_left, window_right, softcap, alibi_slopes, dropout_p, seed,
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
@@ -127,10 +130,12 @@ def undispatched_with_cache(
     alibi_slopes: Tensor | None,
     num_splits: int,
 ) -> tuple[Tensor, Tensor]:
-    """Writes k and v to the cache, then out and lse; `seqlen` is every sequence's length without `cache_seqlens`.
+    """Writes k and v to the cache, and returns out and lse as `flash_decode.decode` does.
+
+    `seqlen` is the length of every sequence if `cache_seqlens` is None.
 
     Raises:
-        ValueError: a length, a row or a block that the cache does not have; nothing has been written then.
+        ValueError: the cache does not have a length, row or block; nothing is written to it then.
         RuntimeError: as `flash_decode.decode`.
     """
     n_new = 0 if k is None else k.shape[1]
@@ -142,7 +147,7 @@ def undispatched_with_cache(
         None if rotary_cos is None else rotary_cos.shape[0], 1 if one_position else q.shape[1], block_table, page,
     )  # fmt: skip
     if cache_seqlens is not None:
-        seqlen = capacity - n_new  # the most there can be: reading the true lengths would wait for the GPU
+        seqlen = capacity - n_new  # the most that fits: reading the true lengths would wait for the GPU
     cache = Cache(cache_seqlens, seqlen, cache_batch_idx, cache_leftpad, block_table)
     if k is not None:
         kv_append.append(k, k_cache, cache, rotary_cos, rotary_sin, rotary_interleaved)
@@ -164,12 +169,15 @@ def _(q, *rest):
 
 
 def visible_pairs(n_q: int, n_k: int, window_left: int | None = None, window_right: int | None = None) -> int:
-    """Pairs of a query and a key that it sees, masks aligned to the bottom right; None is no bound."""
+    """How many pairs of a query and a key a mask leaves visible.
+
+    The mask is aligned to the bottom right; a bound of None means no bound.
+    """
 
     def triangle(n: int) -> int:
         return n * (n + 1) // 2 if n > 0 else 0
 
-    def cut_off(first: int) -> int:  # Σ over the queries i of first + i, cut to 0 ... n_k
+    def cut_off(first: int) -> int:  # Σ over the queries i of first + i, clamped to 0 ... n_k
         ramp = triangle(n_q - 1 + first) - triangle(first - 1)
         beyond = triangle(n_q - 1 + first - n_k) - triangle(first - n_k - 1)
         return ramp - beyond
@@ -181,14 +189,14 @@ def visible_pairs(n_q: int, n_k: int, window_left: int | None = None, window_rig
 
 
 def _lengths(cu_seqlens: Tensor, longest: int) -> list[int]:
-    """Lengths of packed sequences; the longest for each where there are no values (while a graph is traced)."""
+    """The lengths of packed sequences. While a graph is traced they have no values: each then counts as `longest`."""
     if isinstance(cu_seqlens, torch._subclasses.FakeTensor):
         return [longest] * (len(cu_seqlens) - 1)
     return cu_seqlens.diff().tolist()
 
 
 def _forward_flops(q, k, window_left, window_right, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> int:
-    """Two products of 2 D FLOPs for each visible pair: what a mask leaves out is not counted."""
+    """4 D FLOPs for each visible pair and head: two products of 2 D each. Masked pairs do not count."""
     heads, head_dim = q.shape[-2:]
     if cu_seqlens_q is None:
         pairs = q.shape[0] * visible_pairs(q.shape[1], k.shape[1], window_left, window_right)
@@ -210,13 +218,13 @@ def _(
     dout, dlse, q, k, v, out, lse, scale, left, right, softcap, slopes, dropout_p, seed, cu_q, cu_k, max_q, max_k,
     *, out_val=None,
 ) -> int:  # fmt: skip
-    """Five products against the forward's two. Our kernels compute two of them twice; that is not useful work."""
+    """Five products; the forward has two. Our kernels compute two of the five twice, which does not count."""
     return _forward_flops(q, k, left, right, cu_q, cu_k, max_q, max_k) * 5 // 2
 
 
 @register_flop_formula(torch.ops.labutils.flash_attention_with_cache, get_raw=True)
 def _(q, k_cache, v_cache, k, v, cos, sin, seqlens, seqlen, batch_idx, leftpad, table, scale, left, right, *rest, **_):
-    """Of a full cache where its lengths are on the GPU: reading them would wait for it."""
+    """Lengths on the GPU are not read, since that would wait for it: the cache then counts as full."""
     n_new = 0 if k is None else k.shape[1]
     capacity = k_cache.shape[1] * (1 if table is None else table.shape[1])
     n_k = capacity if seqlens is not None else seqlen + n_new

@@ -8,7 +8,10 @@ The functions here take checked arguments; programs call `labutils.attention.int
     flash_decode       few queries against a KV cache
     kv_append          writes new keys and values into a KV cache
     tiles, scores      what the kernels share: loads and stores; scale, masks, dropout
-    options            what a call asks besides its tensors
-    launch             picks a configuration and starts a kernel; replay starts it again
-    launch_config      what a configuration is; launch_table has the shipped ones, tuned_table the user's
+    options            what a call asks for besides q, k and v; where a KV cache holds its keys
+    launch             picks a launch configuration and launches a kernel
+    replay             launches a kernel again with other tensors
+    launch_config      what a launch configuration is
+    launch_table       the shipped configurations
+    tuned_table        the user's own configurations
 """

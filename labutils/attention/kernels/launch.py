@@ -1,4 +1,4 @@
-"""Starts a kernel: picks its launch configuration, describes its tensors for the copy engine, and launches it."""
+"""How a kernel is launched: its launch configuration, tensor descriptors for the copy engine, the launch itself."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from labutils.attention.kernels import tuned_table
 from labutils.attention.kernels.launch_config import SMALLEST_BLOCK, LaunchConfig, Place, next_power_of_2
 from labutils.machine import chips
 
-# Triton compiles a kernel anew for an integer argument that is 1 or a multiple of 16. For these it must not: decoding
-# calls with a new length for every token.
+# Triton compiles a kernel anew if an integer argument is 1 or a multiple of 16. It must not for these arguments:
+# decoding brings a new length with every token.
 SEQUENCE_LENGTHS = ("N_Q", "N_K")
-# The interpreter's cost is per tile, hardly per element.
+# The interpreter's time grows with the number of tiles, hardly with their size.
 _INTERPRETER_BLOCK = 128
 
 
@@ -29,23 +29,23 @@ def _capability(device_index: int) -> tuple[int, int]:
 def pick_config(
     kernel: str, head_dim: int, dtype: torch.dtype, causal: bool, device: torch.device, *, longest: int
 ) -> LaunchConfig:
-    """The launch configuration for a kernel on a device: the user's own where they have tuned it, or the shipped one.
+    """The launch configuration for a kernel on a device: the user's own if they have tuned it, else the shipped one.
 
     Args:
         kernel: one of `launch_config.KERNELS`.
         head_dim: D. dtype: of q. causal: whether the causal mask is on.
-        device: where the tensors are; the CPU means the interpreter.
-        longest: the longer of N_q and N_k; the interpreter takes no tile larger than it needs.
+        device: the tensors' device; the CPU means the interpreter.
+        longest: the longer of N_q and N_k. The interpreter takes no larger tiles than that.
 
     Raises:
-        RuntimeError: the GPU is older than compute capability 7.5, or its shared memory too small; or the user's table
+        RuntimeError: the GPU is older than compute capability 7.5, its shared memory is too small, or the user's table
             cannot be used (see `tuned_table.tuned_here`).
     """
     if device.type == "cpu":
         block = min(_INTERPRETER_BLOCK, max(SMALLEST_BLOCK, next_power_of_2(longest)))
         return LaunchConfig(block, block)
     capability = _capability(device.index or 0)
-    # Tensors without data stand for a GPU that is not here: what its user has tuned is not known.
+    # Tensors without data stand for a GPU that is not here, for which no user's table is known.
     return _picked(kernel, head_dim, dtype, causal, capability, device.index or 0 if device.type == "cuda" else None)
 
 
@@ -53,7 +53,7 @@ def pick_config(
 def _picked(
     kernel: str, head_dim: int, dtype: torch.dtype, causal: bool, capability: tuple[int, int], device_index: int | None
 ) -> LaunchConfig:
-    """The same from what it depends on, looked up once for each: the backward pass asks three times a call."""
+    """`pick_config` on a GPU, which looks up each configuration once: a backward pass asks three times."""
     if capability < chips.OLDEST:
         raise RuntimeError(
             f"GPU {device_index or 0} has compute capability {chips.dotted(capability)}: Triton compiles for "
@@ -64,7 +64,7 @@ def _picked(
 
 
 def descriptors_fit(*tensors: torch.Tensor) -> bool:
-    """Whether `describe` can describe these (B, N, H, D) tensors: what the copy engine asks of addresses."""
+    """Whether `describe` can describe these (B, N, H, D) tensors: the copy engine needs multiples of 16 bytes."""
 
     def fits(t: torch.Tensor) -> bool:
         strides = [
@@ -83,7 +83,7 @@ def descriptors_fit(*tensors: torch.Tensor) -> bool:
 def describe(t: torch.Tensor, rows: int, block_d: int) -> TensorDescriptor:
     """A descriptor of a tensor (B, N, H, D), as (B, H, N, D), for tiles (rows, block_d) of one head."""
     order = (0, 2, 1, 3)
-    # The stride of a dimension of one element says nothing in PyTorch, but a descriptor wants a multiple of 16 bytes.
+    # PyTorch allows any stride for a dimension of size 1, but a descriptor needs a multiple of 16 bytes.
     strides = [t.stride(i) if t.shape[i] > 1 else 128 for i in order[:3]]
     return TensorDescriptor(t, [t.shape[i] for i in order], [*strides, 1], [1, 1, rows, block_d])
 
@@ -94,11 +94,11 @@ def describe_vectors(t: torch.Tensor, rows: int) -> TensorDescriptor:
 
 
 class Launch(NamedTuple):
-    """What `launch` started, and with what: enough for a `replay.Replay`. It holds the tensors of the launch.
+    """A launch that was made, with all that a `replay.Replay` needs to make it again. It holds the launch's tensors.
 
     Attributes:
-        compiled: the kernel as Triton compiled it. names: its arguments' names, in its order.
-        grid: three numbers. positional, constants: the arguments, and those that were given by name.
+        compiled: the kernel as Triton compiled it. names: the names of its arguments, in its order.
+        grid: three numbers. positional: the arguments in order. constants: the arguments given by name.
     """
 
     compiled: Any
@@ -114,10 +114,10 @@ class Launch(NamedTuple):
 
 
 def launch(kernel: Any, grid: tuple[int], config: LaunchConfig, *args: Any, **constants: Any) -> Launch | None:
-    """Starts a kernel on the device of its first argument. An empty grid starts nothing.
+    """Launches a kernel on the device of its first argument. With an empty grid nothing is launched.
 
     Returns:
-        What was started, for those who want to launch it again; None in the interpreter and for an empty grid.
+        The launch, for a `replay.Replay`; None in the interpreter and with an empty grid.
 
     Raises:
         RuntimeError: the configuration needs more shared memory or registers than this GPU has.
@@ -132,7 +132,7 @@ def launch(kernel: Any, grid: tuple[int], config: LaunchConfig, *args: Any, **co
         return None
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     try:
-        with torch.cuda.device(device):  # Triton launches on the current device, whatever device the tensors are on
+        with torch.cuda.device(device):  # Triton launches on the current device, not on the tensors' device
             compiled = kernel[grid](*args, **constants, **options)
     except OutOfResources as error:
         remedy = "pass a `config` with smaller blocks or fewer stages, or use a smaller head dimension"

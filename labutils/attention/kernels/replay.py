@@ -1,4 +1,4 @@
-"""Launching a kernel again, with other tensors like those of the first time, without Triton's look at each argument."""
+"""Launches a kernel again, with other tensors like those of the first launch, in less host time than Triton needs."""
 
 from __future__ import annotations
 
@@ -19,17 +19,16 @@ from labutils.attention.kernels.launch import Launch
 
 
 class Replay:
-    """A launch that can be done again with other tensors like those of the first one.
+    """A launch that can be made again, with other tensors like those of the first launch.
 
-    For every launch, Triton looks at each argument, makes the tensor map that the copy engine needs of each descriptor,
-    and asks the driver about each pointer. The second time only the addresses are unknown. Triton's launcher takes an
-    address as it is. A tensor map says where a tensor lies, not what is in it: maps are kept for addresses that come
-    again.
+    For every launch Triton looks at each argument, turns each descriptor into a tensor map for the copy engine, and
+    asks the driver about each pointer. The second time only the addresses are new. Triton's launcher takes an address
+    as it is. A tensor map says where a tensor lies, not what is in it, so maps are kept for addresses that come again.
 
-    It holds no tensor: whoever launches again must keep a tensor alive at each address.
+    A replay holds no tensor: its caller must keep a tensor alive at each address.
 
     Args:
-        first: the launch to do again.
+        first: the launch to make again.
     """
 
     def __init__(self, first: Launch):
@@ -44,7 +43,7 @@ class Replay:
             self._run.launch = inspect.getclosurevars(kernel.run.launch).nonlocals["launcher"]
         about = iter(getattr(kernel.metadata, "tensordesc_meta", None) or [None] * len(descriptors))
         self._arguments: list = []
-        self._tensors: list[tuple[int, Callable | None]] = []  # where addresses go, and what is made of them
+        self._tensors: list[tuple[int, Callable | None]] = []  # where an address goes, and what makes a map of it
         for argument in arguments:
             place = len(self._arguments)
             if type(argument) is TensorDescriptor:
@@ -63,11 +62,11 @@ class Replay:
         """Launches on the current stream of the current device.
 
         Args:
-            addresses: `data_ptr()` of the kernel's first tensors, in its order, aligned as the first time; the other
-                tensors are where they were.
-            grid: another grid.
-            place, numbers: other numbers from argument `place` on, for a kernel without descriptors. Triton must
-                compile the same kernel for each of them as for the first one.
+            addresses: `data_ptr()` of the kernel's first tensors, in its order, aligned as the first time. The other
+                tensors keep their addresses.
+            grid: by default the grid of the first launch.
+            place, numbers: numbers that replace the arguments from `place` on, in a kernel without descriptors. Triton
+                must compile the same kernel for them as for the first ones.
         """
         grid = grid or self._grid
         arguments = self._arguments.copy()
@@ -77,7 +76,7 @@ class Replay:
         active = driver.active
         stream = active.get_current_stream(active.get_current_device())
         enter, leave, about = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, None
-        if _is_set(enter) or _is_set(leave):  # a profiler of Triton's
+        if _is_set(enter) or _is_set(leave):  # Triton's profiler listens
             about = self._kernel.launch_metadata(grid, stream)
         else:
             enter = leave = None
@@ -88,16 +87,16 @@ def _is_set(hook: Any) -> bool:
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
-_MOST_ADDRESSES = 64  # tensor maps kept for each descriptor: a model of that many layers finds all of them again
+_MOST_ADDRESSES = 64  # tensor maps kept for each descriptor: enough for a model with so many layers
 
 
 def _tensor_maps(descriptor: TensorDescriptor, about: dict | None) -> tuple[Callable[[int], object], list]:
-    """A function from addresses to a descriptor's tensor maps, and what Triton makes of the descriptor itself."""
+    """A function from an address to the descriptor's tensor map there, and the arguments that Triton makes of it."""
     like = {**vars(descriptor), "base": None}
 
     @functools.lru_cache(_MOST_ADDRESSES)
     def map_of(address: int) -> object:
-        other = object.__new__(TensorDescriptor)  # its constructor would repeat the checks of the first time
+        other = object.__new__(TensorDescriptor)  # the constructor would repeat its checks
         vars(other).update(like, base=SimpleNamespace(data_ptr=lambda: address))
         made = make_tensordesc_arg(other, about)[0]
         return address if about is None else made  # without a copy engine a descriptor becomes a pointer

@@ -1,9 +1,9 @@
-"""The launch configurations that a user has tuned, and whether they or the shipped ones serve a call.
+"""The user's own launch table: how it is read and written, and whether it or the shipped table serves a call.
 
-`python -m labutils tune` times candidates on the GPU that is there and keeps the winners in a file outside of this
+`python -m labutils tune` times candidates on this machine's GPU, and keeps the winners in a file outside of this
 repository: `LABUTILS_LAUNCH_TABLE` if it is set, else `labutils/launch_table.json` under `XDG_STATE_HOME`
-(`~/.local/state` if that is not set). Its entries replace the shipped ones on the GPU and with the version of Triton
-with which they were timed. `LABUTILS_LAUNCH_TABLE=none` means the shipped entries only.
+(`~/.local/state` if that is not set). Its entries replace the shipped ones, but only on the GPU and with the version of
+Triton that they were timed with. `LABUTILS_LAUNCH_TABLE=none` means the shipped entries only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from labutils.machine import chips, files
 
 
 class TunedFor(NamedTuple):
-    """What entries were timed with, and are used with: the GPU's name and compute capability, and Triton's version."""
+    """What entries were timed with and are used with: the GPU's name and compute capability, and Triton's version."""
 
     name: str
     capability: tuple[int, int]
@@ -41,7 +41,7 @@ class TunedFor(NamedTuple):
 
     @staticmethod
     def here(device_index: int = 0) -> TunedFor:
-        """The GPU of that number."""
+        """GPU number `device_index` of this machine, with the installed Triton."""
         name, capability = torch.cuda.get_device_name(device_index), torch.cuda.get_device_capability(device_index)
         return TunedFor(name, capability, triton.__version__)
 
@@ -54,7 +54,7 @@ _REMEDY = "Measure again with `python -m labutils tune`, or remove the table wit
 
 
 def path() -> Path | None:
-    """Where the user's table is; None where `LABUTILS_LAUNCH_TABLE=none` turns it off."""
+    """Where the user's table is; None if `LABUTILS_LAUNCH_TABLE=none` turns it off."""
     chosen = os.environ.get(VARIABLE)
     if chosen:
         return None if chosen == "none" else Path(chosen)
@@ -64,11 +64,11 @@ def path() -> Path | None:
 
 @dataclass
 class Tuned:
-    """What was timed on one GPU.
+    """What `python -m labutils tune` found on one GPU.
 
     Attributes:
         entries: the winners by place. environment: what they were timed with.
-        measured: a row for each candidate that was tried, as `labutils.benchmark.tuning` keeps them.
+        measured: a row for each candidate that was tried.
         finished: False after an interrupt, until `--resume` has measured the rest.
     """
 
@@ -79,11 +79,11 @@ class Tuned:
 
 
 def read(file: Path) -> dict[TunedFor, Tuned]:
-    """All that a user's table holds, by GPU.
+    """Everything in a user's table, by GPU.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        RuntimeError: it cannot be read, or is none of these tables; the message says what to do.
+        FileNotFoundError: the file does not exist.
+        RuntimeError: it cannot be read, or does not hold such a table; the message says what to do.
     """
     try:
         return _parse(json.loads(file.read_text(encoding="utf-8")), file)
@@ -126,23 +126,23 @@ def _check_place(place: Place) -> None:
         or place.dtype not in DTYPE_CLASSES
         or not any(place.causal is mask for mask in masks)
     ):
-        raise ValueError(f"{tuple(place)} is no entry of a launch table")
+        raise ValueError(f"{tuple(place)} is not a place of a launch table")
 
 
 def _check_config(place: Place, config: LaunchConfig) -> None:
     numbers = (config.block_m, config.block_n, config.num_warps, config.num_stages)
     whole = all(type(number) is int and number > 0 for number in numbers) and type(config.tma) is bool
     if not whole or any(number & (number - 1) for number in numbers[:3]):
-        raise ValueError(f"{place}: {config} has a number that cannot be; blocks and warps are powers of two")
+        raise ValueError(f"{place}: {config} is not possible: all numbers are above 0, blocks and warps powers of two")
     if min(numbers[:2]) < SMALLEST_BLOCK or config.num_warps > 32:
         raise ValueError(f"{place}: {config} has blocks below {SMALLEST_BLOCK}, or more than 32 warps")
 
 
 def write(file: Path, tables: dict[TunedFor, Tuned]) -> None:
-    """Replaces the file as a whole: whoever reads it, at any moment, finds all of the old or all of the new.
+    """Replaces the file as a whole: a reader finds the old table or the new one, never a mixture.
 
     Raises:
-        OSError: it cannot be written; the old one stays.
+        OSError: the file cannot be written; the old one stays.
     """
     stored = [
         {
@@ -162,12 +162,12 @@ def _as_dict(config: LaunchConfig) -> dict[str, Any]:
 
 @functools.cache
 def tuned_here(device_index: int) -> dict[Place, LaunchConfig]:
-    """The user's entries for the GPU of that number; read once in a process. Empty where nothing was tuned.
+    """The user's entries for GPU number `device_index`, read once in a process; empty if there are none.
 
-    Warns where a table is there, and none of it is for this GPU and this version of Triton.
+    Warns if there is a table, but nothing in it is for this GPU and this version of Triton.
 
     Raises:
-        RuntimeError: the table cannot be used, or `LABUTILS_LAUNCH_TABLE` names a file that is not there.
+        RuntimeError: the table cannot be used, or `LABUTILS_LAUNCH_TABLE` names a file that does not exist.
     """
     file = path()
     if file is None:
@@ -194,10 +194,10 @@ def tuned_here(device_index: int) -> dict[Place, LaunchConfig]:
 
 
 def in_force(place: Place, capability: tuple[int, int], device_index: int | None) -> LaunchConfig:
-    """The user's entry, or else the shipped one. `device_index` None: of no GPU that is here, so the shipped one.
+    """The user's entry if there is one, else the shipped one. For a GPU that is not here, `device_index` is None.
 
     Raises:
-        RuntimeError: there is no entry, or the user's table cannot be used.
+        RuntimeError: no table has an entry, or the user's table cannot be used.
     """
     tuned = None if device_index is None else tuned_here(device_index).get(place)
     return launch_table.shipped(place, capability) if tuned is None else tuned
