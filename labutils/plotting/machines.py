@@ -256,7 +256,7 @@ def plot_decisions(judged: pd.DataFrame, machine: str) -> Figure:
     """Which implementation was the fastest at each stored shape, and what the recommended one takes beside it.
 
     Args:
-        judged: of `analysis.advice.judged`, of one dtype, one batch and number of heads for each length.
+        judged: of `analysis.advice.against_fastest`, of one dtype, one batch and number of heads for each length.
         machine: that measured it.
     """
     rows = [
