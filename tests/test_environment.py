@@ -31,7 +31,7 @@ FLASH = [name for name in TRIED if BACKENDS[name].flash]
 def put(monkeypatch, runners):
     """Functions in the place of backends' own, by name."""
     for name, runner in runners.items():
-        entry = dataclasses.replace(BACKENDS[name], load=lambda runner=runner: runner, load_trial=None)
+        entry = dataclasses.replace(BACKENDS[name], load=lambda runner=runner: runner, load_to_try=None)
         monkeypatch.setitem(BACKENDS, name, entry)
 
 

@@ -65,7 +65,7 @@ def test_what_counts_as_a_race(lines, bad):
 def test_what_cannot_be_read_is_refused():
     with pytest.raises(ValueError, match="no instructions"):
         wgmma_races.overwritten("")
-    with pytest.raises(ValueError, match="a product that this does not know: 0x0000 HGMMA.SP"):
+    with pytest.raises(ValueError, match="a kind of product that is not known here: 0x0000 HGMMA.SP"):
         wgmma_races.overwritten(code("HGMMA.SP R24, R100, gdesc[UR8], R24"))
 
 

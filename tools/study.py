@@ -169,7 +169,7 @@ def _shapes(arguments: Namespace) -> int:
     path = benchmark.save_results(table, arguments.out, recorder.environment, table="prediction")
     held_out = table[table["split"] == "held_out"]
     print(f"\n{gpu}\nHeld-out shapes, absolute relative error:")
-    print(prediction.judged(held_out).round(3).to_string())
+    print(prediction.error_summary(held_out).round(3).to_string())
     print(f"\nWritten: {path}")
     return 0
 
