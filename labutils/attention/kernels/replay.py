@@ -15,7 +15,7 @@ from triton.backends.nvidia.driver import make_tensordesc_arg
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from labutils.attention.kernels.launch import Launch
+from labutils.attention.kernels.launch import Launch, make_context_current, this_thread
 
 
 class Replay:
@@ -68,6 +68,8 @@ class Replay:
             place, numbers: numbers that replace the arguments from `place` on, in a kernel without descriptors. Triton
                 must compile the same kernel for them as for the first ones.
         """
+        if not this_thread.ready:
+            make_context_current()
         grid = grid or self._grid
         arguments = self._arguments.copy()
         arguments[place : place + len(numbers)] = numbers
