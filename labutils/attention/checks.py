@@ -396,7 +396,11 @@ def cache(
                 )
             if t.device != q.device:
                 raise ValueError(f"{name} is on {t.device}, q on {q.device}: move it to the device of q.")
-    if isinstance(num_splits, bool) or not isinstance(num_splits, numbers.Integral) or not 0 <= num_splits <= LARGEST_SPLITS:
+    if (
+        isinstance(num_splits, bool)
+        or not isinstance(num_splits, numbers.Integral)
+        or not 0 <= num_splits <= LARGEST_SPLITS
+    ):
         raise ValueError(
             f"num_splits={num_splits!r}: pass an integer from 1 to {LARGEST_SPLITS}, or 0 to let the function choose."
         )

@@ -47,10 +47,13 @@ def _refuse_tangents(*tensors: torch.Tensor | None) -> None:
     if forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     ):
-        raise NotImplementedError(
-            "flash_attn functions have no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad): use "
-            "backward(), or compute it with labutils.attention.reference.naive_attention."
-        )
+        raise NotImplementedError(_NO_FORWARD_MODE)
+
+
+_NO_FORWARD_MODE = (
+    "flash_attn functions have no forward-mode derivative (torch.func.jvp, jacfwd and hessian, "
+    "torch.autograd.forward_ad): use backward(), or compute it with labutils.attention.reference.naive_attention."
+)
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -97,18 +100,22 @@ class _TransformedFlashAttention(_FlashAttention):
     generate_vmap_rule = True  # made of the vmap rules of the operators
 
     @staticmethod
-    def forward(q, k, v, *options):
+    def forward(q, k, v, *options):  # type: ignore[override]  # PyTorch asks for this form if there is a setup_context
         return operators.flash_attention(q, k, v, *options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        q, k, v, *options = inputs
-        _save(ctx, q, k, v, *output, Options(*options))
+        (q, k, v, *options), (out, lse) = inputs, output
+        _save(ctx, q, k, v, out, lse, Options(*options))
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, dout, dlse):
         return *_gradients(ctx, dout, dlse), *[None] * len(Options._fields)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(_NO_FORWARD_MODE)
 
 
 class _WithoutDerivative(torch.autograd.Function):
@@ -128,6 +135,10 @@ class _WithoutDerivative(torch.autograd.Function):
     def backward(ctx, *gradients):
         raise NotImplementedError(_NO_BACKWARD[ctx.operator])
 
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(_NO_FORWARD_MODE)
+
 
 _NO_BACKWARD = {
     operators.flash_attention_backward: "flash_attn functions have no second derivative: compute it with "
@@ -141,6 +152,8 @@ _NO_BACKWARD = {
 
 def _transformed() -> bool:
     """Whether one of torch.func's transforms is under way that needs a derivative or another batch."""
+    if torch.compiler.is_compiling():
+        return False  # a compiler follows torch.vmap through the operators; it cannot trace our derivatives
     innermost = torch._C._functorch.peek_interpreter_stack()
     return innermost is not None and innermost.key() != torch._C._functorch.TransformType.Functionalize
 
@@ -513,6 +526,8 @@ def flash_attn_with_kvcache(
             q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad,
             block_table, softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits,
         )  # fmt: skip
+    if return_softmax_lse is False:
+        return out
     return (out, lse) if checks.truth("return_softmax_lse", return_softmax_lse) else out
 
 
@@ -543,9 +558,7 @@ def _append_and_attend(
         and (k is None or not (k.is_neg() or v.is_neg()))  # the dispatcher resolves a pending minus sign
         and not _needs_gradient(q, k_cache, v_cache, k, v)
     )
-    run = (
-        operators.undispatched_with_cache if direct else _undifferentiable(operators.flash_attention_with_cache)
-    )
+    run = operators.undispatched_with_cache if direct else _undifferentiable(operators.flash_attention_with_cache)
     if direct and k is not None:
         # An operator does this for tensors that it writes to: a backward that needs the old values then raises.
         torch.autograd.graph.increment_version([t for t in (k_cache, v_cache) if not t.is_inference()])

@@ -222,7 +222,7 @@ def _(q, *rest):
 
 
 def _folded(operator: Callable, info: Any, in_dims: tuple, arguments: tuple) -> tuple[tuple[Tensor, ...], tuple]:
-    """Calls the operator once, with the vmapped dimension of n entries folded into the batch: (n, B, ...) -> (n B, ...).
+    """Calls the operator once, with the vmapped dimension folded into the batch: (n, B, ...) -> (n B, ...).
 
     A tensor without the dimension is repeated. All tensors among the arguments must begin with B.
     """
@@ -235,7 +235,9 @@ def _folded(operator: Callable, info: Any, in_dims: tuple, arguments: tuple) -> 
 
     results = operator(*map(fold, arguments, in_dims))
     results = (results,) if isinstance(results, Tensor) else results
-    apart = tuple(t.unflatten(0, (info.batch_size, t.shape[0] // max(info.batch_size, 1))) for t in results)
+    first, dim = arguments[0], in_dims[0]
+    batch = first.shape[0] if dim is None else first.movedim(dim, 0).shape[1]
+    apart = tuple(t.unflatten(0, (info.batch_size, batch)) for t in results)
     return apart, (0,) * len(apart)
 
 
