@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from labutils import benchmark, runtime
-from labutils.__main__ import main, parser
+from labutils.__main__ import main
 from labutils.attention import backends
 from labutils.benchmark import points
 from labutils.commands import bench
@@ -107,7 +107,7 @@ def test_no_time_of_the_interpreter_is_printed_or_written(tmp_path):
 
 @ON_CPU
 def test_without_arguments_a_cpu_measures_naive_against_its_kernels():
-    points = bench._plan(parser().parse_args(["bench"]))
+    points = bench._plan(bench.parser().parse_args([]))
     assert {point.impl for point in points} == {"naive", "sdpa_math", "sdpa_flash"}
     assert {(point.batch, point.heads, point.which, point.causal) for point in points} == {(1, 4, "fwd", False)}
 

@@ -31,7 +31,7 @@ FLASH = [name for name in TRIED if BACKENDS[name].flash]
 def put(monkeypatch, runners):
     """Functions in the place of backends' own, by name."""
     for name, runner in runners.items():
-        entry = dataclasses.replace(BACKENDS[name], load=lambda runner=runner: runner, load_trial=None)
+        entry = dataclasses.replace(BACKENDS[name], load=lambda runner=runner: runner, load_to_try=None)
         monkeypatch.setitem(BACKENDS, name, entry)
 
 
@@ -62,6 +62,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(runtime, "memory_gib", 15.77)
         monkeypatch.setattr(environment, "_gpu", lambda: (name, capability))
         monkeypatch.setattr(environment, "_driver", lambda: "580.65.06")
+        monkeypatch.setattr(environment.versions, "untested", lambda torch, triton: None)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
         installed = probing.installed_version
         monkeypatch.setattr(

@@ -17,11 +17,12 @@ import torch
 from nbclient import NotebookClient
 from notebook_format import read
 
+import figure
+import study
 from labutils import benchmark, training
 from labutils.__main__ import main
 from labutils.attention.kernels import tuned_table
 from labutils.attention.tuning import compiled
-from labutils.commands import study
 from labutils.commands.arguments import INTERRUPTED
 from labutils.commands.lab import environment_for_kernels
 from labutils.exercises.grading import grades
@@ -59,7 +60,7 @@ def test_a_full_disk_keeps_the_old_file_and_leaves_no_other(tmp_path, full_disk)
 def test_a_figure_that_cannot_be_written_leaves_the_one_before(tmp_path, full_disk, capsys):
     out = tmp_path / "overview.png"
     out.write_bytes(b"the figure before")
-    assert main(["figure", "--out", str(out)]) == 2
+    assert figure.run(["--out", str(out)]) == 2
     assert "overview.png" in capsys.readouterr().err
     assert out.read_bytes() == b"the figure before" and len(list(tmp_path.iterdir())) == 1
 
@@ -155,7 +156,7 @@ def test_a_notebook_that_leaves_a_file_in_the_checkout_is_noticed(tmp_path, monk
 def test_the_figure_command_where_nothing_can_be_written(capsys):
     if not Path("/proc/self").exists():
         pytest.skip("no /proc, in which nobody can make a file")
-    assert main(["figure", "--out", "/proc/x.png"]) == 2
+    assert figure.run(["--out", "/proc/x.png"]) == 2
     assert "/proc/x.png" in capsys.readouterr().err
 
 
@@ -274,7 +275,7 @@ def test_a_comparison_of_losses_that_was_interrupted_gives_no_half_of_it():
 @pytest.mark.parametrize("part", study.PARTS)
 def test_a_study_that_was_interrupted_says_so(part, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(study, f"_{part}", interrupted)
-    assert main(["study", part, "--out", str(tmp_path)]) == INTERRUPTED
+    assert study.run([part, "--out", str(tmp_path)]) == INTERRUPTED
     assert "Interrupted: the table that was being made was not written." in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

@@ -13,7 +13,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from labutils import runtime
-from labutils.__main__ import main, parser
+from labutils.__main__ import main
 from labutils.attention import interface
 from labutils.attention.kernels import launch, launch_config, launch_table, tuned_table
 from labutils.attention.kernels.launch import pick_config
@@ -22,10 +22,10 @@ from labutils.attention.kernels.tuned_table import Tuned, TunedFor
 from labutils.attention.tuning import candidates
 from labutils.attention.tuning.candidates import Compiled, best_by_resources
 from labutils.attention.tuning.compiled import Resources
-from labutils.benchmark import environment, tuning
+from labutils.attention.tuning.search import Row, contenders, decide, tune
+from labutils.benchmark import environment, launches
 from labutils.benchmark.environment import differences
 from labutils.benchmark.timing import Timing
-from labutils.benchmark.tuning import Row, contenders, decide, tune
 from labutils.commands import tune as command
 from labutils.machine import chips
 
@@ -380,26 +380,26 @@ def test_the_best_by_resources():
 def test_without_a_gpu_there_is_no_experiment(dtype, monkeypatch):
     monkeypatch.setattr(runtime, "capability", None)
     with pytest.raises(RuntimeError, match="no GPU here"):
-        tuning.OnGpu(Place("forward", 64, True, dtype))
+        launches.OnGpu(Place("forward", 64, True, dtype))
 
 
 @ON_CPU
 @pytest.mark.parametrize("kernel", launch_config.KERNELS)
 def test_the_check_finds_a_wrong_result(kernel, monkeypatch):
     monkeypatch.setattr(runtime, "capability", (8, 6))
-    monkeypatch.setattr(tuning, "CHECKED_LENGTH", 21)
+    monkeypatch.setattr(launches, "CHECKED_LENGTH", 21)
     place = Place(kernel, 64, None if kernel in launch_config.ONE_FOR_BOTH_MASKS else True, "float32")
-    experiment = tuning.OnGpu(place)
+    experiment = launches.OnGpu(place)
     experiment.check(LaunchConfig(16, 32))
-    module = {"v1": tuning.flash_v1, "forward": tuning.flash_v2, "decode": tuning.flash_decode}.get(kernel)
+    module = {"v1": launches.flash_v1, "forward": launches.flash_v2, "decode": launches.flash_decode}.get(kernel)
     if module is None:
-        right = tuning.flash_v2_backward.backward
+        right = launches.flash_v2_backward.backward
 
         def wrong(*args, **kwargs):
             dq, dk, dv = right(*args, **kwargs)
             return (dq * 1.01, dk, dv) if kernel == "dq" else (dq, dk, dv * 1.01)
 
-        monkeypatch.setattr(tuning.flash_v2_backward, "backward", wrong)
+        monkeypatch.setattr(launches.flash_v2_backward, "backward", wrong)
     else:
         name = "decode" if kernel == "decode" else "forward"
         function = getattr(module, name)
@@ -412,7 +412,7 @@ def test_the_check_finds_a_wrong_result(kernel, monkeypatch):
 @pytest.mark.parametrize("kernel", ["forward", "dq"])
 def test_what_is_launched_again_is_still_there(kernel, monkeypatch):
     monkeypatch.setattr(runtime, "capability", (8, 6))
-    monkeypatch.setattr(tuning.OnGpu, "_shape", lambda self, n: (1, 32, 1, 16))
+    monkeypatch.setattr(launches.OnGpu, "_shape", lambda self, n: (1, 32, 1, 16))
     launched = []
 
     def start(*args):
@@ -424,10 +424,10 @@ def test_what_is_launched_again_is_still_there(kernel, monkeypatch):
         launch = types.SimpleNamespace(holds=tensor)
         return (None, None, launch) if kernel == "forward" else ((None,) * 3, {kernel: launch}, None)
 
-    module = tuning.flash_v2 if kernel == "forward" else tuning.flash_v2_backward
+    module = launches.flash_v2 if kernel == "forward" else launches.flash_v2_backward
     monkeypatch.setattr(module, "launch_forward" if kernel == "forward" else "launch_backward", start)
-    monkeypatch.setattr(tuning, "Replay", lambda launch: types.SimpleNamespace(again=lambda: None))
-    experiment = tuning.OnGpu(Place(kernel, 64, True, "float32"))
+    monkeypatch.setattr(launches, "Replay", lambda launch: types.SimpleNamespace(again=lambda: None))
+    experiment = launches.OnGpu(Place(kernel, 64, True, "float32"))
     calls = [experiment._launch(LaunchConfig(16, 16), n) for n in (32, 64)]
     gc.collect()
     assert [gone() is None for gone in launched] == [False, False]
@@ -441,7 +441,7 @@ def test_what_is_launched_again_is_still_there(kernel, monkeypatch):
 @pytest.mark.parametrize("kernel", launch_config.KERNELS)
 def test_an_experiment_on_this_gpu(kernel):
     place = Place(kernel, 64, None if kernel in launch_config.ONE_FOR_BOTH_MASKS else True, "16 bit")
-    experiment = tuning.OnGpu(place, seconds=0.01)
+    experiment = launches.OnGpu(place, seconds=0.01)
     config = launch_table.shipped(place, runtime.capability)
     experiment.check(config)
     timings = experiment.times(config)
@@ -474,7 +474,7 @@ def gpu(table, monkeypatch):
     monkeypatch.setattr(candidates, "compile_candidates", compile_all)
     monkeypatch.setattr(candidates, "candidates", lambda place, capability: CONFIGS)
     made = Made()
-    monkeypatch.setattr(tuning, "OnGpu", lambda place, seconds: made)
+    monkeypatch.setattr(launches, "OnGpu", lambda place, seconds: made)
     return made
 
 
@@ -569,7 +569,7 @@ def test_bad_arguments_are_named(monkeypatch, capsys):
     assert main(["tune"]) == 2 and "LABUTILS_LAUNCH_TABLE=none says" in capsys.readouterr().err
     for bad in (["--kernels", "all"], ["--head-dims", "96,x"], ["--rounds", "0"], ["--show", "--reset"]):
         with pytest.raises(SystemExit):
-            parser().parse_args(["tune", *bad])
+            command.parser().parse_args(bad)
 
 
 def test_the_lists_of_the_help_are_those_of_the_table():

@@ -16,12 +16,12 @@ from labutils.attention.backends import BACKENDS, FEATURES, Backend
 from labutils.machine import chips
 
 SHORT = 256
-"""Tokens up to which the N x N matrix is small enough that simplicity may decide."""
+"""Up to this N the N x N matrix is small enough that simplicity may decide."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What to take.
+    """A recommended backend.
 
     Attributes:
         impl: the name of a backend, a key of `BACKENDS`.
@@ -226,7 +226,7 @@ PITFALLS = pd.DataFrame(
 """What goes wrong, how it shows, what helps."""
 
 
-def judged(stored: pd.DataFrame, capability: chips.Capability) -> pd.DataFrame:
+def against_fastest(stored: pd.DataFrame, capability: chips.Capability) -> pd.DataFrame:
     """How good the advice is: the recommended backend against the fastest, for each shape and pass that was measured.
 
     Args:

@@ -1,4 +1,4 @@
-"""Which block sizes, warps and stages are fastest: a sweep on this GPU, or what is stored of another."""
+"""Times all block sizes, warps and stages of the forward kernel on this GPU, or reads the stored times of another."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def sweep_blocks(
 
     Args:
         batch, heads, seqlen, head_dim, dtype, causal: B, H, N, D and so on.
-        blocks: sizes of a block of rows, and of one of columns; all pairs of them are timed.
+        blocks: sizes of a block of rows, and of a block of columns. All pairs are timed.
         warps, stages: as in `LaunchConfig`.
-        seconds: of repeats for each.
+        seconds: of repeats for each combination.
         done: told 1 after each combination.
 
     Returns:
-        A table with the columns of `SCHEMAS["blocks"]`: `ms` of each, NaN where `status` says "does not fit". From
-        compute capability 9.0 on tiles are read through tensor descriptors.
+        A table with the columns of `SCHEMAS["blocks"]`. `ms` is NaN if `status` is "does not fit". From compute
+        capability 9.0 on, the kernel reads tiles through tensor descriptors.
 
     Raises:
-        Unsupported: no GPU.
+        Unsupported: there is no GPU.
     """
     from labutils.attention.kernels import flash_v2
     from labutils.attention.kernels.launch_config import LaunchConfig
@@ -76,30 +76,30 @@ def sweep_blocks(
 
 
 def stored_blocks(gpu: str = "nvidia_h200") -> pd.DataFrame:
-    """The stored sweep of a GPU, as `sweep_blocks` made it there.
+    """The stored table that `sweep_blocks` made on a GPU.
 
     Args:
         gpu: a folder under labutils/results.
 
     Raises:
-        FileNotFoundError: none is stored: `python -m labutils study blocks` makes one.
+        FileNotFoundError: none is stored; `python tools/study.py blocks` makes one.
     """
     return reference_results(gpu, "blocks", dtype=None)
 
 
 def against_the_table(blocks: pd.DataFrame) -> pd.DataFrame:
-    """The best launch of a sweep beside what the shipped launch table has for that GPU.
+    """The best launch of a sweep beside the entry of the shipped launch table for that GPU.
 
     Args:
-        blocks: of `sweep_blocks` on this machine, or `stored_blocks`, with the machine's capability in `.attrs`.
+        blocks: of `sweep_blocks` on this machine, or of `stored_blocks`, with the GPU's capability in `.attrs`.
 
     Returns:
         A row for each head dimension and mask: head_dim, causal, `best` and `shipped` ("64 × 128, 4 warps, 2 stages"),
-        their milliseconds in this sweep, and `shipped / best`; NaN where the sweep has no such launch. `128 × 128 /
-        best`: the least time with these large blocks by the least of all.
+        their milliseconds in this sweep, and `shipped / best`; NaN if the sweep lacks the shipped launch. `128 × 128 /
+        best` is the least time with these large blocks by the least time of all.
 
     Raises:
-        ValueError: the table does not say which GPU it is of, and there is none here.
+        ValueError: the table does not name its GPU, and there is no GPU here.
     """
     from labutils.attention.kernels import launch_config, launch_table
 
@@ -121,7 +121,7 @@ def against_the_table(blocks: pd.DataFrame) -> pd.DataFrame:
 
 
 def _capability_of(blocks: pd.DataFrame) -> chips.Capability:
-    """Of the GPU that a sweep ran on: the stored one's, or this machine's."""
+    """The compute capability of the GPU of a sweep: stored with the table, or this machine's."""
     stored = (blocks.attrs.get("environment") or {}).get("capability")
     if stored is not None:
         return chips.undotted(stored)

@@ -1,4 +1,4 @@
-"""The registry of attention backends: how each is named, drawn and called, and what it can do.
+"""The registry of attention backends: how each backend is named, drawn and called, and what it can do.
 
 A new backend is one `Backend` in `BACKENDS`. `check` then tries it, `bench` and `benchmark.sweep` measure it, figures
 draw it, `analysis.recommend` weighs it and `training.attention_used` finds it in a profile: they all read the registry
@@ -8,8 +8,8 @@ when they are called.
     attention = backends.BACKENDS["sdpa_flash"].function      # f(q, k, v, *, causal=False, softmax_scale=None) -> out
     [b.name for b in backends.BACKENDS.values() if b.flash]   # which of them are FlashAttention?
 
-This module imports no torch, so that the help of a command can list names. A backend imports what it needs when its
-function is first asked for.
+This module does not import torch, so that the help of a command can list names. A backend imports what it needs when
+its function is first asked for.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Attention = Callable[..., "torch.Tensor"]
 """f(q, k, v, *, causal, softmax_scale) -> out; q and out (B, N_q, H, D), k and v (B, N_k, H_kv, D)."""
 
 FEATURES = ("window", "alibi", "softcap", "varlen", "paged", "dropout", "score_mod", "gqa", "bottom_right")
-"""What a call may need beyond a plain or causal mask over sequences of one length.
+"""What a call may need beyond attention over sequences of one length, without a mask or with a causal one.
 
 window: a sliding window. alibi: linear biases. softcap: capped scores. varlen: packed sequences of several lengths.
 paged: a cache in pages. dropout: of attention weights. score_mod: any change of a score. gqa: query heads that share
@@ -43,37 +43,37 @@ class Unsupported(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
-    """One attention: what it is called, how to call it, what it can do, and where it shows.
+    """One way to compute attention: its names, its look, how to call it, what it can do, and where it shows.
 
     Attributes:
-        name: as in tables and on command lines. title: as in reports. label: as in legends.
-        color, marker: as matplotlib takes them.
-        load: imports what the backend needs and returns its function; None for what is only drawn.
-        load_trial: the same for `attention.probing`, if the function refuses a trial that the backend can pass.
+        name: in tables and on command lines. title: in reports. label: in legends.
+        color, marker: in figures, as matplotlib takes them.
+        load: imports what the backend needs, and returns its function. None: the entry is only drawn.
+        load_to_try: the same for `attention.probing`, if the function refuses a call that the backend can do.
         call: how a user's program calls it, in one line.
-        sdp_backend: the member of `torch.nn.attention.SDPBackend` that it is, or "".
+        sdp_backend: its member of `torch.nn.attention.SDPBackend`, or "".
         package: the distribution that must be installed for it, or "".
-        transformers: what transformers calls it (`attn_implementation`), or "".
+        transformers: its name in transformers (`attn_implementation`), or "".
 
         flash: whether it is FlashAttention. Memory-efficient attention tiles too, but is another algorithm.
-        fused: whether it is one kernel; else it is made of PyTorch's ordinary operations.
+        fused: whether it is one kernel. Else it consists of PyTorch's ordinary operations.
         row_programs: whether each of its programs computes a block of rows, as `analysis.prediction` assumes.
-        io_model: which model of `analysis.io_bytes` counts its traffic. "naive" writes S and P, N x N numbers each.
-        tried: whether `check` tries it. swept: whether `bench` measures it unless told otherwise. Both need `load`.
+        io_model: the model of `analysis.io_bytes` for its traffic. "naive" stores S and P, N x N numbers each.
+        tried: whether `check` tries it. swept: whether `bench` measures it by default. Both need `load`.
         advised: whether `analysis.recommend` may recommend it.
         compiles: whether its first call runs torch.compile, which takes many seconds on a CPU.
 
         backward: whether gradients go through it.
-        can: of `FEATURES`, those that it has. forward_only: those of them that have no gradient.
-        dtypes: of q, k and v on a GPU, by the names of torch.
-        largest_head_dim: the largest D, or None without a limit. head_dim_note: what an advice says above it.
-        head_dim_multiple: D must be a multiple of it.
-        lowest_capability: the oldest GPUs that it has kernels for; None: all that the lab runs on.
-        on_cpu: how it runs without a GPU: "compiled"; "forward", compiled but without a backward pass; "interpreted",
-            its kernel in Triton's interpreter; "" if it does not run.
-        lacks_on_cpu: of `can`, what it lacks there.
+        can: the `FEATURES` that it has. forward_only: those of them without a gradient.
+        dtypes: of q, k and v on a GPU, by torch's names.
+        largest_head_dim: the largest D; None: no limit. head_dim_note: what `analysis.recommend` says above it.
+        head_dim_multiple: D must be a multiple of this number.
+        lowest_capability: the oldest GPUs that it has kernels for; None: all GPUs that the lab runs on.
+        on_cpu: how it runs without a GPU. "compiled"; "forward": compiled, without a backward pass; "interpreted": its
+            kernel runs in Triton's interpreter; "": it does not run.
+        lacks_on_cpu: the features in `can` that it lacks there.
 
-        operators: the operators and autograd functions that a profile shows for it, each once a forward pass.
+        operators: the operators and autograd functions that a profile shows for it, one call for each forward pass.
     """
 
     name: str
@@ -82,7 +82,7 @@ class Backend:
     color: str
     marker: str
     load: Callable[[], Attention] | None = None
-    load_trial: Callable[[], Attention] | None = None
+    load_to_try: Callable[[], Attention] | None = None
     call: str = ""
     sdp_backend: str = ""
     package: str = ""
@@ -114,7 +114,7 @@ class Backend:
     def function(self) -> Attention:
         """The function, f(q, k, v, *, causal=False, softmax_scale=None) -> out on tensors (B, N, H, D).
 
-        A call that the backend cannot do raises and says why; no backend gives way to another.
+        If the backend cannot do a call, the function raises an error that says why. No other backend steps in.
 
         Raises:
             Unsupported: this entry is only drawn.
@@ -124,9 +124,9 @@ class Backend:
         return self.load()
 
     @cached_property
-    def trial(self) -> Attention:
-        """The function that `attention.probing` tries: `function`, unless the entry has another for it."""
-        return self.function if self.load_trial is None else self.load_trial()
+    def function_to_try(self) -> Attention:
+        """The function that `attention.probing` calls: `function`, unless the entry has another one for it."""
+        return self.function if self.load_to_try is None else self.load_to_try()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def _load_sdpa(sdp_backend: str) -> Attention:
                 "scaled_dot_product_attention(is_causal=True) aligns the mask to the top left, the others to the "
                 "bottom right: compare at N_q = N_k."
             )
-        # With one backend allowed PyTorch runs that one or raises; it does not choose another.
+        # With one backend allowed, PyTorch runs that backend or raises; it does not choose another.
         with sdpa_kernel(allowed):
             out = torch.nn.functional.scaled_dot_product_attention(
                 *(t.transpose(1, 2) for t in (q, k, v)),  # (B, N, H, D) -> (B, H, N, D), views
@@ -245,7 +245,7 @@ def _load_flex() -> Attention:
     return flex
 
 
-def _load_flex_trial() -> Attention:
+def _load_flex_to_try() -> Attention:
     import torch
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -303,8 +303,8 @@ def _sdpa(sdp_backend: str, **fields: Any) -> Backend:
 _16_BIT = ("float16", "bfloat16")
 _FLASH_ATTN_FEATURES = frozenset({"window", "alibi", "softcap", "varlen", "paged", "dropout", "gqa", "bottom_right"})
 
-# Eight of the colours are those of Okabe and Ito, which people with a colour vision deficiency can tell apart
-# (jfly.uni-koeln.de/color); the others are shades of them.
+# People with a colour vision deficiency can tell the colours of Okabe and Ito apart (jfly.uni-koeln.de/color). Eight of
+# these colours are theirs; the others are greys and shades of them.
 _ENTRIES = (
     Backend(
         name="naive", title="standard attention", label="naive", color="#000000", marker="o",
@@ -375,7 +375,7 @@ _ENTRIES = (
     ),
     Backend(
         name="flex", title="FlexAttention", label="FlexAttention", color="#CC79A7", marker="X",
-        load=_load_flex, load_trial=_load_flex_trial, call="torch.compile(flex_attention)(...)",
+        load=_load_flex, load_to_try=_load_flex_to_try, call="torch.compile(flex_attention)(...)",
         flash=True, row_programs=True, advised=True, compiles=True,
         can=frozenset({"window", "alibi", "softcap", "varlen", "paged", "score_mod", "gqa", "bottom_right"}),
         largest_head_dim=256, lowest_capability=chips.OLDEST, on_cpu="forward",
@@ -409,11 +409,11 @@ BACKENDS: dict[str, Backend] = {backend.name: backend for backend in _ENTRIES}
 
 
 class Column(Mapping[str, Any]):
-    """One attribute of all backends, name -> value, read from `BACKENDS` at each look.
+    """One attribute of all backends, name -> value, read from `BACKENDS` whenever it is asked for.
 
     Args:
         attribute: of `Backend`.
-        having: leaves out the backends in which this attribute is false or None.
+        having: another attribute; backends in which it is empty or None are left out.
     """
 
     def __init__(self, attribute: str, having: str = "name"):
@@ -462,6 +462,6 @@ def chosen(impls: Iterable[str] | Mapping[str, Attention]) -> dict[str, Attentio
 
 
 def name_in_tables(attention: str) -> str:
-    """What tables call an attention of transformers: "eager" is "naive". A name that no backend has stays as it is."""
+    """What tables call an attention of transformers: "naive" for "eager". A name that no backend has stays as it is."""
     named = (backend.name for backend in BACKENDS.values() if backend.transformers == attention)
     return next(named, attention)

@@ -78,7 +78,7 @@ def installed_version(distribution: str) -> str | None:
 
 
 def _sample() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q, k, v of `SHAPE`; from a generator of its own, so that a report moves nobody's seed."""
+    """q, k, v of `SHAPE`, from a generator of their own: a report must not change the global seed."""
     generator = torch.Generator().manual_seed(0)
     made = (torch.randn(SHAPE, generator=generator) for _ in range(3))
     q, k, v = (x.to(runtime.device, runtime.dtype) for x in made)
@@ -87,7 +87,7 @@ def _sample() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @functools.cache
 def _try(backend: Backend) -> Trial:
-    """Runs one backend and judges its result."""
+    """Runs one backend and checks its result."""
     name, on_gpu = backend.name, runtime.device.type == "cuda"
     if backend.package and installed_version(backend.package) is None:
         built_in = ": PyTorch's built-in flash kernel is used" if _try(BACKENDS["sdpa_flash"]).available else ""
@@ -99,10 +99,10 @@ def _try(backend: Backend) -> Trial:
     with warnings.catch_warnings(record=True) as refusals:
         warnings.simplefilter("always")  # PyTorch says in warnings why a backend refuses its input
         try:
-            out = backend.trial(q, k, v)
+            out = backend.function_to_try(q, k, v)
             if on_gpu:
                 torch.cuda.synchronize()  # a kernel that dies does so after the call has returned
-        except Exception as error:  # whatever goes wrong in a backend is that backend's reason, not our failure
+        except Exception as error:  # an error of a backend is that backend's reason, not our failure
             return Trial(name, False, _reason(backend, error, [str(w.message) for w in refusals]))
     verdict = reference.check_attention(out, q, k, v)
     if not verdict:
@@ -132,8 +132,7 @@ def _reason(backend: Backend, error: Exception, refusals: list[str]) -> str:
             f"({_condense(str(cause))}). It may be built for another PyTorch than {torch.__version__}: "
             "rebuild it, or uninstall it"
         )
-    # A header ("Flash attention kernel not used because:") and the switches of the other backends explain
-    # nothing.
+    # A header ("Flash attention kernel not used because:") and the switches of other backends explain nothing.
     told = [text for text in refusals if "not used because" not in text and "runtime disabled" not in text]
     if backend.sdp_backend and told:
         return "; ".join(dict.fromkeys(_condense(text) for text in told))

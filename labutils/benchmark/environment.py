@@ -25,7 +25,7 @@ import torch
 
 from labutils.attention import probing
 from labutils.attention.backends import BACKENDS
-from labutils.machine import chips, runtime
+from labutils.machine import chips, runtime, versions
 
 
 @dataclass(frozen=True)
@@ -214,8 +214,10 @@ def report_as_dict(*, compile_flex: bool | None = None) -> dict[str, Any]:
     tried = probing.trials(compile_flex=compile_flex)
     flash = probing.compiled_flash(tried)
     cause, remedy = (None, None) if flash else _cause_and_remedy(tried)
+    machine = environment()
     return {
-        "environment": environment().as_dict(),
+        "environment": machine.as_dict(),
+        "untested_versions": versions.untested(machine.torch, machine.triton),
         "triton_kernels": "interpreter" if runtime.interpreted else "compiled",
         "backends": [asdict(trial) for trial in tried],
         "compiled_flash_kernels_on_gpu": flash,
@@ -244,6 +246,8 @@ def report(*, compile_flex: bool | None = None) -> str:
         ("CPU", machine.cpu, ""),
         ("Triton kernels", "interpreted, on the CPU" if runtime.interpreted else "compiled, on the GPU", ""),
     ]
+    if untested := versions.untested(machine.torch, machine.triton):
+        facts.append(("tested versions", None, untested))
     if machine.launch_table is not None:
         facts.append(("launch table", f"{machine.launch_table}: `python -m labutils tune --show`", ""))
     tried = probing.trials(compile_flex=compile_flex)

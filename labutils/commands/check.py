@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser
+
+from labutils.commands.arguments import new_parser
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Prints the report; with `--force`, 1 unless a compiled flash kernel ran on a GPU."""
+def parser() -> ArgumentParser:
+    """The parser of the command's arguments."""
+    parser = new_parser(
+        "python -m labutils check",
+        "Report GPU, driver and versions, and try every attention backend on a small tensor. A backend is available, "
+        "or the report gives the reason why not.",
+        epilog="In CI or before production: python -m labutils check --force",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="exit with status 1, cause and remedy, unless a compiled flash kernel ran on a GPU",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    parser.add_argument(
+        "--compile-flex",
+        action="store_true",
+        default=None,
+        help="compile FlexAttention even without a GPU, which takes longer than all the rest",
+    )
+    return parser
+
+
+def run(words: Sequence[str]) -> int:
+    """Prints the report. Returns 1 if the lab cannot run here, or if `--force` finds no compiled flash kernel."""
+    arguments = parser().parse_args(words)
     try:
         from labutils.benchmark import environment  # a device that is asked for and not there raises here
 
@@ -23,30 +51,3 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"labutils check: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the command's parser."""
-    parser = commands.add_parser(
-        "check",
-        help="report what this machine has and which attention backends run on it",
-        description=(
-            "Report GPU, driver and versions, and try every attention backend on a small tensor: each is "
-            "available, or the reason why not is given."
-        ),
-        epilog="In CI or before production: python -m labutils check --force",
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="exit with status 1, cause and remedy, unless a compiled flash kernel ran on a GPU",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
-    parser.add_argument(
-        "--compile-flex",
-        action="store_true",
-        default=None,
-        help="compile FlexAttention even without a GPU, which takes longer than all the rest",
-    )
-    parser.set_defaults(run=run)

@@ -25,7 +25,7 @@ BLACKWELL: Capability = (10, 0)
 BLACKWELL_RTX: Capability = (12, 0)
 
 OLDEST = TURING
-"""The oldest GPUs that Triton 3.6 and 3.7 compile for."""
+"""The oldest GPUs that Triton 3.6 to 3.9 compile for."""
 
 TENSOR_CORES = AMPERE
 """From here on Triton multiplies 16-bit matrices on the tensor cores."""

@@ -10,7 +10,6 @@ and marker in all figures (`COLORS`, `MARKERS`). Markers serve readers who canno
     costs      where bytes and time go: traffic, the roofline, profiles, a timeline
     machines   kernels on a GPU: which blocks fit and are fast, predicted times, the advice
     training   curves and memory of training, the longest context that fits, loss by position, right answers
-    overview   the README's figure
 """
 
 from labutils.plotting.algorithm import (
@@ -23,7 +22,6 @@ from labutils.plotting.algorithm import (
 )
 from labutils.plotting.costs import plot_counters, plot_profile, plot_roofline, plot_timeline, plot_traffic
 from labutils.plotting.machines import plot_block_times, plot_decisions, plot_fill, plot_fit, plot_prediction
-from labutils.plotting.overview import plot_overview
 from labutils.plotting.style import COLORS, LABELS, MARKERS
 from labutils.plotting.sweeps import plot_error, plot_memory, plot_models, plot_time
 from labutils.plotting.training import (
@@ -55,7 +53,6 @@ __all__ = [
     "plot_memory_hierarchy",
     "plot_models",
     "plot_online_softmax",
-    "plot_overview",
     "plot_prediction",
     "plot_profile",
     "plot_roofline",

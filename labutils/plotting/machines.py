@@ -175,8 +175,8 @@ def plot_decisions(judged: pd.DataFrame, machine: str) -> Figure:
     """Draws the fastest implementation at each stored shape, and how much longer the recommended one takes.
 
     Args:
-        judged: the table that `analysis.advice.judged` returns, of one dtype, with one batch size and one number of
-            heads for each length.
+        judged: the table that `analysis.advice.against_fastest` returns, of one dtype, with one batch size and one
+            number of heads for each length.
         machine: the name of the machine that measured the times.
     """
     rows = [
