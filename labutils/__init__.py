@@ -39,9 +39,10 @@ _FLASH_ATTN = (
 
 __all__ = ["__version__", "runtime", *_FLASH_ATTN]
 
-# While Python looks for the module of `python -m labutils`, the first argument is "-m". A command's help needs no
-# torch; what a command runs imports `runtime` first, as every module does.
-if sys.argv[:1] != ["-m"]:
+# The help of a command needs no torch, and what a command runs imports `runtime` first, as every module does. Two kinds
+# of command lines import labutils: `python -m labutils`, where the first argument is "-m" while Python looks for the
+# module, and the scripts of `tools`, which say so with LABUTILS_COMMAND_LINE.
+if sys.argv[:1] != ["-m"] and not hasattr(sys.modules.get("__main__"), "LABUTILS_COMMAND_LINE"):
     from labutils.machine import runtime  # noqa: F401
 
 

@@ -1,7 +1,7 @@
 """One kernel twice, the scores of the next tile computed ahead: P written before the wait, and behind it. A process.
 
 Triton waits for the scores, and with them for the product with V of the tile before. In `early` P, which that product
-reads from registers, is written before that wait: a race. In `late` it is written behind it.
+reads from registers, is written before that wait: a race with Triton 3.6 to 3.8. In `late` it is written behind it.
 
 Prints both, compiled for 9.0, as JSON: cubins in base64. It imports no labutils, which may switch the interpreter on.
 """

@@ -20,6 +20,7 @@ from labutils import analysis, benchmark
 from labutils.attention import interface  # noqa: E402
 from labutils.attention.kernels import flash_v2  # noqa: E402
 from labutils.attention.kernels.launch_table import LaunchConfig  # noqa: E402
+from labutils.attention.kernels.options import Options
 
 interpreted_only = pytest.mark.skipif(
     not runtime.interpreted, reason="counting happens in the interpreter; kernels are compiled in this process"
@@ -224,7 +225,7 @@ def test_views_of_one_storage_are_told_apart():
     shape = {"batch": 2, "heads": 2, "seqlen": 48, "head_dim": 16}
     q, k, v = torch.randn(2, 48, 3, 2, 16).unbind(2)  # (B, N, 3, H, D), as GPT-2 makes them
     with analysis.count_traffic() as traffic:
-        flash_v2.forward(q, k, v, flash_v2.Options(0.25), LaunchConfig(16, 32))
+        flash_v2.forward(q, k, v, Options(0.25), LaunchConfig(16, 32))
     assert traffic.per_tensor() == analysis.io_bytes("v2", **shape, block_m=16, block_n=32, dtype_bytes=4)
 
 
@@ -232,7 +233,7 @@ def test_views_of_one_storage_are_told_apart():
 def test_one_tensor_given_twice_has_both_names():
     q, kv = torch.randn(1, 32, 1, 16), torch.randn(1, 32, 1, 16)
     with analysis.count_traffic() as traffic:
-        flash_v2.forward(q, kv, kv, flash_v2.Options(0.25))
+        flash_v2.forward(q, kv, kv, Options(0.25))
     assert set(traffic.per_tensor()) == {"q", "k|v", "o", "lse"}
 
 
@@ -281,7 +282,7 @@ def test_labutils_kernels_stay_within_their_tensors():
     room = torch.randn(3, 53, 2, 24)
     q, k, v = (room[1:2, 8:45, :1, :20] for _ in range(3))
     with analysis.count_traffic():
-        flash_v2.forward(q, k, v, flash_v2.Options(0.2, (None, 0)))
+        flash_v2.forward(q, k, v, Options(0.2, window_right=0))
 
 
 # --- roofline and profile ---------------------------------------------------------------------------------
@@ -360,7 +361,7 @@ def test_stored_ceilings_are_read_and_missing_ones_named():
 def test_gpu_profile_shows_triton_kernels():
     """Also those that no PyTorch operation launched."""
     q = torch.randn(1, 4096, 8, 64, device=runtime.device, dtype=torch.float16)
-    df = analysis.profile(lambda: flash_v2.forward(q, q, q, flash_v2.Options(0.125)))
+    df = analysis.profile(lambda: flash_v2.forward(q, q, q, Options(0.125)))
     kernel = df[df["op"].str.contains("_forward_kernel")]
     assert len(kernel) == 1 and kernel["calls"].iloc[0] == 1
     assert kernel["share"].iloc[0] > 0.5

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from labutils import analysis, benchmark, runtime
-from labutils.analysis import resources
+from labutils.analysis import resources, roofline
 from labutils.attention import reference
 from labutils.benchmark import points, sweeping, tables, timing
 from labutils.training import ledger
@@ -405,10 +405,10 @@ def test_time_and_launch_overhead_on_a_simulated_gpu(monkeypatch, kernels, host,
         for _ in range(kernels):
             gpu.launch(host=host, on_gpu=on_gpu)
 
-    timing = benchmark.time_call(fn, seconds=0.05, warm_up=0.02)
+    found = benchmark.time_call(fn, seconds=0.05, warm_up=0.02)
     assert gpu.host > 0.9 * (20 + 50)  # for about that long it has warmed up and measured
-    assert timing.median_ms == pytest.approx(median, rel=0.1)
-    assert benchmark.overhead_bound(fn, timing.median_ms) is bound
+    assert found.median_ms == pytest.approx(median, rel=0.1)
+    assert timing.overhead_bound(fn, found.median_ms) is bound
 
 
 def test_peak_memory_sees_what_was_freed_again():
@@ -897,7 +897,7 @@ def test_gpu_launch_overhead_is_told_from_work():
         large @ large
 
     for fn, bound in ((slow_to_launch, True), (one_large, False)):
-        assert benchmark.overhead_bound(fn, benchmark.time_call(fn, seconds=0.1).median_ms) is bound
+        assert timing.overhead_bound(fn, benchmark.time_call(fn, seconds=0.1).median_ms) is bound
 
 
 @pytest.mark.gpu
@@ -976,7 +976,7 @@ def test_gpu_out_of_memory_is_a_row_and_leaves_no_memory_behind():
 @pytest.mark.gpu
 @pytest.mark.parametrize("page", [None, 64])
 def test_decoding_reads_at_a_rate_that_memory_can_have(page):
-    microseconds, rate = benchmark.decode_bandwidth(batch=8, seqlen=4096, page=page)
+    microseconds, rate = roofline.decode_bandwidth(batch=8, seqlen=4096, page=page)
     bytes_read = 2 * 8 * 4096 * 8 * 128 * 2
     assert rate == pytest.approx(bytes_read / microseconds / 1e3)
     # More than memory delivers would mean that the L2 cache did; a tenth of it, that something else was timed.
@@ -987,7 +987,7 @@ def test_decoding_reads_at_a_rate_that_memory_can_have(page):
 @pytest.mark.skipif(not runtime.interpreted, reason="there is a GPU to time it on")
 def test_decoding_is_not_timed_in_the_interpreter():
     with pytest.raises(benchmark.Unsupported, match="means nothing"):
-        benchmark.decode_bandwidth(batch=1, seqlen=64)
+        roofline.decode_bandwidth(batch=1, seqlen=64)
 
 
 # -- variants of a shape ----------------------------------------------------------------------------------------------

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from labutils import runtime
-from labutils.attention import interface
-from labutils.attention.kernels import fast_path, flash_decode, launch
-from labutils.attention.kernels.flash_v2 import Options
+from labutils.attention import fast_path, interface
+from labutils.attention.kernels import flash_decode, launch
+from labutils.attention.kernels.options import Cache, Options
 from labutils.attention.reference import check_attention, exact_attention
 
 DEVICE = runtime.device
@@ -579,8 +579,8 @@ def test_wrong_input_is_named(case):
 @pytest.fixture
 def short(monkeypatch):
     """The short way, which is for GPUs otherwise: forms are made, but the interpreter launches nothing again."""
-    monkeypatch.setattr(fast_path, "may_be_short", lambda *tensors: True)
-    monkeypatch.setattr(fast_path, "_forms", {})
+    monkeypatch.setattr(fast_path, "applies", lambda *tensors: True)
+    monkeypatch.setattr(fast_path, "_known", {})
 
 
 @pytest.mark.parametrize("case", WRONG_INPUTS)
@@ -616,7 +616,7 @@ def test_wrong_decoding_is_named_whatever_was_seen_before(case, short):
     changes = {name: value.to(DEVICE) if torch.is_tensor(value) else value for name, value in changes.items()}
     for num_splits in (0, 1):
         interface.flash_attn_with_kvcache(**call, num_splits=num_splits)
-    assert len(fast_path._forms) == 2
+    assert len(fast_path._known) == 2
     for _ in range(2):
         with pytest.raises(error, match=message):
             interface.flash_attn_with_kvcache(**call | changes)
@@ -626,9 +626,9 @@ def test_a_growing_cache_is_of_one_form(short):
     for n in (1, 2, 15, 16, 17, 40, 48):
         call = make((n, n), heads=4, heads_kv=2, causal=True)
         check(call | dict(cache_seqlens=n))
-    assert len(fast_path._forms) == 1
+    assert len(fast_path._known) == 1
     check(call | dict(cache_seqlens=20, softcap=2.0))
-    assert len(fast_path._forms) == 2
+    assert len(fast_path._known) == 2
 
 
 @pytest.mark.parametrize("options", [{}, PAGED, ROTARY, NO_NEW])
@@ -719,7 +719,7 @@ def test_same_bits_in_100_runs(page, n_q):
 @pytest.mark.parametrize("anew", [False, True], ids=["one cache", "a cache for each token"])
 def test_the_bits_do_not_depend_on_what_was_seen_before(anew, n_q, head_dim, num_splits, monkeypatch):
     """A growing cache, at addresses of any alignment, beside the same call from scratch."""
-    monkeypatch.setattr(fast_path, "_forms", {})
+    monkeypatch.setattr(fast_path, "_known", {})
     heads, heads_kv, most = 8, 2, 1300
     memory = torch.randn(2, 2 * heads_kv * most * head_dim + 8, device=DEVICE).half()
     for i, n in enumerate([*range(3, 20), 127, 128, 129, 500, 1024, *range(1200, 1216), 1300, 7]):
@@ -730,11 +730,11 @@ def test_the_bits_do_not_depend_on_what_was_seen_before(anew, n_q, head_dim, num
         q = torch.randn(2, n_q, heads, head_dim, device=DEVICE).half()
         call = dict(cache_seqlens=n, causal=True, num_splits=num_splits, return_softmax_lse=True)
         ours = interface.flash_attn_with_kvcache(q, k, v, **call)
-        options = Options(head_dim**-0.5, (None, 0))
-        scratch = flash_decode.decode(q, k, v, flash_decode.Cache(None, n), options, splits=num_splits)
+        options = Options(head_dim**-0.5, window_right=0)
+        scratch = flash_decode.decode(q, k, v, Cache(None, n), options, splits=num_splits)
         for a, b in zip(ours, scratch, strict=True):
             assert torch.equal(a, b), f"{n} keys, {off} elements behind an aligned address"
-    assert any(form.known for form in fast_path._forms.values())
+    assert any(known.replays for known in fast_path._known.values())
 
 
 @pytest.mark.gpu

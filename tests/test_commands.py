@@ -17,12 +17,18 @@ from pathlib import Path
 import pytest
 import torch
 
+import study
+import targets
 from labutils import __main__ as command_line
 from labutils import runtime
+from labutils.attention import probing
+from labutils.attention.backends import BACKENDS
 from labutils.benchmark import environment
-from labutils.commands import lab
+from labutils.commands import bench, lab, tune
 
 ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ["figure", "study", "targets"]
+"""The scripts of tools that have a command line."""
 
 
 def readme_lines():
@@ -111,28 +117,51 @@ def test_help_names_the_commands(capsys):
     assert re.search(r"^ +check +report", printed, re.M)
 
 
-@pytest.mark.parametrize("command", [[], *([module.__name__.split(".")[-1]] for module in command_line.COMMANDS)])
-def test_help_is_answered_without_torch(command):
+def answer_without_torch(arguments, run):
+    """Runs a command line that ends at once, in a process that then looks whether torch was imported."""
     code = (
         "import runpy, sys\n"
-        f"sys.argv = ['-m', *{command}, '--help']\n"  # what Python itself sets while it looks for the module
-        "try:\n    runpy.run_module('labutils', run_name='__main__', alter_sys=False)\n"
+        f"sys.argv = {arguments!r}\n"
+        f"try:\n    {run}\n"
         "except SystemExit as end:\n    assert end.code == 0, end.code\n"
         "assert 'torch' not in sys.modules and 'pandas' not in sys.modules\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "usage: python -m labutils" in done.stdout
+    return done.stdout
 
 
-@pytest.mark.parametrize(
-    "argv", [[], ["chekc"], ["check", "--forse"], ["check", "--forc"], ["study", "traffic", "--out", "x", "--res"]]
-)
+@pytest.mark.parametrize("command", [[], *([name] for name in command_line.COMMANDS)])
+def test_help_is_answered_without_torch(command):
+    run = "runpy.run_module('labutils', run_name='__main__', alter_sys=False)"
+    # "-m" is what Python itself sets while it looks for the module
+    assert "usage: python -m labutils" in answer_without_torch(["-m", *command, "--help"], run)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_the_help_of_a_tool_is_answered_without_torch(tool):
+    path = f"tools/{tool}.py"
+    run = f"runpy.run_path({path!r}, run_name='__main__')"
+    assert f"usage: python {path}" in answer_without_torch([path, "--help"], run)
+
+
+def test_tools_that_have_a_command_line_are_those_of_the_list():
+    assert sorted(path.stem for path in (ROOT / "tools").glob("*.py") if "def parser()" in path.read_text()) == TOOLS
+
+
+@pytest.mark.parametrize("argv", [[], ["chekc"], ["check", "--forse"], ["check", "--forc"]])
 def test_a_command_line_that_makes_no_sense_is_refused(argv, capsys):
     with pytest.raises(SystemExit) as caught:
         command_line.main(argv)
     assert caught.value.code == 2
     assert "usage: python -m labutils" in capsys.readouterr().err
+
+
+def test_a_tool_s_command_line_that_makes_no_sense_is_refused(capsys):
+    with pytest.raises(SystemExit) as caught:
+        study.run(["traffic", "--out", "x", "--res"])
+    assert caught.value.code == 2
+    assert "usage: python tools/study.py" in capsys.readouterr().err
 
 
 def test_check_runs_as_a_process_and_force_decides_its_status():
@@ -143,7 +172,9 @@ def test_check_runs_as_a_process_and_force_decides_its_status():
         text=True,
     )
     found = json.loads(done.stdout)
-    assert [backend["name"] for backend in found["backends"]] == list(environment.TITLES)
+    assert [backend["name"] for backend in found["backends"]] == [
+        backend.name for backend in BACKENDS.values() if backend.load and backend.tried
+    ]
     if found["compiled_flash_kernels_on_gpu"]:
         assert done.returncode == 0
     else:
@@ -152,12 +183,14 @@ def test_check_runs_as_a_process_and_force_decides_its_status():
 
 
 @pytest.mark.parametrize("command", [
-    "lab", "check", "bench", "targets", "tune --show", "study decoding --out x", "figure --out x.png",
-    "train --smoke-test", "grade . --csv x.csv",
+    "lab", "check", "bench", "tools/targets.py", "tune --show", "tools/study.py decoding --out x",
+    "tools/figure.py --out x.png", "train --smoke-test", "grade . --csv x.csv",
 ])  # fmt: skip
 def test_a_device_that_is_not_known_is_told_without_a_traceback(command, tmp_path):
+    name, *arguments = command.split()
+    program = [str(ROOT / name)] if name.startswith("tools/") else ["-m", "labutils", name]
     done = subprocess.run(
-        [sys.executable, "-m", "labutils", *command.split()], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        [sys.executable, *program, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300,
         env=os.environ | {"LABUTILS_DEVICE": "gpu", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
     )  # fmt: skip
     assert done.returncode in (1, 2) and "LABUTILS_DEVICE='gpu' is not known" in done.stderr
@@ -173,7 +206,7 @@ def test_check_prints_the_report(monkeypatch, capsys):
 
 def test_check_force_passes_where_a_compiled_kernel_ran(monkeypatch):
     monkeypatch.setattr(environment, "report", lambda compile_flex: "")
-    monkeypatch.setattr(environment, "_compiled_flash", lambda tried: ["triton_v2"])
+    monkeypatch.setattr(probing, "compiled_flash", lambda tried: ["triton_v2"])
     assert command_line.main(["check", "--force"]) == 0
 
 
@@ -396,20 +429,21 @@ def test_lab_serves_the_first_notebook_and_its_kernel_imports_labutils(server):
 
 
 @pytest.mark.parametrize("value", ["abc", "nan", "-1", "0", "3600"])
-@pytest.mark.parametrize("command", ["targets", "tune", "study blocks --out x"])
-def test_seconds_in_which_nothing_can_be_measured_are_refused(command, value, capsys):
+@pytest.mark.parametrize(("command", "arguments"), [(targets, []), (tune, []), (study, ["blocks", "--out", "x"])])
+def test_seconds_in_which_nothing_can_be_measured_are_refused(command, arguments, value, capsys):
     with pytest.raises(SystemExit) as stopped:
-        command_line.main([*command.split(), f"--seconds={value}"])
+        command.run([*arguments, f"--seconds={value}"])
     assert stopped.value.code == 2
     assert f"{value}: it must be a number of seconds, above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["abc", "0", "-2", "1.5"])
 @pytest.mark.parametrize(
-    "option", ["targets --rounds", "tune --rounds", "bench --rounds", "study blocks --out x --processes"]
+    ("command", "option"),
+    [(targets, "--rounds"), (tune, "--rounds"), (bench, "--rounds"), (study, "blocks --out x --processes")],
 )
-def test_counts_that_are_no_whole_numbers_are_refused(option, value, capsys):
+def test_counts_that_are_no_whole_numbers_are_refused(command, option, value, capsys):
     with pytest.raises(SystemExit) as stopped:
-        command_line.main(f"{option}={value}".split())
+        command.run(f"{option}={value}".split())
     assert stopped.value.code == 2
     assert f"{value}: it must be 1 or more, a whole number" in capsys.readouterr().err

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from labutils.attention.kernels import launch, launch_table
-from labutils.attention.kernels.launch_table import LaunchConfig
+from labutils.attention.kernels import launch, launch_config
+from labutils.attention.kernels.launch_config import LaunchConfig
 from labutils.attention.tuning import compiled
-from labutils.attention.tuning.compiled import GPUS, PROGRAMS, Request, Resources
+from labutils.attention.tuning.compiled import PROGRAMS, Request, Resources
+from labutils.machine.chips import GPUS
 
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.float16, torch.float32)  # bfloat16 takes what float16 takes: see the test of that
@@ -93,7 +94,7 @@ def test_the_table_has_no_other_gaps():
     for capability in GPUS:
         gaps = {
             (kernel, head_dim, dtype)
-            for kernel in launch_table.KERNELS
+            for kernel in launch_config.KERNELS
             for head_dim in HEAD_DIMS
             for dtype in DTYPES
             if entry(kernel, head_dim, dtype, capability) is None
@@ -102,7 +103,7 @@ def test_the_table_has_no_other_gaps():
 
 
 def test_each_kernel_of_the_table_is_compiled_as_the_table_has_it(costs):
-    assert {kernel for program in PROGRAMS.values() for kernel in program.kernels} == set(launch_table.KERNELS)
+    assert {kernel for program in PROGRAMS.values() for kernel in program.kernels} == set(launch_config.KERNELS)
     for request, found in costs.items():
         for config in entries(request):
             assert any(

@@ -1,5 +1,6 @@
 """labutils.benchmark.environment: what it says of machines that are not here, and what it finds on the one that is."""
 
+import dataclasses
 import json
 import re
 import warnings
@@ -9,17 +10,29 @@ import pytest
 import torch
 
 from labutils import runtime
-from labutils.attention import reference
+from labutils.attention import probing, reference
+from labutils.attention.backends import BACKENDS
 from labutils.benchmark import environment
 
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered():
-    environment._try.cache_clear()
+    probing._try.cache_clear()
     environment._driver.cache_clear()
     yield
-    environment._try.cache_clear()
+    probing._try.cache_clear()
     environment._driver.cache_clear()
+
+
+TRIED = [backend.name for backend in BACKENDS.values() if backend.load and backend.tried]
+FLASH = [name for name in TRIED if BACKENDS[name].flash]
+
+
+def put(monkeypatch, runners):
+    """Functions in the place of backends' own, by name."""
+    for name, runner in runners.items():
+        entry = dataclasses.replace(BACKENDS[name], load=lambda runner=runner: runner, load_to_try=None)
+        monkeypatch.setitem(BACKENDS, name, entry)
 
 
 def right(q, k, v):
@@ -49,17 +62,18 @@ def gpu(monkeypatch):
         monkeypatch.setattr(runtime, "memory_gib", 15.77)
         monkeypatch.setattr(environment, "_gpu", lambda: (name, capability))
         monkeypatch.setattr(environment, "_driver", lambda: "580.65.06")
+        monkeypatch.setattr(environment.versions, "untested", lambda torch, triton: None)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-        installed = environment._version
+        installed = probing.installed_version
         monkeypatch.setattr(
-            environment,
-            "_version",
+            probing,
+            "installed_version",
             lambda package: flash_attn_version if package == "flash-attn" else installed(package),
         )
         generator = torch.Generator().manual_seed(0)
         sample = tuple(torch.randn(1, 16, 1, 16, generator=generator).to(runtime.dtype) for _ in range(3))
-        monkeypatch.setattr(environment, "_sample", lambda: sample)
-        monkeypatch.setattr(environment, "_RUNNERS", dict.fromkeys(environment.TITLES, right) | runners)
+        monkeypatch.setattr(probing, "_sample", lambda: sample)
+        put(monkeypatch, dict.fromkeys(TRIED, right) | runners)
 
     return imitate
 
@@ -71,7 +85,7 @@ def rows(lines):
 
 
 def by_name():
-    return {backend.name: backend for backend in environment.backends()}
+    return {backend.name: backend for backend in probing.trials()}
 
 
 # -- GPUs that are not here ----------------------------------------------------------------------------------
@@ -79,7 +93,7 @@ def by_name():
 
 def test_hopper_with_everything(gpu, capsys):
     gpu((9, 0), flash_attn_version="2.8.3", name="NVIDIA H200")
-    assert all(backend.available and backend.runs_on == "gpu" for backend in environment.backends())
+    assert all(backend.available and backend.runs_on == "gpu" for backend in probing.trials())
     assert environment.verify_flash_attention(force=True) is True
     printed = capsys.readouterr().out
     facts, checklist = (block.splitlines() for block in printed.split("\n\n")[:2])
@@ -140,7 +154,7 @@ def test_turing_is_too_old_for_flash_kernels_but_not_for_ours(gpu):
 
 def test_a_gpu_on_which_every_flash_kernel_fails_is_told_so(gpu):
     broken = refuse(error="CUDA error: no kernel image is available for execution on the device")
-    gpu((9, 0), **dict.fromkeys(environment.FLASH, broken))
+    gpu((9, 0), **dict.fromkeys(FLASH, broken))
     assert environment.verify_flash_attention(verbose=False) is False
     assert "Status: no FlashAttention kernel compiled for a GPU runs here: none of them ran" in environment.report()
     with pytest.raises(RuntimeError, match="Triton v2: RuntimeError: CUDA error: no kernel image") as caught:
@@ -149,7 +163,7 @@ def test_a_gpu_on_which_every_flash_kernel_fails_is_told_so(gpu):
 
 
 def test_memory_efficient_attention_alone_is_not_flash(gpu):
-    gpu((9, 0), **dict.fromkeys(environment.FLASH, refuse()))
+    gpu((9, 0), **dict.fromkeys(FLASH, refuse()))
     assert by_name()["sdpa_efficient"].available
     assert environment.verify_flash_attention(verbose=False) is False
 
@@ -214,7 +228,7 @@ def test_force_names_cause_and_remedy_where_no_gpu_is_used(monkeypatch, found, d
     monkeypatch.setattr(environment, "_gpu", lambda: found)
     monkeypatch.setattr(environment, "_driver", lambda: driver)
     monkeypatch.setattr(torch.version, "cuda", cuda)
-    monkeypatch.setattr(environment, "_RUNNERS", dict.fromkeys(environment.TITLES, right))
+    put(monkeypatch, dict.fromkeys(TRIED, right))
     with pytest.raises(RuntimeError) as caught:
         environment.verify_flash_attention(force=True, verbose=False)
     assert str(caught.value).startswith("No FlashAttention kernel compiled for a GPU runs here: ")
@@ -229,7 +243,7 @@ def test_force_names_cause_and_remedy_where_no_gpu_is_used(monkeypatch, found, d
 @pytest.mark.skipif(runtime.device.type == "cuda", reason="about a machine whose GPU is not used; this one's is")
 def test_without_a_gpu_the_cpu_kernels_and_the_interpreter_run():
     found = by_name()
-    assert list(found) == list(environment.TITLES)
+    assert list(found) == TRIED
     assert {name: b.runs_on for name, b in found.items() if b.available} == {
         "sdpa_flash": "cpu",
         "sdpa_math": "cpu",
@@ -254,7 +268,7 @@ def test_with_a_gpu_a_compiled_flash_kernel_runs():
 
 
 def test_what_is_not_available_says_why():
-    for backend in environment.backends():
+    for backend in probing.trials():
         assert backend.reason
         assert "\n" not in backend.reason
         assert bool(backend.runs_on) == backend.available
@@ -262,15 +276,11 @@ def test_what_is_not_available_says_why():
 
 def test_backends_are_tried_once_in_a_process(monkeypatch):
     calls = []
-    monkeypatch.setattr(
-        environment,
-        "_RUNNERS",
-        dict.fromkeys(environment.TITLES, lambda *qkv: calls.append(1) or right(*qkv)),
-    )
-    first = environment.backends()
+    put(monkeypatch, dict.fromkeys(TRIED, lambda *qkv: calls.append(1) or right(*qkv)))
+    first = probing.trials()
     made = len(calls)
     assert made >= 4
-    assert environment.backends() == first
+    assert probing.trials() == first
     assert len(calls) == made
 
 
@@ -278,33 +288,33 @@ def test_a_report_moves_no_seed():
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
-    environment.backends()
+    probing.trials()
     assert torch.equal(torch.rand(3), expected)
 
 
 def test_flex_is_compiled_where_asked_for(monkeypatch):
-    monkeypatch.setattr(environment, "_RUNNERS", environment._RUNNERS | {"flex": right})
-    (flex,) = (backend for backend in environment.backends(compile_flex=True) if backend.name == "flex")
+    put(monkeypatch, {"flex": right})
+    (flex,) = (backend for backend in probing.trials(compile_flex=True) if backend.name == "flex")
     assert flex.available
     told = environment.report(compile_flex=True).splitlines()
     assert any(line.startswith("  [x] FlexAttention") for line in told) and "FlexAttention" in told[-1]
-    assert "FlexAttention" in environment.as_dict(compile_flex=True)["status"]
+    assert "FlexAttention" in environment.report_as_dict(compile_flex=True)["status"]
 
 
 def test_flex_is_not_compiled_for_the_status_line_of_a_report_without_it(gpu):
     gpu((9, 0), flex=refuse("it was compiled"))
-    environment._try.cache_clear()
+    probing._try.cache_clear()
     told = environment.report(compile_flex=False)
     assert "[ ] FlexAttention                   not tried" in told and "it was compiled" not in told
     assert "FlexAttention" not in told.splitlines()[-1]
-    assert environment._try.cache_info().currsize == len(environment.TITLES) - 1  # all but flex were tried
+    assert probing._try.cache_info().currsize == len(TRIED) - 1  # all but flex were tried
 
 
 def test_report_is_fit_for_a_notebook():
     text = environment.report()
     assert not notebook_format.MACHINE_PATH.search(text)
     assert not re.search(r"(?<!\w)/\w+/", text)
-    assert all(title in text for title in environment.TITLES.values())
+    assert all(BACKENDS[name].title in text for name in TRIED)
     assert text.splitlines()[-1].startswith("Status: ")
 
 
@@ -318,8 +328,8 @@ def test_environment_is_json_and_names_versions():
 
 
 def test_as_dict_is_json():
-    stored = json.loads(json.dumps(environment.as_dict()))
-    assert [backend["name"] for backend in stored["backends"]] == list(environment.TITLES)
+    stored = json.loads(json.dumps(environment.report_as_dict()))
+    assert [backend["name"] for backend in stored["backends"]] == TRIED
     assert stored["status"] == environment.report().splitlines()[-1].removeprefix("Status: ")
     assert bool(stored["cause"]) == bool(stored["remedy"]) == (not stored["compiled_flash_kernels_on_gpu"])
     assert stored["triton_kernels"] == ("interpreter" if runtime.interpreted else "compiled")
@@ -341,7 +351,7 @@ def test_as_dict_is_json():
     ],
 )
 def test_condense(message, condensed):
-    assert environment._condense(message) == condensed
+    assert probing._condense(message) == condensed
 
 
 def test_a_program_that_is_missing_fails_or_hangs_is_no_answer():
@@ -363,4 +373,4 @@ def test_git_revision_marks_changed_code(monkeypatch):
 
 
 def test_version_of_what_is_not_installed_is_none():
-    assert environment._version("there-is-no-such-package") is None
+    assert probing.installed_version("there-is-no-such-package") is None

@@ -90,7 +90,7 @@ def fresh(monkeypatch, tmp_path):
 
     monkeypatch.setenv("LABUTILS_STATE", str(tmp_path / "state" / "progress.json"))
     monkeypatch.setattr(progress, "_session", {})
-    monkeypatch.setattr(progress, "_told", False)
+    monkeypatch.setattr(progress, "_warned", False)
     monkeypatch.setattr(exercises, "_hints_given", {})
     return tmp_path / "state" / "progress.json"
 
@@ -252,9 +252,9 @@ def test_progress_that_cannot_be_read_is_not_written_over(fresh, monkeypatch, ca
         )  # who runs as root may read anything
         exercises.check.kv_head(lambda h, n, g: h)
         said = capsys.readouterr().out
-        assert "this session alone" in said and "cannot be read" in said and "LABUTILS_STATE" in said
+        assert "only for this session" in said and "cannot be read" in said and "LABUTILS_STATE" in said
         exercises.check.kv_head(lambda h, n, g: h)
-        assert "this session alone" not in capsys.readouterr().out
+        assert "only for this session" not in capsys.readouterr().out
     assert fresh.read_bytes() == before
 
 
@@ -264,9 +264,9 @@ def test_a_home_that_cannot_be_written_is_said_once_and_breaks_nothing(monkeypat
     monkeypatch.setenv("LABUTILS_STATE", str(blocked / "progress.json"))  # below a file: nobody can write there
     exercises.check.safe_softmax(answers.softmax_by_torch)
     first = capsys.readouterr().out
-    assert "passed" in first and "this session alone" in first and "LABUTILS_STATE" in first
+    assert "passed" in first and "only for this session" in first and "LABUTILS_STATE" in first
     exercises.check.kv_head(lambda h, n, g: h)
-    assert "this session alone" not in capsys.readouterr().out
+    assert "only for this session" not in capsys.readouterr().out
     exercises.report()
     assert f"1 of {len(NAMES)}" in capsys.readouterr().out
 

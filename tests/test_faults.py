@@ -17,14 +17,15 @@ import torch
 from nbclient import NotebookClient
 from notebook_format import read
 
+import figure
+import study
 from labutils import benchmark, training
 from labutils.__main__ import main
-from labutils.attention.kernels import launch_table
+from labutils.attention.kernels import tuned_table
 from labutils.attention.tuning import compiled
-from labutils.commands import study
 from labutils.commands.arguments import INTERRUPTED
 from labutils.commands.lab import environment_for_kernels
-from labutils.exercises.grading import grader
+from labutils.exercises.grading import grades
 from labutils.gpt2 import model_benchmark, models
 from labutils.machine import files, memory
 from labutils.training import ladder, parity
@@ -59,7 +60,7 @@ def test_a_full_disk_keeps_the_old_file_and_leaves_no_other(tmp_path, full_disk)
 def test_a_figure_that_cannot_be_written_leaves_the_one_before(tmp_path, full_disk, capsys):
     out = tmp_path / "overview.png"
     out.write_bytes(b"the figure before")
-    assert main(["figure", "--out", str(out)]) == 2
+    assert figure.run(["--out", str(out)]) == 2
     assert "overview.png" in capsys.readouterr().err
     assert out.read_bytes() == b"the figure before" and len(list(tmp_path.iterdir())) == 1
 
@@ -67,9 +68,9 @@ def test_a_figure_that_cannot_be_written_leaves_the_one_before(tmp_path, full_di
 def test_a_table_of_marks_that_cannot_be_written_leaves_the_one_before(tmp_path, full_disk):
     table = tmp_path / "grades.csv"
     table.write_text("rows before")
-    mark = grader.Mark(*("x" * 20 for _ in grader.COLUMNS))
+    mark = grades.Mark(*("x" * 20 for _ in grades.COLUMNS))
     with pytest.raises(OSError, match=r"rows written before are kept.*grades\.csv"):
-        grader._save(table, [mark])
+        grades.save(table, [mark])
     assert table.read_text() == "rows before" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -79,7 +80,7 @@ def test_results_and_launch_tables_that_cannot_be_written(tmp_path, full_disk, c
         benchmark.save_results(stored, tmp_path, {"gpu": "Some GPU" * 10}, table="training")
     assert not list(tmp_path.iterdir())
     (tmp_path / "folder").mkdir()  # nobody can unlink a folder, or read it as a file
-    monkeypatch.setenv(launch_table.VARIABLE, str(tmp_path / "folder"))
+    monkeypatch.setenv(tuned_table.VARIABLE, str(tmp_path / "folder"))
     for option in ("--reset", "--show"):
         assert main(["tune", option]) == 1
         assert "labutils tune: " in capsys.readouterr().err
@@ -136,7 +137,7 @@ def test_a_working_folder_and_a_home_that_are_read_only(tmp_path):
     ended = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], cwd="/proc", env=environment | {
         "TMPDIR": str(tmp_path), "LABUTILS_DEVICE": "cpu"}, capture_output=True, text=True, timeout=120)  # fmt: skip
     assert ended.returncode == 0, ended.stderr
-    assert "safe_softmax: passed" in ended.stdout and "kept in this session alone" in ended.stdout
+    assert "safe_softmax: passed" in ended.stdout and "kept only for this session" in ended.stdout
     assert "Traceback" not in ended.stderr
 
 
@@ -155,7 +156,7 @@ def test_a_notebook_that_leaves_a_file_in_the_checkout_is_noticed(tmp_path, monk
 def test_the_figure_command_where_nothing_can_be_written(capsys):
     if not Path("/proc/self").exists():
         pytest.skip("no /proc, in which nobody can make a file")
-    assert main(["figure", "--out", "/proc/x.png"]) == 2
+    assert figure.run(["--out", "/proc/x.png"]) == 2
     assert "/proc/x.png" in capsys.readouterr().err
 
 
@@ -274,7 +275,7 @@ def test_a_comparison_of_losses_that_was_interrupted_gives_no_half_of_it():
 @pytest.mark.parametrize("part", study.PARTS)
 def test_a_study_that_was_interrupted_says_so(part, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(study, f"_{part}", interrupted)
-    assert main(["study", part, "--out", str(tmp_path)]) == INTERRUPTED
+    assert study.run([part, "--out", str(tmp_path)]) == INTERRUPTED
     assert "Interrupted: the table that was being made was not written." in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from labutils import runtime
 from labutils.attention import interface
 from labutils.attention.kernels import flash_v2, flash_v2_backward
-from labutils.attention.kernels.flash_v2 import Options
-from labutils.attention.kernels.launch_table import LaunchConfig
+from labutils.attention.kernels.launch_config import LaunchConfig
+from labutils.attention.kernels.options import Options
 from labutils.attention.reference import check_attention, check_gradients, judge, naive_attention
 
 DEVICE = runtime.device
@@ -70,7 +70,7 @@ def check(q, k, v, blocks=None, **features):
         features["alibi_slopes"] = slopes(q.shape[0], q.shape[2])
     left, right = features.get("window_size", (-1, -1))
     window = (None if left < 0 else left, 0 if features.get("causal") else None if right < 0 else right)
-    options = Options(q.shape[-1] ** -0.5, window, features.get("softcap") or None, features.get("alibi_slopes"))
+    options = Options(q.shape[-1] ** -0.5, *window, features.get("softcap") or None, features.get("alibi_slopes"))
     config = LaunchConfig(*blocks) if blocks else None
     out, lse = flash_v2.forward(q, k, v, options, config)
     check_attention(out, q, k, v, lse=lse, **features).raise_if_failed()

@@ -15,9 +15,9 @@ from notebook_format import ROOT
 
 from labutils import exercises
 from labutils.exercises.core import EXERCISES
-from labutils.exercises.grading import grader, wire
+from labutils.exercises.grading import grader, grades, sandbox, submissions, wire
 
-FAST = grader.Limits(seconds=120, call_seconds=8)
+FAST = sandbox.Limits(seconds=120, call_seconds=8)
 IMPORTS = (
     "from labutils import runtime\nimport math\nimport torch\nfrom labutils.exercises import check, hint, report,"
     " solution"
@@ -39,13 +39,13 @@ def solved(*names):
 STUB = "def safe_softmax(x):\n    raise NotImplementedError\ncheck.safe_softmax(safe_softmax)"
 CHEAT = f"""{STUB}
 import labutils.exercises as e
-from labutils.exercises import core, progress
+from labutils.exercises import core, judging, progress
 from labutils.exercises.grading import grader, wire, worker
 import builtins, json, os, sys
-core.run = lambda name, call, seed=0: core.Outcome(name, "passed")
-e.run = core.run
-core.judge = lambda *a, **k: True
-core.same_tensor = lambda *a, **k: None
+core.outcome_of = lambda name, call, seed=0: core.Outcome(name, "passed")
+e.outcome_of = core.outcome_of
+judging.judge = lambda *a, **k: True
+judging.same_tensor = lambda *a, **k: None
 torch.equal = torch.allclose = lambda *a, **k: True
 worker._answer = lambda *a: {{"value": "passed", "status": "passed", "passed": True, "points": 1}}
 with open(os.environ["LABUTILS_STATE"], "w") as f:
@@ -76,7 +76,7 @@ RETURNED = {
 def graded(tmp_path_factory):
     """The table of a folder with a notebook of each kind, made by the command itself."""
     folder = tmp_path_factory.mktemp("returned")
-    known = f"FOLDER, ISOLATED = {str(folder)!r}, {bool(grader.isolation())}"
+    known = f"FOLDER, ISOLATED = {str(folder)!r}, {bool(sandbox.isolation())}"
     for student, cells in RETURNED.items():
         (folder / student).mkdir()
         text = "{" if cells is None else notebook(known, *cells)
@@ -102,7 +102,7 @@ def test_there_is_one_row_for_each_exercise_of_each_notebook(graded):
         found, rows = results(graded, student)
         if cells is not None:
             assert list(found) == exercises.names("01"), student
-        assert all(list(row) == list(grader.COLUMNS) for row in rows)
+        assert all(list(row) == list(grades.COLUMNS) for row in rows)
 
 
 def test_what_is_right_passes_and_what_is_not_there_is_missing(graded):
@@ -150,12 +150,12 @@ def test_a_notebook_that_ends_its_process_gets_nothing_and_says_where(graded):
 def test_deleting_the_others_and_the_table_and_killing_all_in_sight_costs_nobody(graded):
     assert len({row["submission"] for row in graded[0]}) == len(RETURNED)
     assert results(graded, "deletes-what-it-finds")[0]["safe_softmax"] == "passed"
-    if grader.isolation():  # os.kill(-1) without it would end the session that runs these tests
+    if sandbox.isolation():  # os.kill(-1) without it would end the session that runs these tests
         assert results(graded, "kills-all-in-sight")[0]["safe_softmax"] in ("passed", "crashed")
 
 
 def test_changed_sources_of_the_lab_are_put_back(tmp_path, monkeypatch):
-    package = grader._Package()
+    package = grader._LabSources()
     victim = tmp_path / "core.py"
     victim.write_text("judge = True")
     package.sources = {victim: b"original"}
@@ -189,7 +189,7 @@ def test_a_notebook_that_answers_in_its_process_s_stead_costs_itself_alone(tmp_p
     )
     found = marks(tmp_path, *solved("score_bytes"), forged)
     assert {mark.result for mark in found.values()} == {"crashed"}
-    assert "something that is no answer" in found["score_bytes"].message
+    assert "something that is not an answer" in found["score_bytes"].message
 
 
 # -- limits -----------------------------------------------------------------------------------------------------------
@@ -198,23 +198,23 @@ def test_a_notebook_that_answers_in_its_process_s_stead_costs_itself_alone(tmp_p
 def marks(tmp_path, *cells, limits=FAST):
     path = tmp_path / "01.ipynb"
     path.write_text(notebook(*cells), encoding="utf-8")
-    return {mark.exercise: mark for mark in grader.grade_cells(grader.read_cells(path), "01.ipynb", limits)}
+    return {mark.exercise: mark for mark in grader.grade_cells(submissions.read_cells(path), "01.ipynb", limits)}
 
 
 def test_a_function_that_hangs_is_stopped_and_the_next_is_tried(tmp_path):
     hang = "def score_bytes(*a):\n    while True: pass"
-    found = marks(tmp_path, hang, *solved("safe_softmax"), limits=grader.Limits(120, 3))
+    found = marks(tmp_path, hang, *solved("safe_softmax"), limits=sandbox.Limits(120, 3))
     assert found["score_bytes"].result == "timed out" and "3 s for one call" in found["score_bytes"].message
     assert found["safe_softmax"].result == "passed", found["safe_softmax"].message
 
 
 def test_the_calls_of_an_exercise_may_not_add_up_to_hours(monkeypatch):
     now, allowed = [0.0], []
-    monkeypatch.setattr(grader.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sandbox.time, "monotonic", lambda: now[0])
 
-    class Slow(grader.Worker):
+    class Slow(sandbox.StudentProcess):
         def __init__(self):
-            self.limits = grader.Limits(900, 60)
+            self.limits = sandbox.Limits(900, 60)
 
         def _send(self, message, when):
             self.asked = message["id"]
@@ -224,7 +224,7 @@ def test_the_calls_of_an_exercise_may_not_add_up_to_hours(monkeypatch):
             now[0] += 50  # each call takes 50 s
             return {"id": self.asked, "value": 1}
 
-    call = grader.RemoteCall(Slow(), "tile_kind")
+    call = sandbox.RemoteCall(Slow(), "tile_kind")
     for _ in range(6):
         call()
     assert [seconds for seconds, _ in allowed] == [60, 60, 60, 60, 60, 50]
@@ -273,7 +273,7 @@ def test_a_cell_that_hangs_is_stopped_with_all_that_it_started(tmp_path):
     start = time.monotonic()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         came = pool.submit(wait_for, "# of-a-student")
-        found = marks(tmp_path, *solved("safe_softmax"), hang, limits=grader.Limits(12, 3))
+        found = marks(tmp_path, *solved("safe_softmax"), hang, limits=sandbox.Limits(12, 3))
     assert came.result(), "the child never ran, so that nothing was tried"
     assert {mark.result for mark in found.values()} == {"timed out"}
     assert time.monotonic() - start < 60
@@ -283,7 +283,7 @@ def test_a_cell_that_hangs_is_stopped_with_all_that_it_started(tmp_path):
 @pytest.mark.skipif(torch.version.cuda is not None, reason="with CUDA, PyTorch alone needs more than is allowed here")
 def test_memory_is_limited(tmp_path):
     greedy = "def score_bytes(*a):\n    hoard = [bytearray(2**28) for _ in range(200)]\n    return len(hoard)"
-    found = marks(tmp_path, greedy, *solved("safe_softmax"), limits=grader.Limits(120, 30, 2))
+    found = marks(tmp_path, greedy, *solved("safe_softmax"), limits=sandbox.Limits(120, 30, 2))
     assert found["score_bytes"].result in ("error", "crashed") and found["score_bytes"].points == 0
     assert found["safe_softmax"].result == "passed", found["safe_softmax"].message
 
@@ -300,8 +300,8 @@ def test_the_students_process_sees_no_secrets_and_no_home(tmp_path, monkeypatch)
 
 def test_a_function_cannot_learn_the_inputs_of_another_run(tmp_path, monkeypatch):
     seeds = []
-    real = grader.run
-    monkeypatch.setattr(grader, "run", lambda name, call, seed: seeds.append(seed) or real(name, call, seed))
+    real = grader.outcome_of
+    monkeypatch.setattr(grader, "outcome_of", lambda name, call, seed: seeds.append(seed) or real(name, call, seed))
     for _ in range(2):
         marks(tmp_path, *solved("score_bytes"))
     assert len(set(seeds)) == 2
@@ -402,7 +402,7 @@ def grade(*arguments):
 
 
 def test_bad_input_is_refused_with_a_reason(tmp_path):
-    assert "is no folder" in grade(tmp_path / "nowhere", "--csv", tmp_path / "a.csv").stderr
+    assert "is not a folder" in grade(tmp_path / "nowhere", "--csv", tmp_path / "a.csv").stderr
     assert "no .ipynb" in grade(tmp_path, "--csv", tmp_path / "a.csv").stderr
     (tmp_path / "a.ipynb").write_text(notebook(STUB))
     (tmp_path / "there.csv").write_text("mine")
@@ -413,8 +413,8 @@ def test_bad_input_is_refused_with_a_reason(tmp_path):
 
 def test_names_of_files_are_fit_for_the_table_whatever_bytes_they_have(tmp_path):
     odd = Path(os.fsdecode(b"m\xfcller")) / "=HYPERLINK(1)\n.ipynb"
-    assert grader._label(odd) == "m\\xfcller/=HYPERLINK(1) .ipynb"
-    assert grader._label(Path("=1+1.ipynb")) == "'=1+1.ipynb"
+    assert grades.label(odd) == "m\\xfcller/=HYPERLINK(1) .ipynb"
+    assert grades.label(Path("=1+1.ipynb")) == "'=1+1.ipynb"
     for name in (odd, Path("__MACOSX/._01.ipynb"), Path("._01.ipynb"), Path(".ipynb_checkpoints/01-checkpoint.ipynb")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("", encoding="utf-8")
@@ -427,30 +427,30 @@ def test_leftovers_count_below_the_folder_alone(tmp_path):
     folder = tmp_path / "__MACOSX" / "returned"
     folder.mkdir(parents=True)
     (folder / "a.ipynb").write_text("{", encoding="utf-8")
-    assert grader.find(folder) == [folder / "a.ipynb"]
+    assert submissions.find(folder) == [folder / "a.ipynb"]
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "it is empty"), (b"{", "no JSON"), (b"[]", "no notebook"), (b'{"cells": [1]}', "no notebook"),
-        ('{"cells": "\xe4"}'.encode("latin-1"), "no text in UTF-8"), (b"\xff\xfe\x00", "no text in UTF-8"),
-        (b'{"cells": [{"cell_type": "code", "source": [3]}]}', "no notebook"), (b"[" * 100_000, "no notebook"),
+        (b"", "it is empty"), (b"{", "not JSON"), (b"[]", "not a notebook"), (b'{"cells": [1]}', "not a notebook"),
+        ('{"cells": "\xe4"}'.encode("latin-1"), "not text in UTF-8"), (b"\xff\xfe\x00", "not text in UTF-8"),
+        (b'{"cells": [{"cell_type": "code", "source": [3]}]}', "not a notebook"), (b"[" * 100_000, "not a notebook"),
     ],
 )  # fmt: skip
 def test_what_is_no_notebook_is_said(tmp_path, content, reason):
     (tmp_path / "a.ipynb").write_bytes(content)
     with pytest.raises(ValueError, match=reason):
-        grader.read_cells(tmp_path / "a.ipynb")
+        submissions.read_cells(tmp_path / "a.ipynb")
 
 
 def test_a_byte_order_mark_is_no_fault(tmp_path):
     (tmp_path / "a.ipynb").write_bytes(b"\xef\xbb\xbf" + notebook(STUB).encode())
-    assert len(grader.read_cells(tmp_path / "a.ipynb")) == 2
+    assert len(submissions.read_cells(tmp_path / "a.ipynb")) == 2
 
 
 def test_a_link_in_place_of_a_source_is_not_written_through(tmp_path):
-    package = grader._Package()
+    package = grader._LabSources()
     victim, other = tmp_path / "core.py", tmp_path / "other.txt"
     other.write_text("mine")
     victim.symlink_to(other)
@@ -462,22 +462,22 @@ def test_a_link_in_place_of_a_source_is_not_written_through(tmp_path):
 
 
 def test_a_students_text_cannot_become_a_formula():
-    assert grader._clean("=HYPERLINK(1)\n\x00x").startswith("'=HYPERLINK(1)")
-    assert "\n" not in grader._clean("a\nb")
+    assert grades.clean("=HYPERLINK(1)\n\x00x").startswith("'=HYPERLINK(1)")
+    assert "\n" not in grades.clean("a\nb")
 
 
 def test_the_notebook_is_known_by_its_exercises():
-    assert grader.which_notebook([(1, "def rope(x): pass"), (2, "check.read_oom(read_oom)")]) == "03"
-    assert grader.which_notebook([(1, "x = 1")]) == ""
+    assert submissions.which_notebook([(1, "def rope(x): pass"), (2, "check.read_oom(read_oom)")]) == "03"
+    assert submissions.which_notebook([(1, "x = 1")]) == ""
     assert EXERCISES["rope"].notebook == "03"
 
 
 def test_the_notebooks_as_shipped_are_known_and_give_no_cause_for_a_remark():
     for path in sorted(ROOT.glob("*.ipynb")):
-        cells = grader.read_cells(path)
-        assert grader.which_notebook(cells) == path.name[:2]
-        assert grader.remarks(cells) == {}
+        cells = submissions.read_cells(path)
+        assert submissions.which_notebook(cells) == path.name[:2]
+        assert submissions.remarks(cells) == {}
 
 
 def test_a_message_that_is_empty_stays_empty():
-    assert grader._clean("") == ""
+    assert grades.clean("") == ""

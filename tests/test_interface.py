@@ -7,9 +7,9 @@ import torch
 from torch.autograd import forward_ad
 
 from labutils import runtime
-from labutils.attention import checks, interface
+from labutils.attention import checks, fast_path, interface
 from labutils.attention.interface import flash_attn_func, flash_attn_v1_func
-from labutils.attention.kernels import fast_path, flash_decode, launch_table
+from labutils.attention.kernels import flash_decode, launch_config
 from labutils.attention.reference import check_attention, check_gradients
 
 DEVICE = runtime.device
@@ -60,8 +60,8 @@ def test_views_with_a_minus_sign_that_is_still_due():
 @pytest.mark.parametrize("way", ["as the machine has it", "short"])
 def test_gradients_with_a_minus_sign_that_is_still_due(way, monkeypatch):
     if way == "short":  # for GPUs otherwise
-        monkeypatch.setattr(fast_path, "may_be_short", lambda *tensors: True)
-        monkeypatch.setattr(fast_path, "_forms", {})
+        monkeypatch.setattr(fast_path, "applies", lambda *tensors: True)
+        monkeypatch.setattr(fast_path, "_known", {})
     inputs = [t.requires_grad_() for t in make()]
     out, lse, _ = flash_attn_func(*inputs, return_attn_probs=True)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
@@ -74,7 +74,7 @@ def test_gradients_with_a_minus_sign_that_is_still_due(way, monkeypatch):
 @pytest.mark.parametrize("way", ["as the machine has it", "short"])
 def test_new_keys_with_a_minus_sign_that_is_still_due(way, monkeypatch):
     if way == "short":
-        monkeypatch.setattr(fast_path, "may_be_short", lambda *tensors: not any(t.is_neg() for t in tensors))
+        monkeypatch.setattr(fast_path, "applies", lambda *tensors: not any(t.is_neg() for t in tensors))
     q, k, v = make()
     caches = torch.zeros(2, 1, 24, 2, 16, device=DEVICE)
     out = interface.flash_attn_with_kvcache(q, *caches, pending(k), pending(v), cache_seqlens=0)
@@ -258,7 +258,7 @@ def test_wrong_input_is_named(case):
 
 
 def test_the_checks_let_pass_what_the_kernels_have():
-    kernels = launch_table.HEAD_DIMS[-1], flash_decode.MOST_SPLITS
+    kernels = launch_config.HEAD_DIMS[-1], flash_decode.MOST_SPLITS
     assert kernels == (checks.LARGEST_HEAD_DIM, checks.LARGEST_SPLITS)
 
 

@@ -8,11 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from labutils import runtime
-from labutils.attention import interface
-from labutils.attention.kernels import fast_path, flash_v1, flash_v2, flash_v2_backward
-from labutils.attention.kernels.flash_v2 import Options
+from labutils.attention import fast_path, interface
+from labutils.attention.kernels import flash_v1, flash_v2, flash_v2_backward
 from labutils.attention.kernels.launch import pick_config
-from labutils.attention.kernels.launch_table import LaunchConfig
+from labutils.attention.kernels.launch_config import LaunchConfig
+from labutils.attention.kernels.options import Options
 from labutils.attention.reference import check_attention, check_gradients, naive_attention
 
 DEVICE = runtime.device
@@ -43,7 +43,7 @@ def check(q, k, v, *, causal, config=None, scale=None, v1=True):
     if v1:
         out, lse = flash_v1.forward(q, k, v, scale, causal, config)
         check_attention(out, q, k, v, lse=lse, **kwargs).raise_if_failed()
-    options = Options(scale, FULL if not causal else CAUSAL)
+    options = Options(scale, *(CAUSAL if causal else FULL))
     out, lse = flash_v2.forward(q, k, v, options, config)
     assert out.dtype == q.dtype and lse.dtype == torch.float32
     check_attention(out, q, k, v, lse=lse, **kwargs).raise_if_failed()
@@ -153,12 +153,12 @@ def test_which_tensor_is_misaligned_makes_another_form():
 
     tensors = make(130, 130, head_dim=64, dtype=torch.float16)
     options = (0.125, True, (-1, -1), 0.0)
-    before = len(fast_path._forms)
+    before = len(fast_path._known)
     for misaligned in range(3):
         q, k, v = (at(4 * (place == misaligned), t) for place, t in enumerate(tensors))
-        out, lse = fast_path.attention(q, k, v, options, lambda: Options(0.125, CAUSAL))
+        out, lse = fast_path.known_call(q, k, v, options, lambda: Options(0.125, *CAUSAL)).output(q, k, v)
         check_attention(out, q, k, v, lse=lse, softmax_scale=0.125, causal=True).raise_if_failed()
-    assert len(fast_path._forms) == before + 3
+    assert len(fast_path._known) == before + 3
 
 
 def test_gradient_of_the_output_may_have_any_strides():
@@ -276,8 +276,8 @@ def test_same_bits_every_time():
     q, k, v = make(90, 70, dtype=torch.float16, heads=2)
     runs = []
     for _ in range(3):
-        out, lse = flash_v2.forward(q, k, v, Options(0.2, CAUSAL))
-        runs.append((out, lse, *flash_v2_backward.backward(out, q, k, v, out, lse, Options(0.2, CAUSAL))))
+        out, lse = flash_v2.forward(q, k, v, Options(0.2, *CAUSAL))
+        runs.append((out, lse, *flash_v2_backward.backward(out, q, k, v, out, lse, Options(0.2, *CAUSAL))))
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
@@ -339,9 +339,9 @@ def test_rows_beyond_two_to_the_31_elements():
     big = backing.as_strided((1, n, 1, 16), (0, stride, 0, 1))
     q, k, v = make(64, n, heads=1, head_dim=16, dtype=torch.float16)
     big.copy_(k)
-    out, lse = flash_v2.forward(q, big, v, Options(0.25, CAUSAL))
+    out, lse = flash_v2.forward(q, big, v, Options(0.25, *CAUSAL))
     check_attention(out, q, k, v, causal=True, softmax_scale=0.25, lse=lse).raise_if_failed()
-    gradients = flash_v2_backward.backward(out, q, big, v, out, lse, Options(0.25, CAUSAL))
+    gradients = flash_v2_backward.backward(out, q, big, v, out, lse, Options(0.25, *CAUSAL))
     for verdict in check_gradients(gradients, out, q, k, v, causal=True, softmax_scale=0.25):
         verdict.raise_if_failed()
 

@@ -11,10 +11,12 @@ from triton.backends.compiler import BaseBackend
 from triton.backends.nvidia import driver as nvidia
 from triton.runtime import driver
 
-from labutils.attention import checks
-from labutils.attention.kernels import fast_path, flash_decode, flash_v2, flash_v2_backward, launch_table
-from labutils.attention.kernels.launch import Launched, describe
-from labutils.attention.kernels.launch_table import LaunchConfig
+from labutils.attention import checks, fast_path
+from labutils.attention.kernels import flash_decode, flash_v2, flash_v2_backward, launch_config
+from labutils.attention.kernels.launch import Launch, describe
+from labutils.attention.kernels.launch_config import LaunchConfig
+from labutils.attention.kernels.options import Cache, Options
+from labutils.attention.kernels.replay import Replay
 
 SIGNATURE = {
     "q_ptr": "*fp16", "k": "tensordesc<fp16[1, 1, 64, 32]>", "v": "tensordesc<fp16[1, 1, 64, 32]>", "o_ptr": "*fp16",
@@ -87,10 +89,16 @@ def flat(args):
         yield from flat(argument) if isinstance(argument, (list, tuple)) else (argument,)
 
 
+def replay_of(kernel, arguments):
+    """A replay of a launch with these arguments."""
+    names = [f"argument_{i}" for i in range(len(arguments))]
+    return Replay(Launch(kernel, names, GRID, tuple(arguments), {}))
+
+
 @pytest.mark.parametrize("about", [ABOUT, None], ids=["copy engine", "none"])
 def test_again_gives_the_launcher_what_triton_gives_it(gpu, about):
     kernel, first, second = gpu.kernel(about), arguments(), arguments()
-    again = Launched(kernel, GRID, first).again
+    again = replay_of(kernel, first).again
     for some in (first, second, first):
         again(*addresses(some))
         kernel.run(*GRID, STREAM, kernel.function, kernel.packed_metadata, None, None, None, *some)
@@ -101,7 +109,7 @@ def test_again_gives_the_launcher_what_triton_gives_it(gpu, about):
 
 def test_a_tensor_map_is_made_once_for_an_address(gpu):
     first, second = arguments(), arguments()
-    launched = Launched(gpu.kernel(), GRID, first)
+    launched = replay_of(gpu.kernel(), first)
     before = len(gpu.made)
     for _ in range(3):
         launched.again(*addresses(first))
@@ -113,7 +121,7 @@ def test_a_tensor_map_is_made_once_for_an_address(gpu):
 
 def test_addresses_that_are_not_given_stay(gpu):
     first, second = arguments(), arguments()
-    launched = Launched(gpu.kernel(), GRID, first)
+    launched = replay_of(gpu.kernel(), first)
     launched.again(*addresses(second)[:1])
     launched.again(addresses(second)[0], *addresses(first)[1:])
     assert gpu.launched[0] == gpu.launched[1]
@@ -125,7 +133,7 @@ def test_another_grid_and_other_numbers(gpu):
     """Numbers stand where they are told to, for this launch alone."""
     kernel, tensor = gpu.kernel(None), torch.zeros(3)
     kernel.run.launch = lambda *args: gpu.launched.append(args)
-    launched = Launched(kernel, GRID, (tensor, 2, 30, 40, 0.5))
+    launched = replay_of(kernel, (tensor, 2, 30, 40, 0.5))
     launched.again(grid=(9, 1, 1), place=2, numbers=(31, 41))
     launched.again()
     for args, grid, numbers in zip(gpu.launched, [(9, 1, 1), GRID], [(31, 41), (30, 40)], strict=True):
@@ -133,7 +141,7 @@ def test_another_grid_and_other_numbers(gpu):
 
 
 def test_triton_s_profilers_are_told(gpu, monkeypatch):
-    launched = Launched(gpu.kernel(), GRID, arguments())
+    launched = replay_of(gpu.kernel(), arguments())
     launched.again()
     hooks = knobs.HookChain()
     hooks.add(lambda about: None)
@@ -148,14 +156,16 @@ def test_a_form_gives_new_outputs_to_the_same_launch(monkeypatch):
     given = []
     out = torch.zeros(2, 96, 3, 32).half()
     lse = torch.zeros(2, 3, 96)
-    launched = SimpleNamespace(again=lambda *addresses: given.append(addresses))
-    monkeypatch.setattr(flash_v2, "start", lambda q, k, v, options: (out, lse, lambda: launched))
-    form = fast_path._Form(flash_v2.Options(0.125))
+    launched = object()
+    monkeypatch.setattr(flash_v2, "launch_forward", lambda q, k, v, options: (out, lse, launched))
+    replays = {launched: SimpleNamespace(again=lambda *addresses: given.append(addresses))}
+    monkeypatch.setattr(fast_path, "Replay", replays.get)
+    form = fast_path.KnownCall(Options(0.125))
     q, k, v = torch.randn(3, 2, 3, 96, 32).half().transpose(2, 3).unbind()  # not contiguous: out is, all the same
     for _ in range(2):
-        assert form.launched is None
-        assert form.forward(q, k, v) == (out, lse) and given == []
-    new_out, new_lse = form.forward(k, v, q)
+        assert form.replay is None
+        assert form.output(q, k, v) == (out, lse) and given == []
+    new_out, new_lse = form.output(k, v, q)
     assert given == [(k.data_ptr(), v.data_ptr(), q.data_ptr(), new_out.data_ptr(), new_lse.data_ptr())]
     for new, old in ((new_out, out), (new_lse, lse)):
         assert (new.shape, new.stride(), new.dtype) == (old.shape, old.stride(), old.dtype)
@@ -168,21 +178,22 @@ def test_a_form_gives_new_gradients_to_the_same_launches(monkeypatch):
     q, k, v, out, dout = torch.randn(5, 2, 96, 3, 32).half().unbind()
     lse, per_row = torch.zeros(2, 3, 96), torch.zeros(2, 2, 3, 160)
 
-    def launched(name):
-        return lambda: SimpleNamespace(again=lambda *addresses: given.append((name, addresses)))
+    def replay(name):
+        return SimpleNamespace(again=lambda *addresses: given.append((name, addresses)))
 
     started = []
 
     def start(*args):
         started.append(args)
-        return tuple(t.clone() for t in (q, k, v)), {name: launched(name) for name in ("dq", "dkdv")}, per_row
+        return tuple(t.clone() for t in (q, k, v)), {name: name for name in ("dq", "dkdv")}, per_row
 
-    monkeypatch.setattr(flash_v2_backward, "start", start)
+    monkeypatch.setattr(flash_v2_backward, "launch_backward", start)
+    monkeypatch.setattr(fast_path, "Replay", replay)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
-    form = fast_path._Form(flash_v2.Options(0.125))
-    form.backward(dout, q, k, v, out, lse, None)
+    form = fast_path.KnownCall(Options(0.125))
+    form.gradients(dout, None, q, k, v, out, lse)
     assert len(started) == 1 and given == []
-    gradients = form.backward(out, v, k, q, dout, lse, None)
+    gradients = form.gradients(out, None, v, k, q, dout, lse)
     assert len(started) == 1 and all(g.shape == q.shape and g.is_contiguous() for g in gradients)
     first, second = dict(given)["dq"], dict(given)["dkdv"]
     dq, dk, dv = (g.data_ptr() for g in gradients)
@@ -190,20 +201,20 @@ def test_a_form_gives_new_gradients_to_the_same_launches(monkeypatch):
     lse2, delta = first[6:8]
     assert delta - lse2 == 4 * 2 * 3 * 160 and first[8:] == (dq,)
     assert second == (v.data_ptr(), k.data_ptr(), q.data_ptr(), out.data_ptr(), lse2, delta, dk, dv)
-    form.backward(dout, q, k, v, out, lse, None)
-    form.backward(dout[:1, :1, :1, :1].expand(out.shape), q, k, v, out, lse, None)
+    form.gradients(dout, None, q, k, v, out, lse)
+    form.gradients(dout[:1, :1, :1, :1].expand(out.shape), None, q, k, v, out, lse)
     assert len(started) == 2 and len(given) == 4
 
 
 def test_a_backward_of_another_kind_takes_the_long_way(monkeypatch):
     q, k, v, out, dout = torch.randn(5, 2, 96, 3, 32).half().unbind()
     lse, long = torch.zeros(2, 3, 96), []
-    monkeypatch.setattr(flash_v2_backward, "backward", lambda *args, dlse: long.append(dlse))
+    monkeypatch.setattr(flash_v2_backward, "launch_backward", lambda *args, dlse: [long.append(dlse)])
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
-    form = fast_path._Form(flash_v2.Options(0.125))
-    form.backward(dout, q, k, v, out, lse, lse)
+    form = fast_path.KnownCall(Options(0.125))
+    form.gradients(dout, lse, q, k, v, out, lse)
     odd = torch.zeros(dout.numel() + 1).half()[1:].view(dout.shape)  # 2 bytes off
-    form.backward(odd, q, k, v, out, lse, None)
+    form.gradients(odd, None, q, k, v, out, lse)
     assert long == [lse, None] and form.backwards == {}
 
 
@@ -226,18 +237,18 @@ def test_a_backward_done_again_gives_the_kernels_what_the_long_way_gives_them(gp
         )
         arguments = [named[name] for name in kernel.arg_names]
         fake.run(*grid, 1, 1, STREAM, fake.function, fake.packed_metadata, None, None, None, *arguments)
-        return lambda: Launched(fake, (*grid, 1, 1), arguments)
+        return Launch(fake, kernel.arg_names, (*grid, 1, 1), args, constants)
 
     monkeypatch.setattr(flash_v2_backward, "launch", launch)
     monkeypatch.setattr(flash_v2_backward, "pick_config", lambda *_, **__: LaunchConfig(64, 32, tma=tma))
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
-    form = fast_path._Form(flash_v2.Options(0.125, (None, 0)))
+    form = fast_path.KnownCall(Options(0.125, window_right=0))
 
     def launches(seed):
         q, k, v, out, dout = torch.randn(5, 2, 3, 96, 32, generator=torch.Generator().manual_seed(seed)).half()
         given = [t.transpose(1, 2) for t in (q, k, v, out, dout)] + [torch.zeros(2, 3, 96)]
         gpu.launched.clear()
-        gradients = form.backward(given[4], *given[:4], given[5], None)
+        gradients = form.gradients(given[4], None, *given[:4], given[5])
         known = {t.data_ptr(): name for name, t in zip(("q", "k", "v", "o", "do", "lse"), given, strict=True)}
         known |= {t.data_ptr(): name for name, t in zip(("dq", "dk", "dv"), gradients, strict=True)}
         seen = {name: list(flat(as_numbers(args))) for name, args in gpu.launched}
@@ -289,12 +300,12 @@ def decodings(gpu, monkeypatch):
         fake = gpu.kernel(None)
         fake.run.launch = note
         fake.run(*grid, 1, 1, STREAM, fake.function, fake.packed_metadata, None, None, None, *arguments)
-        return lambda: Launched(fake, (*grid, 1, 1), arguments)
+        return Launch(fake, kernel.arg_names, (*grid, 1, 1), args, constants)
 
     monkeypatch.setattr(flash_decode, "launch", launch)
     monkeypatch.setattr(flash_decode, "pick_config", lambda *_, **__: LaunchConfig(16, 16, 4, 3))
     monkeypatch.setattr(flash_decode, "choose_splits", lambda programs, tiles, slots: max(1, min(tiles - 1, 128)))
-    monkeypatch.setattr(fast_path, "_forms", {})
+    monkeypatch.setattr(fast_path, "_known", {})
     return gpu.launched
 
 
@@ -340,7 +351,7 @@ def decoding_of(case, n):
     q = aligned(torch.Size((2, case["n_q"], 2 * heads, head_dim)), dtype, case["off_q"])
     k, v = (case["cache"](case["capacity"], heads, head_dim, dtype, off=case[off]) for off in ("off_k", "off_v"))
     scale, causal, window, softcap = case["options"]
-    options = flash_v2.Options(scale, checks.window(window, causal), checks.cap(softcap))
+    options = Options(scale, *checks.window(window, causal), checks.cap(softcap))
     return q, k, v, options, case["options"], case["splits"]
 
 
@@ -359,23 +370,26 @@ def test_decoding_launches_what_the_long_way_launches(decodings):
             seen.append((what, grid, named))
         return seen, [(t.shape, t.stride(), t.dtype) for t in (out, lse)]
 
+    def through_fast_path(q, k, v, n, splits, key, options):
+        return fast_path.known_decoding(q, k, v, n, splits, key, lambda: options).decode(q, k, v, n)
+
     short = 0
     for n in (*range(1, 40), 255, 256, 257, 300, 302, 304, 37, 5):
         for name, case in DECODINGS.items():
             q, k, v, options, key, splits = decoding_of(case, n)
-            cache = flash_decode.Cache(None, n)
+            cache = Cache(None, n)
             long = launches(lambda: flash_decode.decode(q, k, v, cache, options, splits=splits), q, k, v)  # noqa: B023
-            before = sum(len(form.known) for form in fast_path._forms.values())
-            ours = launches(lambda: fast_path.decoding(q, k, v, n, key, splits, lambda: options), q, k, v)  # noqa: B023
+            before = sum(len(known.replays) for known in fast_path._known.values())
+            ours = launches(lambda: through_fast_path(q, k, v, n, splits, key, options), q, k, v)  # noqa: B023
             assert ours == long, f"{name}, {n} keys"
-            short += before == sum(len(form.known) for form in fast_path._forms.values())
+            short += before == sum(len(known.replays) for known in fast_path._known.values())
     layouts = sum("cache" in case for case in DECODINGS.values())
-    assert len(fast_path._forms) == len(DECODINGS) - layouts  # how the cache lies in memory is no part of a form
+    assert len(fast_path._known) == len(DECODINGS) - layouts  # how the cache lies in memory is no part of a form
     assert short > 0.8 * 46 * len(DECODINGS)
 
 
 def test_sizes_of_grids_and_blocks_are_triton_s():
     for n in (1, 2, 3, 15, 16, 17, 1000, 2**20 + 1):
-        assert launch_table.next_power_of_2(n) == triton.next_power_of_2(n)
-        assert [launch_table.cdiv(n, block) for block in (16, 64)] == [triton.cdiv(n, block) for block in (16, 64)]
-    assert launch_table.cdiv(0, 16) == 0
+        assert launch_config.next_power_of_2(n) == triton.next_power_of_2(n)
+        assert [launch_config.cdiv(n, block) for block in (16, 64)] == [triton.cdiv(n, block) for block in (16, 64)]
+    assert launch_config.cdiv(0, 16) == 0

@@ -8,9 +8,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from labutils import runtime
-from labutils.attention import interface, operators
-from labutils.attention.kernels import fast_path, flash_v2_backward
-from labutils.attention.kernels.flash_v2 import Options
+from labutils.attention import fast_path, interface, operators
+from labutils.attention.kernels import flash_v2_backward
+from labutils.attention.kernels.options import Options
 from labutils.attention.reference import check_attention, check_gradients, exact_attention, visible_mask
 from labutils.benchmark import attention_flops
 
@@ -32,28 +32,31 @@ def starts(*lengths):
 
 
 class TestOpcheck:
-    """PyTorch's own check of an operator: schema, autograd, shapes and strides without data, and under AOTAutograd."""
+    """PyTorch's own check of an operator: schema, shapes and strides without data, and under AOTAutograd."""
 
     @pytest.mark.parametrize("feature", ["plain", "all", "packed"])
     def test_attention(self, feature):
-        q, k, v = make(requires_grad=True)
+        q, k, v = make()
         slopes = torch.tensor([0.1, 0.2], device=DEVICE)
         seed = torch.tensor([5], device=DEVICE)
         rest = {
-            "plain": (0.25, -1, -1, 0.0, None, 0.0, None, None, None, 0, 0, None),
-            "all": (0.25, 9, 0, 1.5, slopes, 0.2, seed, None, None, 0, 0, None),
-            "packed": (0.25, -1, 0, 0.0, None, 0.0, None, starts(8, 12), starts(20, 8), 12, 20, None),
+            "plain": Options(0.25),
+            "all": Options(0.25, 9, 0, 1.5, slopes, 0.2, seed),
+            "packed": Options(0.25, None, 0, None, None, 0.0, None, starts(8, 12), starts(20, 8), 12, 20),
         }[feature]
         if feature == "packed":
-            q, k, v = (t.detach()[0].requires_grad_() for t in (q, k, v))
+            q, k, v = (t[0] for t in (q, k, v))
         torch.library.opcheck(torch.ops.labutils.flash_attention.default, (q, k, v, *rest))
+        out, lse = torch.ops.labutils.flash_attention(q, k, v, *rest)
+        of_the_output = (torch.randn_like(out), None, q, k, v, out, lse)
+        torch.library.opcheck(torch.ops.labutils.flash_attention_backward.default, (*of_the_output, *rest[:-1]))
 
     def test_cache(self):
         q, k, v = make(3, 3)
         caches = make(3, 40)[1:]
         cos, sin = torch.randn(2, 64, 4, device=DEVICE)
         lengths = torch.tensor([30], dtype=torch.int32, device=DEVICE)
-        arguments = (q, *caches, k, v, cos, sin, lengths, 0, None, None, None, 0.25, -1, 0, 0.0, True, None, 2)
+        arguments = (q, *caches, k, v, cos, sin, lengths, 0, None, None, None, 0.25, None, 0, None, True, None, 2)
         torch.library.opcheck(torch.ops.labutils.flash_attention_with_cache.default, arguments)
 
 
@@ -67,6 +70,26 @@ class TestCompile:
             q, k, v = make(requires_grad=True)
             out = run(q, k, v)
             results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+        for eager, fast in zip(*results, strict=True):
+            torch.testing.assert_close(fast, eager)
+
+    @pytest.mark.parametrize("dynamic", [None, True], ids=["static", "dynamic"])
+    def test_tensors_among_the_options_reach_the_backward(self, dynamic):
+        """Slopes, borders and a window: what the backward of a compiled program keeps besides q, k, v, out and lse."""
+        slopes = torch.tensor([0.1, 0.4], device=DEVICE)
+
+        def layer(q, k, v, slopes, borders):
+            out, lse, _ = interface.flash_attn_varlen_func(
+                q * 2, k, v, borders, borders, 12, 12,
+                window_size=(7, 0), alibi_slopes=slopes, softcap=2.0, return_attn_probs=True,
+            )  # fmt: skip
+            return out.square().sum() + lse.sum()
+
+        results = []
+        for run in (layer, compiled(layer, dynamic=dynamic)):
+            q, k, v = (t.detach()[0].requires_grad_() for t in make(20, 20))
+            loss = run(q, k, v, slopes, starts(8, 12))
+            results.append([loss, *torch.autograd.grad(loss, (q, k, v))])
         for eager, fast in zip(*results, strict=True):
             torch.testing.assert_close(fast, eager)
 
@@ -135,7 +158,8 @@ class TestFlops:
     @pytest.mark.parametrize(("n_q", "n_k"), [(1, 1), (5, 9), (9, 5), (13, 13), (0, 4), (4, 0)])
     @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (3, 0), (0, 2), (20, 30), (-1, 4), (2, -1)])
     def test_visible_pairs(self, n_q, n_k, window):
-        assert operators.visible_pairs(n_q, n_k, *window) == int(visible_mask(n_q, n_k, window_size=window).sum())
+        bounds = (None if side < 0 else side for side in window)
+        assert operators.visible_pairs(n_q, n_k, *bounds) == int(visible_mask(n_q, n_k, window_size=window).sum())
 
 
 class TestAutocast:
@@ -170,11 +194,11 @@ def test_gradients_are_the_same_however_often_a_form_was_seen(autocast):
         for dout in (torch.randn_like(out), torch.ones((), device=DEVICE, dtype=low).expand(out.shape)):
             ours = torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
             half = [t.detach().to(low) for t in (q, k, v)]
-            options = Options(64**-0.5, (None, 0))
+            options = Options(64**-0.5, window_right=0)
             scratch = flash_v2_backward.backward(dout, *half, out.detach(), lse.detach(), options)
             for a, b in zip(ours, scratch, strict=True):
                 assert torch.equal(a, b.to(a.dtype))
-    assert any(form.backwards for form in fast_path._forms.values())
+    assert any(known.backwards for known in fast_path._known.values())
 
 
 class TestGradientOfTheLogSumExp:
@@ -222,8 +246,9 @@ def test_packed_sequences_without_their_borders(there, paged, message):
     q, k, v = (t[0] if there else t for t in make(20, 20))
     table = torch.zeros(2, 2, dtype=torch.int32, device=DEVICE) if paged else None
     borders = [starts(8, 12) if name == there else None for name in "qk"]
+    options = Options(0.25, None, 0, None, None, 0.0, None, *borders, 12, 20, table)
     with pytest.raises(ValueError, match=message):
-        torch.ops.labutils.flash_attention(q, k, v, 0.25, -1, 0, 0.0, None, 0.0, None, *borders, 12, 20, table)
+        torch.ops.labutils.flash_attention(q, k, v, *options)
 
 
 def test_the_cache_has_no_backward_and_says_so():

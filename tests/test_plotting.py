@@ -229,6 +229,18 @@ def test_mask(n_q, n_k):
         plotting.plot_mask(mask[None])
 
 
+def test_row_errors_are_drawn_with_the_line_of_the_rule():
+    fig = plotting.plot_row_errors(
+        {"right": torch.full((5,), 1e-3), "bug": torch.tensor([0, 0, 1.0, 0, 0])}, 1e-2, "CPU."
+    )
+    (ax,) = fig.axes
+    labels = [line.get_label() for line in ax.lines]
+    assert labels == ["right", "bug", "what the 2 × rule allows"]
+    assert ax.get_yscale() == "log"
+    with pytest.raises(ValueError, match="6 results, but colours for only 5"):  # none is left out without a word
+        plotting.plot_row_errors({str(i): torch.zeros(5) for i in range(6)}, 1e-2)
+
+
 def test_memory_hierarchy():
     figure = plotting.plot_memory_hierarchy()
     check(figure, axes=[])

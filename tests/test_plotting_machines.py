@@ -92,7 +92,7 @@ def test_a_timeline_has_a_track_for_each_device():
 def test_decisions():
     from labutils.analysis import advice
 
-    judged = advice.judged(benchmark.reference_results(), (9, 0))
+    judged = advice.against_fastest(benchmark.reference_results(), (9, 0))
     figure = plotting.plot_decisions(judged, "NVIDIA H200")
     check(figure)
     assert {f"fastest: {plotting.LABELS[name]}" for name in judged["fastest"]} == set(legend(figure))

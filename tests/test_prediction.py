@@ -100,7 +100,7 @@ def test_constants_are_the_best_that_are_not_negative():
 
 def test_too_few_rows_and_unknown_groups():
     measured = pd.DataFrame([SHAPE | {"impl": "triton_v2", "ms": 1.0}] * 3)
-    with pytest.raises(ValueError, match="3 measurements cannot say 5 constants"):
+    with pytest.raises(ValueError, match="3 measurements do not determine 5 constants"):
         prediction.fit(measured, GPU)
     assert prediction.predict({}, measured, GPU).empty
     assert prediction.fit(measured.assign(impl="naive"), GPU) == {}  # it is not what the model describes
@@ -144,7 +144,7 @@ def test_the_clock_that_nvidia_smi_says(monkeypatch):
 def test_errors_are_relative_and_summed_up():
     table = pd.DataFrame({"impl": "a", "pass": "fwd", "ms": [1.0, 2.0, 4.0], "predicted_ms": [1.1, 2.0, 3.0]})
     assert prediction.errors(table).tolist() == pytest.approx([0.1, 0.0, 0.25])
-    summary = prediction.judged(table)
+    summary = prediction.error_summary(table)
     assert summary.loc["all", "median"] == pytest.approx(0.1) and summary.loc["a fwd", "shapes"] == 3
 
 
@@ -179,7 +179,7 @@ def test_stored_predictions_follow_from_the_stored_measurements(stored):
     assert not set(held_out["seqlen"]) & set(fitted["seqlen"])
     errors = prediction.errors(held_out)
     assert errors.median() <= 0.10 and errors.quantile(0.9) <= 0.25
-    judged = prediction.judged(held_out)  # and no implementation hides behind another
+    judged = prediction.error_summary(held_out)  # and no implementation hides behind another
     assert (judged["median"] <= 0.10).all() and (judged["90 %"] <= 0.25).all()
 
 
@@ -210,7 +210,7 @@ def test_which_kernel_computes_a_head_of_96_with_128_columns(stored):
 @pytest.mark.parametrize("table", ["attention", "prediction"])
 def test_the_advice_is_near_the_fastest_on_the_stored_shapes(table):
     found = benchmark.reference_results(table=table, dtype=None)
-    judged = advice.judged(found if table == "attention" else found.assign(status="ok"), (9, 0))
+    judged = advice.against_fastest(found if table == "attention" else found.assign(status="ok"), (9, 0))
     assert len(judged) >= {"attention": 96, "prediction": 230}[table]
     assert (judged["ratio"] <= 1.10).mean() >= 0.95
     assert set(judged["recommended"]) <= set(found["impl"])  # none is judged by what was not measured
@@ -310,7 +310,7 @@ def test_stored_resources_are_what_compiling_gives():
 
 
 def test_the_stored_table_has_the_launch_table_of_today(monkeypatch):
-    """Without compiling: `python -m labutils study resources` makes it anew."""
+    """Without compiling: `python tools/study.py resources` makes it anew."""
     stored = resources.stored_table()
     table = stored[stored["origin"] == "table"]
     assert set(table["capability"]) == {"{}.{}".format(*c) for c in resources.CAPABILITIES}

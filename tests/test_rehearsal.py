@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from labutils import benchmark, runtime, training
+from labutils.benchmark import tables
 from labutils.gpt2 import models
 from labutils.training import ladder, rehearsal
 
@@ -145,7 +146,7 @@ def test_an_interrupted_ladder_goes_on(tmp_path):
     whole = ladder.ladder(("124M",), 16.0, find=interrupted, **settings)
     assert len(whole) == 4 and not whole.attrs["interrupted"]
     assert calls == [*[rung.name for rung in ladder.RUNGS[:2]], "stop", *[rung.name for rung in ladder.RUNGS[2:4]]]
-    benchmark.check_schema(whole, "training")
+    tables.check_schema(whole, "training")
     assert json.loads((tmp_path / "ladder.json").read_text())["rows"][0]["rung"] == "eager, float32"
     with pytest.raises(ValueError, match="another folder"):
         ladder.ladder(("124M",), 12.0, find=interrupted, **settings)

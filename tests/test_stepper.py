@@ -54,18 +54,6 @@ def test_the_widget_changes_its_picture_with_the_slider(states):
     assert len(set(pictures)) == len(found) and all(picture.startswith(b"\x89PNG") for picture in pictures)
 
 
-def test_row_errors_are_drawn_with_the_line_of_the_rule():
-    fig = stepper.plot_row_errors(
-        {"right": torch.full((5,), 1e-3), "bug": torch.tensor([0, 0, 1.0, 0, 0])}, 1e-2, "CPU."
-    )
-    (ax,) = fig.axes
-    labels = [line.get_label() for line in ax.lines]
-    assert labels == ["right", "bug", "what the 2 × rule allows"]
-    assert ax.get_yscale() == "log"
-    with pytest.raises(ValueError, match="6 results, and colours for 5"):  # none is left out without a word
-        stepper.plot_row_errors({str(i): torch.zeros(5) for i in range(6)}, 1e-2)
-
-
 def test_a_planted_bug_is_one_and_without_it_the_result_is_right():
     from labutils.attention import bugs, reference
 

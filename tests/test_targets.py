@@ -1,4 +1,4 @@
-"""The targets: what is measured for them, and how made-up and stored rows are judged."""
+"""tools/targets.py: what is measured for the requirements, and how made-up and stored rows are judged."""
 
 import ast
 import json
@@ -13,17 +13,19 @@ import pandas as pd
 import pytest
 import torch
 
+import required_speed
+import targets
+import without_features
 from labutils import benchmark, runtime
-from labutils.__main__ import main
 from labutils.attention import interface
 from labutils.attention.kernels import flash_v2, flash_v2_backward
-from labutils.attention.kernels.flash_v2 import Options
-from labutils.attention.tuning import compiled, without_features
-from labutils.benchmark import environment, sweeping, targets
+from labutils.attention.kernels.options import Options
+from labutils.attention.tuning import compiled
+from labutils.benchmark import environment, sweeping
 from labutils.benchmark.points import Point
 from labutils.benchmark.tables import as_table
 from labutils.benchmark.timing import Timing
-from labutils.commands import targets as command
+from labutils.commands.arguments import INTERRUPTED
 
 ON_CPU = pytest.mark.skipif(not runtime.interpreted, reason="about a machine without a GPU; this one has one")
 ENVIRONMENT = {"gpu": "Some GPU", "torch": "2.13.0", "triton": "3.7.1", "date": "2026-11-21"}
@@ -32,13 +34,13 @@ ENVIRONMENT = {"gpu": "Some GPU", "torch": "2.13.0", "triton": "3.7.1", "date": 
 def base(point):
     """Times that meet every target: twice as fast as FA2."""
     work = point.batch * point.heads * point.seqlen**2 * point.head_dim * (2.5 if point.which == "bwd" else 1)
-    return work * 1e-12 * (0.5 if point.causal else 1) * (2 if point.impl in targets.FA2 else 1)
+    return work * 1e-12 * (0.5 if point.causal else 1) * (2 if point.impl in required_speed.FA2 else 1)
 
 
 def table(time=base, leave_out=lambda point: False):
     rows = {
         point: {"ms": time(point), "spread_ms": 0.01 * time(point), "status": "ok", "reason": ""}
-        for point in targets.points()
+        for point in required_speed.points()
         if not leave_out(point)
     }
     df = as_table(rows)
@@ -49,17 +51,17 @@ def table(time=base, leave_out=lambda point: False):
 def features(ratio=1.01):
     return pd.DataFrame(
         [(which, d, causal, ratio, 1.0, 0.01) for d in (64, 128) for causal in (0, 1) for which in ("fwd", "bwd")],
-        columns=targets.FEATURE_COLUMNS,
+        columns=required_speed.FEATURE_COLUMNS,
     )  # fmt: skip
 
 
 def host(ratio=1.4):
     rows = [(d, causal, 10 * ratio, 10.0) for d in (64, 128) for causal in (False, True)]
-    return pd.DataFrame(rows, columns=targets.HOST_COLUMNS)
+    return pd.DataFrame(rows, columns=required_speed.HOST_COLUMNS)
 
 
 def judged(**changes):
-    found = targets.assess(**{"table": table(), "features": features(), "host": host()} | changes)
+    found = required_speed.assess(**{"table": table(), "features": features(), "host": host()} | changes)
     return {finding.what: finding for finding in found}
 
 
@@ -69,12 +71,12 @@ def judged(**changes):
 
 
 def test_the_points_are_the_grid_of_the_targets():
-    points = targets.points()
+    points = required_speed.points()
     assert len(points) == len(set(points)) == 24 * 3 + 24 + 8 + 12
     grid = {(p.head_dim, p.causal, p.seqlen) for p in points if p.impl == "sdpa_flash" and p.which == "bwd"}
     assert grid == {(d, mask, n) for d in (64, 128) for mask in (False, True) for n in (1024, 4096, 16384)}
     assert all(p.heads * p.head_dim == 2048 and p.batch == 16384 // p.seqlen for p in points)
-    assert {p.which for p in points if p.impl == targets.GQA} == {"fwd"}
+    assert {p.which for p in points if p.impl == required_speed.GQA} == {"fwd"}
     places = [p.inputs() for p in points]
     assert all(places.index(place) + places.count(place) - 1 == len(places) - 1 - places[::-1].index(place)
                for place in set(places))  # the same inputs are made once  # fmt: skip
@@ -83,7 +85,7 @@ def test_the_points_are_the_grid_of_the_targets():
 def test_shared_key_heads_are_what_it_says(monkeypatch):
     q, k, v = torch.randn(3, 1, 5, 16, 8).unbind()
     monkeypatch.setattr(interface, "flash_attn_func", lambda q, k, v, **options: (k, v, options))
-    call = targets.implementations()[targets.GQA]
+    call = required_speed.implementations()[required_speed.GQA]
     ks, vs, options = call(q, k, v, causal=True)
     assert ks.shape == vs.shape == (1, 5, 2, 8) and ks.is_contiguous() and options["causal"] is True
     assert torch.equal(ks, k[:, :, ::8]) and torch.equal(vs, v[:, :, ::8])
@@ -103,7 +105,7 @@ def test_plain_kernels_compute_the_same(causal):
     g = torch.Generator().manual_seed(0)
     q, k, v, dout = (torch.randn(1, 40, 4, 16, generator=g).to(runtime.device) for _ in range(4))
     k, v = k[:, :, :2], v[:, :, :2]
-    options = Options(0.25, (None, 0 if causal else None))
+    options = Options(0.25, window_right=0 if causal else None)
 
     def both():
         out, lse = flash_v2.forward(q, k, v, options)
@@ -121,8 +123,9 @@ def test_plain_kernels_compute_the_same(causal):
 
 
 def test_plain_kernels_leave_no_files(tmp_path):
-    program = "from labutils.attention.tuning import without_features\nwith without_features.plain_kernels():\n    pass"
-    subprocess.run([sys.executable, "-c", program], env=os.environ | {"TMPDIR": str(tmp_path)}, check=True, timeout=300)
+    program = "import without_features\nwith without_features.plain_kernels():\n    pass"
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=300)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -136,20 +139,20 @@ def test_plain_sources_have_no_feature_left():
 
 def test_features_switched_off_leave_next_to_nothing_in_the_machine_code():
     ours = compiled.Request("forward", 64, torch.float16, (9, 0))  # causal: without a mask the two are the same
-    [one], [twin] = compiled.resources_of([ours, replace(ours, plain=True)], binaries=True)
+    [[one]], [[twin]] = compiled.resources_of([ours], binaries=True), without_features.plain_resources([ours])
     assert 100 < twin.instructions <= one.instructions <= 1.02 * twin.instructions
     assert one.registers == pytest.approx(twin.registers, abs=8)
     assert (one.spilled_bytes, one.shared_bytes) == (twin.spilled_bytes, twin.shared_bytes)
     with pytest.raises(ValueError, match="plain kernels have no features"):
-        compiled.Request("decode", 64, torch.float16, (9, 0), plain=True)
+        without_features.plain_resources([replace(ours, program="decode")])
 
 
 @ON_CPU
 def test_nothing_is_timed_without_a_gpu(capsys, tmp_path):
-    for measure in (targets.host_times, lambda: next(targets.without_features())):
+    for measure in (required_speed.host_times, lambda: next(required_speed.feature_costs())):
         with pytest.raises(benchmark.Unsupported):
             measure()
-    assert main(["targets", "--out", str(tmp_path / "out")]) == 1
+    assert targets.run(["--out", str(tmp_path / "out")]) == 1
     assert "there is no GPU to time kernels on" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
@@ -161,7 +164,7 @@ def test_nothing_is_timed_without_a_gpu(capsys, tmp_path):
 def test_rows_that_meet_everything():
     findings = judged()
     assert len(findings) == 15 and all(finding.met for finding in findings.values())
-    assert targets.passed(findings.values())
+    assert required_speed.passed(findings.values())
     assert findings["forward over sdpa_flash, geometric mean"].measured == "2.000 x"
 
 
@@ -186,7 +189,7 @@ MISSED = [
     (
         "forward with 8 query heads a key head, beside one",
         1.03,
-        lambda p: p.impl == targets.GQA and p.head_dim == 128,
+        lambda p: p.impl == required_speed.GQA and p.head_dim == 128,
         "1.030 x at D 128, full, N 1,024 (spread 0.02",
     ),
     (
@@ -202,13 +205,13 @@ MISSED = [
 def test_each_target_can_be_missed(what, factor, where, measured):
     findings = judged(table=table(lambda point: base(point) * (factor if where(point) else 1)))
     assert findings[what].met is False and measured in findings[what].measured
-    assert not targets.passed(findings.values())
+    assert not required_speed.passed(findings.values())
 
 
 def test_what_is_within_the_limits_is_met():
     within = {
         "bfloat16": lambda p: 1.049 if p.dtype == "bfloat16" else 1,
-        "shared": lambda p: 1.015 if p.impl == targets.GQA else 1,  # the spread of both is 0.02
+        "shared": lambda p: 1.015 if p.impl == required_speed.GQA else 1,  # the spread of both is 0.02
         "odd": lambda p: 1.099 if p.seqlen == 4095 else 1,
     }
     for slower in within.values():
@@ -228,8 +231,8 @@ def test_what_was_not_measured_is_not_met_and_says_so():
     findings = judged(features=None, host=host().iloc[:3])
     assert findings["features switched off, beside kernels without them"].measured == "not measured: 0 of 8 rows"
     assert findings["host time of a forward call, beside PyTorch's attention"].measured == "not measured: 3 of 4 rows"
-    assert not targets.passed(findings.values())
-    one = judged(table=table(leave_out=lambda p: p.impl == targets.GQA and p.seqlen == 1024))
+    assert not required_speed.passed(findings.values())
+    one = judged(table=table(leave_out=lambda p: p.impl == required_speed.GQA and p.seqlen == 1024))
     assert one["forward with 8 query heads a key head, beside one"].measured == (
         "not measured: 8 of 12 pairs of points are there"
     )
@@ -237,7 +240,7 @@ def test_what_was_not_measured_is_not_met_and_says_so():
     without = judged(table=table(leave_out=lambda p: p.impl == "flash_attn"))
     missing = [finding for finding in without.values() if finding.met is None]
     assert len(missing) == 4 and all(finding.optional for finding in missing)
-    assert targets.passed(without.values())
+    assert required_speed.passed(without.values())
     failed = table()
     failed.loc[failed["impl"] == "sdpa_flash", ["ms", "status"]] = [math.nan, "oom"]
     assert judged(table=failed)["forward over sdpa_flash, every point"].met is None
@@ -245,20 +248,20 @@ def test_what_was_not_measured_is_not_met_and_says_so():
 
 def test_rows_beside_the_grid_are_left_out_and_doubles_refused():
     more = pd.concat([table(), table(lambda point: 1e-9).assign(batch=3), table(lambda point: 1e-9).assign(seqlen=512)])
-    assert targets.assess(more, features(), host()) == targets.assess(table(), features(), host())
+    assert required_speed.assess(more, features(), host()) == required_speed.assess(table(), features(), host())
     with pytest.raises(ValueError, match="triton_v2, fwd: a point is there twice"):
-        targets.assess(pd.concat([table(), table()]))
+        required_speed.assess(pd.concat([table(), table()]))
 
 
 def test_a_row_of_features():
     ours, theirs = [Timing(1.02, 0.0), Timing(1.04, 0.0)], [Timing(1.0, 0.01), Timing(1.0, 0.0)]
-    row = targets.feature_row("fwd", 64, True, ours, theirs)
+    row = required_speed.feature_row("fwd", 64, True, ours, theirs)
     assert (row["with_ms"], row["without_ms"]) == (pytest.approx(1.03), 1.0) and row["spread"] == pytest.approx(0.03)
 
 
 def test_the_stored_rows_of_the_h200():
     stored = benchmark.reference_results(dtype=None)
-    findings = {finding.what: finding for finding in targets.assess(stored)}
+    findings = {finding.what: finding for finding in required_speed.assess(stored)}
     for which, name in (("fwd", "forward"), ("bwd", "backward")):
         ratios = []
         for d in (64, 128):
@@ -273,7 +276,7 @@ def test_the_stored_rows_of_the_h200():
         assert finding.measured == f"{mean:.3f} x" and finding.met == (mean >= 1.5)
         finding = findings[f"{name} over sdpa_flash, every point"]
         assert finding.measured.startswith(f"{min(ratios):.3f} x at ") and finding.met == (min(ratios) >= 1)
-    assert findings[f"forward at N = {targets.ODD:,}, beside {targets.EVEN:,}"].met is None
+    assert findings[f"forward at N = {required_speed.ODD:,}, beside {required_speed.EVEN:,}"].met is None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -301,63 +304,63 @@ def gpu(monkeypatch):
     monkeypatch.setattr(runtime, "device", torch.device("cuda"))
     monkeypatch.setattr(environment, "environment", lambda: dict(ENVIRONMENT))
     monkeypatch.setattr(sweeping, "measure_rounds", measure)
-    monkeypatch.setattr(targets, "host_times", lambda: host().to_dict("records"))
-    monkeypatch.setattr(targets, "without_features", lambda **_: iter(features().to_dict("records")))
+    monkeypatch.setattr(required_speed, "host_times", lambda: host().to_dict("records"))
+    monkeypatch.setattr(required_speed, "feature_costs", lambda **_: iter(features().to_dict("records")))
     return state
 
 
 def test_the_command_measures_judges_and_writes(gpu, tmp_path, capsys):
     out = tmp_path / "out"
-    assert main(["targets", "--out", str(out)]) == 0
+    assert targets.run(["--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "All targets are met." in printed and printed.count("\nmet ") == 15
     stored = json.loads((out / "targets.json").read_text())
     assert stored["passed"] is True and stored["environment"]["gpu"] == "Some GPU" and len(stored["targets"]) == 15
     assert len(stored["host"]) == 4 and len(stored["features"]) == 8
     before = (out / "targets.json").read_text()
-    assert main(["targets", "--of", str(out)]) == 0 and (out / "targets.json").read_text() == before
-    assert main(["targets", "--out", str(out)]) == 2  # it holds rows already
+    assert targets.run(["--of", str(out)]) == 0 and (out / "targets.json").read_text() == before
+    assert targets.run(["--out", str(out)]) == 2  # it holds rows already
     assert "--resume" in capsys.readouterr().err
     host(1.6).to_csv(out / "host.csv", index=False)
-    assert main(["targets", "--of", str(out)]) == 1
+    assert targets.run(["--of", str(out)]) == 1
     assert "NOT MET      host time of a forward call" in capsys.readouterr().out
 
 
 def test_the_command_goes_on_after_an_interrupt(gpu, tmp_path, capsys):
     out = tmp_path / "out"
     gpu["interrupt_at"] = 10
-    assert main(["targets", "--out", str(out)]) == command.INTERRUPTED
+    assert targets.run(["--out", str(out)]) == INTERRUPTED
     assert "--resume measures the rest" in capsys.readouterr().out
     assert len(benchmark.read_results(out)) == 10
     gpu["interrupt_at"] = None
-    assert main(["targets", "--out", str(out), "--resume"]) == 0
-    assert len(gpu["measured"]) == len(targets.points())
+    assert targets.run(["--out", str(out), "--resume"]) == 0
+    assert len(gpu["measured"]) == len(required_speed.points())
 
 
 def test_stored_rows_are_judged_without_a_gpu(capsys, tmp_path):
-    assert main(["targets", "--of", str(benchmark.RESULTS / "nvidia_h200")]) == 1
+    assert targets.run(["--of", str(benchmark.RESULTS / "nvidia_h200")]) == 1
     printed = capsys.readouterr().out
     assert "NVIDIA H200" in printed and "not measured forward at N = 4,095" in printed
     assert all(f"NOT MET      {name} over sdpa_flash, geo" in printed for name in ("forward", "backward"))  # see README
-    assert main(["targets", "--of", str(tmp_path)]) == 2 and "has no attention.csv" in capsys.readouterr().err
-    assert main(["targets", "--of", str(tmp_path), "--resume"]) == 2
+    assert targets.run(["--of", str(tmp_path)]) == 2 and "has no attention.csv" in capsys.readouterr().err
+    assert targets.run(["--of", str(tmp_path), "--resume"]) == 2
 
 
 @pytest.mark.parametrize("content", ["", "a,b\n1,2\n"])
 def test_damaged_tables_are_told_by_their_name(gpu, content, tmp_path, capsys):
-    assert main(["targets", "--out", str(tmp_path)]) in (0, 1)
+    assert targets.run(["--out", str(tmp_path)]) in (0, 1)
     (tmp_path / "host.csv").write_text(content)
     for asked in (["--of", str(tmp_path)], ["--out", str(tmp_path), "--resume"]):
-        assert main(["targets", *asked]) == 2
+        assert targets.run(asked) == 2
         assert "host.csv" in (said := capsys.readouterr().err) and "--resume measures it again" in said
 
 
 @pytest.mark.gpu
 def test_what_the_sweep_does_not_measure_on_this_gpu(monkeypatch):
-    monkeypatch.setattr(targets, "HEAD_DIMS", (64,))
-    rows = list(targets.without_features(rounds=1, seconds=0.01))
+    monkeypatch.setattr(required_speed, "HEAD_DIMS", (64,))
+    rows = list(required_speed.feature_costs(rounds=1, seconds=0.01))
     assert len(rows) == 4 and all(row["with_ms"] > 0 and row["without_ms"] > 0 for row in rows)
-    rows = targets.host_times(calls=100)
+    rows = required_speed.host_times(calls=100)
     assert len(rows) == 2 and all(0 < row["ours_us"] < 1e4 and 0 < row["sdpa_us"] < 1e4 for row in rows)
-    point = next(p for p in targets.points() if p.impl == targets.GQA)
+    point = next(p for p in required_speed.points() if p.impl == required_speed.GQA)
     assert isinstance(point, Point)

@@ -1,13 +1,19 @@
 """ncu's text is read as it writes it; cases, kernels and units are told apart; tables hold what was found."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 
-pytest.importorskip("pandas")
-
-from labutils import analysis, benchmark
-from labutils.analysis import counters  # noqa: E402
-from labutils.benchmark import environment  # noqa: E402
-from labutils.commands.arguments import INTERRUPTED  # noqa: E402
+import ncu
+import study
+import traffic_tables
+from labutils import analysis, benchmark, runtime
+from labutils.analysis import counters
+from labutils.benchmark import environment
+from labutils.commands.arguments import INTERRUPTED
 
 HEADER = (
     '"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device",'
@@ -20,7 +26,7 @@ def launch(number, kernel, **values):
     units = {"dram": "byte", "lts_": "sector", "l1te": "byte"}
     lines = []
     for ours, value in values.items():
-        metric = counters.METRICS[ours]
+        metric = ncu.METRICS[ours]
         unit = "" if metric.endswith(".ratio") else units[metric[:4]]
         text = value if isinstance(value, str) else f"{value:,}"
         lines.append(
@@ -63,7 +69,7 @@ TRAFFIC = text_of(
 
 
 def test_ncus_text_becomes_a_row_for_each_launch():
-    found = counters.parse_ncu(TRAFFIC)
+    found = ncu.parse_ncu(TRAFFIC)
     assert list(found["launch"]) == list(range(6))
     assert list(found["kernel"])[:3] == ["_mark", "void at::native::elementwise_kernel<128, 4>", "_forward_kernel"]
     row = found.set_index("kernel").loc["_forward_kernel"]
@@ -74,46 +80,48 @@ def test_ncus_text_becomes_a_row_for_each_launch():
 
 def test_units_are_undone_and_unknown_ones_refused():
     line = launch(0, "k", dram_read_bytes="2.5").replace('"byte"', '"Mbyte"')
-    assert counters.parse_ncu(text_of(line))["dram__bytes_read.sum"].tolist() == [2.5e6]
+    assert ncu.parse_ncu(text_of(line))["dram__bytes_read.sum"].tolist() == [2.5e6]
     with pytest.raises(ValueError, match="'furlong'"):
-        counters.parse_ncu(text_of(line.replace("Mbyte", "furlong")))
+        ncu.parse_ncu(text_of(line.replace("Mbyte", "furlong")))
 
 
 def test_closed_counters_and_empty_output_are_told():
     with pytest.raises(RuntimeError, match="run as root"):
-        counters.parse_ncu("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access counters")
+        ncu.parse_ncu("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access counters")
     with pytest.raises(RuntimeError, match="no kernel: ==WARNING== No kernels were profiled"):
-        counters.parse_ncu("==WARNING== No kernels were profiled.")
+        ncu.parse_ncu("==WARNING== No kernels were profiled.")
 
 
 def test_cases_lie_between_marks_and_kernels_are_chosen_by_name():
-    first, second = counters.by_case(counters.parse_ncu(TRAFFIC))
+    first, second = ncu.by_case(ncu.parse_ncu(TRAFFIC))
     assert list(second["kernel"]) == ["_dq_kernel", "_dkdv_kernel"]
-    own = counters.summed(first, "_forward_kernel")
+    own = ncu.summed(first, "_forward_kernel")
     assert own["kernels"] == 1 and own["dram_read_bytes"] == 12_345_678
     assert own["l2_read_bytes"] == 32_000 and own["load_sectors_per_request"] == 15.5
-    assert counters.summed(first)["dram_read_bytes"] == 12_345_678 + 7_000
+    assert ncu.summed(first)["dram_read_bytes"] == 12_345_678 + 7_000
     with pytest.raises(RuntimeError, match=r"no _dq_kernel, but .*_forward_kernel"):
-        counters.summed(first, "_dq_kernel")
+        ncu.summed(first, "_dq_kernel")
     with pytest.raises(RuntimeError, match="and no mark"):
-        counters.by_case(counters.parse_ncu(text_of(launch(0, "other", dram_read_bytes=1))))
+        ncu.by_case(ncu.parse_ncu(text_of(launch(0, "other", dram_read_bytes=1))))
 
 
 def test_a_planned_table_takes_what_was_measured(monkeypatch, tmp_path):
     """From the plan to the file: only ncu itself is left out."""
     blocks = {"v2": (64, 64), "dq": (64, 64), "dkdv": (64, 64)}
-    plan = counters.planned_traffic(["triton_v2", "triton_v2_dq", "triton_v2_dkdv"], [256], heads=2, blocks=blocks)
+    plan = traffic_tables.planned_traffic(
+        ["triton_v2", "triton_v2_dq", "triton_v2_dkdv"], [256], heads=2, blocks=blocks
+    )
     asked = []
 
-    def run(function, cases, keep):
-        asked.append((function, cases))
-        return counters.by_case(counters.parse_ncu(TRAFFIC))
+    def run(program, keep):
+        asked.append((program[2], *json.loads(program[3])))
+        return ncu.by_case(ncu.parse_ncu(TRAFFIC))
 
-    monkeypatch.setattr(counters, "run_under_ncu", run)
-    table, launches = counters.measure_traffic(plan)
+    monkeypatch.setattr(ncu, "run_under_ncu", run)
+    table, launches = traffic_tables.measure_traffic(plan)
     table = table.set_index("impl")
     [(function, cases)] = asked
-    assert function == "_run_attention" and [case["pass"] for case in cases] == ["fwd", "bwd"]
+    assert function == "attention" and [case["pass"] for case in cases] == ["fwd", "bwd"]
     assert {case["call"] for case in cases} == {"triton_v2"} and cases[0]["seqlen"] == 256
     assert table.loc["triton_v2", "measured_bytes"] == 12_345_678 + 2_097_152
     assert table.loc["triton_v2_dq", "measured_bytes"] == 110 and table.loc["triton_v2_dkdv", "measured_bytes"] == 220
@@ -127,49 +135,56 @@ def test_a_planned_table_takes_what_was_measured(monkeypatch, tmp_path):
 
 
 def test_a_plan_takes_what_can_be_gone_through_once():
-    planned = counters.planned_traffic(iter(["naive", "sdpa_flash"]), iter([256, 512]))
+    planned = traffic_tables.planned_traffic(iter(["naive", "sdpa_flash"]), iter([256, 512]))
     assert list(planned["impl"]) == ["naive", "sdpa_flash"] * 2
 
 
 def test_copies_that_ncu_did_not_mark_are_told(monkeypatch):
-    monkeypatch.setattr(counters, "run_under_ncu", lambda *_, **__: [])
+    monkeypatch.setattr(ncu, "run_under_ncu", lambda *_, **__: [])
     with pytest.raises(RuntimeError, match="2 copies ran under ncu, and it marked 0"):
-        counters.measure_coalescing(counters.planned_coalescing([1, 2]))
+        traffic_tables.measure_coalescing(counters.planned_coalescing([1, 2]))
 
 
-@pytest.mark.skipif(not counters.runtime.interpreted, reason="counting happens in the interpreter")
+@pytest.mark.skipif(not runtime.interpreted, reason="counting happens in the interpreter")
 def test_counts_are_filled_in_and_equal_the_model():
     blocks = {"v1": (64, 64), "v2": (64, 64), "dq": (64, 32), "dkdv": (32, 64)}
-    impls = [name for name in counters.CASES if name != "sdpa_flash"]
-    plan = counters.planned_traffic(impls, [128, 256], heads=3, head_dim=16, blocks=blocks)
-    counted = counters.with_counts(plan, up_to=128)
+    impls = [name for name in traffic_tables.CASES if name != "sdpa_flash"]
+    plan = traffic_tables.planned_traffic(impls, [128, 256], heads=3, head_dim=16, blocks=blocks)
+    counted = traffic_tables.with_counts(plan, up_to=128)
     ours = counted[(counted["impl"] != "naive") & (counted["seqlen"] == 128)]
     assert len(ours) == 4 and (ours["counted_bytes"] == ours["model_bytes"]).all()
     assert counted.drop(ours.index)["counted_bytes"].isna().all()
     with pytest.raises(ValueError, match="choose from naive"):
-        counters.planned_traffic(["v3"], [128])
+        traffic_tables.planned_traffic(["v3"], [128])
+
+
+@pytest.mark.parametrize("program", [("attention", []), ("copies", [], 1024)])
+def test_the_file_is_the_program_that_is_measured(program):
+    """With no case, which needs no GPU: the script finds its modules and its function, and takes JSON."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(traffic_tables._program(*program), env=environment, check=True, timeout=300)
+    with pytest.raises(subprocess.CalledProcessError):
+        subprocess.run(traffic_tables._program("naps"), env=environment, check=True, timeout=300, capture_output=True)
 
 
 def test_the_command_line_names_what_is_measured(tmp_path):
-    command = counters.ncu_command("ncu", counters.METRICS.values(), tmp_path / "log", ["python3", "-c", "pass"])
+    command = ncu.ncu_command("ncu", ncu.METRICS.values(), tmp_path / "log", ["python3", "-c", "pass"])
     assert command[0] == "ncu" and command[-3:] == ["python3", "-c", "pass"]
-    assert command[command.index("--metrics") + 1].split(",") == list(counters.METRICS.values())
+    assert command[command.index("--metrics") + 1].split(",") == list(ncu.METRICS.values())
     assert command[command.index("--profile-from-start") + 1] == "off"
 
 
 def test_metrics_that_the_gpu_lacks_are_left_out(monkeypatch, capsys):
     """`--query-metrics` lists names without their endings."""
-    listed = "\n".join(f"{name.split('.')[0]}   Counter   byte   what it is" for name in counters.METRICS.values())
+    listed = "\n".join(f"{name.split('.')[0]}   Counter   byte   what it is" for name in ncu.METRICS.values())
 
     def query(text):
-        monkeypatch.setattr(
-            counters.subprocess, "run", lambda *a, **k: counters.subprocess.CompletedProcess(a, 0, text, "")
-        )
-        return counters._known_metrics("ncu")
+        monkeypatch.setattr(ncu.subprocess, "run", lambda *a, **k: ncu.subprocess.CompletedProcess(a, 0, text, ""))
+        return ncu._known_metrics("ncu")
 
-    assert query("Device NVIDIA H200 (GH100)\n-----\n" + listed) == counters.METRICS
+    assert query("Device NVIDIA H200 (GH100)\n-----\n" + listed) == ncu.METRICS
     fewer = query(listed.replace("l1tex__m_xbar2l1tex_read_bytes", "other__name"))
-    assert set(counters.METRICS) - set(fewer) == {"l1_filled_bytes"} and "l1_filled_bytes" in capsys.readouterr().err
+    assert set(ncu.METRICS) - set(fewer) == {"l1_filled_bytes"} and "l1_filled_bytes" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="no counter for dram_read_bytes"):
         query(listed.replace("dram__bytes_read", "other__name"))
 
@@ -181,10 +196,10 @@ def test_gaps_cost_whole_sectors():
 
 
 def test_without_a_gpu_it_says_so(monkeypatch):
-    if counters.runtime.device.type == "cuda":
+    if runtime.device.type == "cuda":
         pytest.skip("this machine has a GPU")
     with pytest.raises(RuntimeError, match="hardware counters are a GPU's"):
-        counters.measure_coalescing(counters.planned_coalescing((1,), 2**12))
+        traffic_tables.measure_coalescing(counters.planned_coalescing((1,), 2**12))
 
 
 OURS = ["triton_v1", "triton_v2", "triton_v2_dq", "triton_v2_dkdv"]
@@ -196,7 +211,7 @@ def stored():
 
 
 def test_the_stored_traffic_has_every_kernel_and_length_modelled_counted_and_measured(stored):
-    wanted = {(impl, n) for impl in counters.CASES for n in counters.LENGTHS}
+    wanted = {(impl, n) for impl in traffic_tables.CASES for n in traffic_tables.LENGTHS}
     assert set(zip(stored["impl"], stored["seqlen"], strict=True)) == wanted and len(stored) == len(wanted)
     measured = [name for name in stored.columns if name.startswith(("dram_", "l2_", "l1_"))]
     assert len(measured) == 5 and stored[measured].notna().all(axis=None)
@@ -204,8 +219,9 @@ def test_the_stored_traffic_has_every_kernel_and_length_modelled_counted_and_mea
     assert len(ours) == 4 * len(OURS) and (ours["counted_bytes"] == ours["model_bytes"]).all()
     for row in ours.itertuples():
         model = analysis.io_bytes(
-            counters.CASES[row.impl][1], batch=row.batch, heads=row.heads, seqlen=row.seqlen, head_dim=row.head_dim,
-            block_m=int(row.block_m), block_n=int(row.block_n), causal=row.causal, per_tensor=False,
+            traffic_tables.CASES[row.impl][1], batch=row.batch, heads=row.heads, seqlen=row.seqlen,
+            head_dim=row.head_dim, block_m=int(row.block_m), block_n=int(row.block_n), causal=row.causal,
+            per_tensor=False,
         )  # fmt: skip
         assert row.model_bytes == pytest.approx(model, rel=1e-5)  # stored with six digits
 
@@ -232,7 +248,7 @@ def test_the_stored_launches_are_those_of_the_stored_traffic(stored):
     launches = benchmark.reference_results(table="launches", dtype=None)
     assert launches.attrs["environment"] == stored.attrs["environment"]
     for row in stored.itertuples():
-        which, _, kernel = counters.CASES[row.impl]
+        which, _, kernel = traffic_tables.CASES[row.impl]
         own = launches[
             (launches["impl"] == row.impl.removesuffix("_dq").removesuffix("_dkdv"))
             & (launches["pass"] == which) & (launches["seqlen"] == row.seqlen)
@@ -253,18 +269,12 @@ def test_the_stored_copies_with_gaps_moved_the_sectors_of_the_model():
 # --- the command ------------------------------------------------------------------------------------------
 
 
-def study(*arguments):
-    from labutils.__main__ import main
-
-    return main(["study", *arguments])
-
-
-@pytest.mark.skipif(counters.runtime.device.type == "cuda", reason="this machine has a GPU")
+@pytest.mark.skipif(runtime.device.type == "cuda", reason="this machine has a GPU")
 @pytest.mark.parametrize("part", ["traffic", "shapes", "blocks", "decoding"])
 def test_the_command_says_that_it_needs_a_gpu(part, tmp_path, capsys):
-    assert study(part, "--out", str(tmp_path), "--work", str(tmp_path / "work")) == 2
+    assert study.run([part, "--out", str(tmp_path), "--work", str(tmp_path / "work")]) == 2
     printed, message = capsys.readouterr()
-    assert message.startswith(f"labutils study {part}: there is no GPU") and not printed
+    assert message.startswith(f"study {part}: there is no GPU") and not printed
     assert environment.why_no_gpu()[1] in message
     assert not list(tmp_path.glob("*.csv"))
 
@@ -273,20 +283,20 @@ def test_an_interrupt_while_counting_says_what_is_kept(tmp_path, capsys, monkeyp
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    plan = counters.planned_traffic(["triton_v2"], [64], heads=2, head_dim=16, blocks={"v2": (32, 32)})
+    plan = traffic_tables.planned_traffic(["triton_v2"], [64], heads=2, head_dim=16, blocks={"v2": (32, 32)})
     benchmark.save_results(plan.assign(measured_bytes=1.0), tmp_path, {"gpu": "G"}, table="traffic")
-    monkeypatch.setattr(counters, "with_counts", stop)
-    assert study("traffic", "--out", str(tmp_path), "--counts-only") == INTERRUPTED
+    monkeypatch.setattr(traffic_tables, "with_counts", stop)
+    assert study.run(["traffic", "--out", str(tmp_path), "--counts-only"]) == INTERRUPTED
     assert f"what was measured is in {tmp_path}" in capsys.readouterr().err
     assert benchmark.read_results(tmp_path, "traffic")["measured_bytes"].iloc[0] == 1.0
 
 
-@pytest.mark.skipif(not counters.runtime.interpreted, reason="counting happens in the interpreter")
+@pytest.mark.skipif(not runtime.interpreted, reason="counting happens in the interpreter")
 def test_counts_can_be_added_later_without_a_gpu(tmp_path, capsys):
-    plan = counters.planned_traffic(["triton_v2"], [64, 128], heads=2, head_dim=16, blocks={"v2": (32, 32)})
+    plan = traffic_tables.planned_traffic(["triton_v2"], [64, 128], heads=2, head_dim=16, blocks={"v2": (32, 32)})
     benchmark.save_results(plan.assign(measured_bytes=1.0), tmp_path, {"gpu": "G"}, table="traffic")
-    assert study("traffic", "--out", str(tmp_path), "--counts-only", "--count-up-to", "64") == 0
+    assert study.run(["traffic", "--out", str(tmp_path), "--counts-only", "--count-up-to", "64"]) == 0
     back = benchmark.read_results(tmp_path, "traffic")
     assert back["counted_bytes"].iloc[0] == back["model_bytes"].iloc[0] and back["counted_bytes"].isna().iloc[1]
     assert back.attrs["machine"] == "G" and "Written" in capsys.readouterr().out
-    assert study("traffic", "--out", str(tmp_path / "none"), "--counts-only") == 2
+    assert study.run(["traffic", "--out", str(tmp_path / "none"), "--counts-only"]) == 2

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +16,7 @@ import torch
 
 from labutils import runtime, training
 from labutils.__main__ import main
+from labutils.attention.backends import BACKENDS
 from labutils.commands import train
 from labutils.training.loop import HISTORY_COLUMNS
 
@@ -54,11 +56,11 @@ def here(capsys):
 
 
 def test_the_smoke_test_trains_says_what_ran_and_keeps_nothing(tmp_path):
-    asked = ["--config", "train.yaml", "--smoke-test", "--run.folder", tmp_path / "folder"]
+    asked = ["--config", "gpt2-124m-8k", "--smoke-test", "--run.folder", tmp_path / "folder"]
     status, printed, err = finish(start(*asked))
     assert status == 0, err
     assert "Smoke test passed." in printed and "done after 20 steps" in printed
-    assert any(f"({name}), 2 times" in printed for name in train.WHAT_RAN)
+    assert any(f"({name}), 2 times" in printed for name in BACKENDS)
     assert not (tmp_path / "folder").exists()
 
 
@@ -103,7 +105,7 @@ def test_what_a_run_leaves(tmp_path, here):
     assert kept["status"] == "done" and kept["steps"] == 2 and sum(kept["attention"].values()) == 2
     assert kept["held_out_before"] > 0 and kept["held_out_after"] > 0 and kept["environment"]["torch"]
     # What is kept of the configuration is a configuration.
-    again = train.arguments_parser().parse_args(["--config", str(folder / "config.yaml")])
+    again = train.parser().parse_args(["--config", str(folder / "config.yaml")])
     assert again.model.size == "nano" and again.optimization.steps == 2
     before = (folder / "checkpoint.pt").read_bytes()
     status, _, err = here(*SMALL, "--optimization.steps=2", "--run.folder", folder)
@@ -184,7 +186,7 @@ def test_force_and_the_math_fallback(here):
     """PyTorch's flash kernel for the CPU has no dropout: without a word, SDPA then takes the math backend."""
     asked = [*SMALL, "--optimization.steps=1"]
     status, printed, err = here(*asked, "--optimization.flash_attention_force=true")
-    assert status == 0 and "PyTorch's flash kernel (sdpa_flash), 2 times" in printed, err
+    assert status == 0 and "PyTorch SDPA, flash (sdpa_flash), 2 times" in printed, err
     status, printed, err = here(*asked, "--model.dropout=0.1")
     assert status == 0 and "(sdpa_math), 2 times" in printed, err
     for switch in ("flash_attention_force", "disable_math_fallback"):
@@ -198,7 +200,7 @@ def test_force_and_the_math_fallback(here):
 def test_force_raises_where_something_else_ran(here, monkeypatch):
     monkeypatch.setattr(training, "attention_used", lambda *arguments, **options: {"sdpa_efficient": 2})
     status, _, err = here(*SMALL, "--optimization.flash_attention_force=true")
-    assert status == 1 and "but PyTorch's memory-efficient kernel ran" in err
+    assert status == 1 and "but PyTorch SDPA, memory-efficient ran" in err
     monkeypatch.setattr(training, "attention_used", lambda *arguments, **options: {"naive": 2})
     status, _, err = here(*SMALL, "--optimization.disable_math_fallback=true")
     assert status == 1 and "but standard attention, which stores the N x N matrix, ran: `python -m labutils" in err
@@ -244,7 +246,9 @@ def test_gpu_a_run_goes_on_to_the_same_losses(here, tmp_path, precision):
         (["--smoke-test", "--resume"], "nothing for --resume"),
         (["--data.text=/no/such/folder"], "nor a folder with two .txt files"),
         (["--run.folder=/no/such/folder", "--resume", *SMALL], "start without --resume"),
-        (["--config=no_such.yaml"], "no_such.yaml"),
+        (["--config=no_such.yaml"], "no_such.yaml is neither a file nor a configuration of the lab: gpt2-124m-8k."),
+        (["--config=gpt2-1.5b"], "gpt2-1.5b is neither a file nor a configuration of the lab: gpt2-124m-8k."),
+        (["--config=no/such.yaml"], "no/such.yaml"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -259,11 +263,31 @@ def test_an_unknown_key_in_the_file_is_refused(tmp_path, here):
     assert status == 2 and "learning_rate" in err
 
 
-def test_the_example_is_valid_and_flags_win_over_it():
-    options = train.arguments_parser().parse_args(["--config", str(ROOT / "train.yaml"), "--optimization.steps=7"])
+def test_a_shipped_configuration_is_valid_and_flags_win_over_it():
+    options = train.parser().parse_args(["--config", "gpt2-124m-8k", "--optimization.steps=7"])
     assert options.model.size == "124M" and options.model.seqlen == 8192 and options.optimization.steps == 7
     assert options.run.folder == "runs/gpt2-124M"
     train._check(options)
+
+
+@pytest.mark.parametrize("name", train.shipped_configs())
+def test_shipped_configurations_are_found_by_path_and_by_name(name):
+    by_name, by_path = (train.parser().parse_args(["--config", x]) for x in (name, str(train.shipped_configs()[name])))
+    assert train.parser().dump(by_name) == train.parser().dump(by_path)
+    assert f"configuration of the lab: {name}" in " ".join(train.parser().format_help().split())
+    train._check(by_name)
+
+
+def test_a_file_wins_over_a_shipped_configuration_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("gpt2-124m-8k").write_text("model:\n  size: nano\n")
+    assert train.parser().parse_args(["--config", "gpt2-124m-8k"]).model.size == "nano"
+
+
+def test_the_package_is_built_with_its_configurations():
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["labutils"]
+    shipped = {path for pattern in patterns for path in (ROOT / "labutils").glob(pattern)}
+    assert train.shipped_configs() and set(train.shipped_configs().values()) <= shipped
 
 
 def test_texts_of_ones_own(tmp_path, here):

@@ -12,6 +12,7 @@ import torch
 from labutils import runtime, training
 from labutils.gpt2 import models, packing, texts
 from labutils.machine import memory
+from labutils.training import fits
 from labutils.training.loop import HISTORY_COLUMNS
 
 NEEDS_GPU = pytest.mark.skipif(runtime.device.type != "cuda", reason="needs a CUDA GPU; this machine has none")
@@ -257,7 +258,7 @@ def test_try_step_is_a_row_of_training_csv():
 
 def test_a_row_names_attention_as_the_other_tables_do():
     config = types.SimpleNamespace(_attn_implementation="flash_attention_2", lab_size="124M")
-    names = training.fits._names(types.SimpleNamespace(config=config), None)
+    names = fits._names(types.SimpleNamespace(config=config), None)
     assert names == {"model": "124M", "impl": "flash_attn"}
 
 

@@ -13,24 +13,26 @@ import torch
 from triton.runtime.errors import OutOfResources
 
 from labutils import runtime
-from labutils.__main__ import main, parser
+from labutils.__main__ import main
 from labutils.attention import interface
-from labutils.attention.kernels import launch, launch_table
+from labutils.attention.kernels import launch, launch_config, launch_table, tuned_table
 from labutils.attention.kernels.launch import pick_config
-from labutils.attention.kernels.launch_table import Gpu, LaunchConfig, Place, Tuned
-from labutils.attention.tuning import candidates, compiled
+from labutils.attention.kernels.launch_config import LaunchConfig, Place
+from labutils.attention.kernels.tuned_table import Tuned, TunedFor
+from labutils.attention.tuning import candidates
 from labutils.attention.tuning.candidates import Compiled, best_by_resources
 from labutils.attention.tuning.compiled import Resources
-from labutils.benchmark import environment, tuning
+from labutils.attention.tuning.search import Row, contenders, decide, tune
+from labutils.benchmark import environment, launches
 from labutils.benchmark.environment import differences
 from labutils.benchmark.timing import Timing
-from labutils.benchmark.tuning import Row, contenders, decide, tune
 from labutils.commands import tune as command
+from labutils.machine import chips
 
 CUDA = torch.device("cuda", 0)
 PLACE = Place("forward", 128, True, "16 bit")
 SHIPPED = launch_table.shipped(PLACE, (8, 6))
-GPU = Gpu("Some GPU", (8, 6), "3.7.1")
+GPU = TunedFor("Some GPU", (8, 6), "3.7.1")
 CONFIGS = [SHIPPED, LaunchConfig(128, 32, 8, 2), LaunchConfig(128, 64, 8, 2), LaunchConfig(32, 64, 4, 3)]
 ON_CPU = pytest.mark.skipif(not runtime.interpreted, reason="about a machine without a GPU; this one has one")
 
@@ -44,9 +46,9 @@ def row(config, *rounds, spread=0.0, reason=""):
 def table(tmp_path, monkeypatch):
     """A user's table in a folder of its own, and a GPU to use it on."""
     file = tmp_path / "deep" / "table.json"
-    monkeypatch.setenv(launch_table.VARIABLE, str(file))
+    monkeypatch.setenv(tuned_table.VARIABLE, str(file))
     monkeypatch.setattr(launch, "_capability", lambda index: GPU.capability)
-    monkeypatch.setattr(Gpu, "here", staticmethod(lambda index=0: GPU))
+    monkeypatch.setattr(TunedFor, "here", staticmethod(lambda index=0: GPU))
     forget()
     yield file
     forget()
@@ -55,7 +57,7 @@ def table(tmp_path, monkeypatch):
 def forget():
     """What a new process would not know."""
     launch._picked.cache_clear()
-    launch_table.tuned_here.cache_clear()
+    tuned_table.tuned_here.cache_clear()
 
 
 def picked(kernel="forward", head_dim=128, dtype=torch.float16, causal=True, device=CUDA):
@@ -169,19 +171,19 @@ def test_an_interrupt_loses_nothing(calls, tmp_path):
     tables = {GPU: Tuned()}
 
     def save():
-        launch_table.write(file, tables)
+        tuned_table.write(file, tables)
 
     first = Made(interrupt_at=calls)
     with pytest.raises(KeyboardInterrupt):
         tune([PLACE], tables[GPU], lambda place: first, compile_all, save=save)
-    tables = launch_table.read(file)  # what another process finds
+    tables = tuned_table.read(file)  # what another process finds
     assert not tables[GPU].finished and tables[GPU].entries == {}
     second = Made()
     tune([PLACE], tables[GPU], lambda place: second, lambda place: pytest.fail("compiled twice"), save=save)
     whole = Made()
     tune([PLACE], Tuned(), lambda place: whole, compile_all)
     assert first.timed + second.timed == whole.timed
-    assert launch_table.read(file)[GPU].entries == {PLACE: CONFIGS[1]} and launch_table.read(file)[GPU].finished
+    assert tuned_table.read(file)[GPU].entries == {PLACE: CONFIGS[1]} and tuned_table.read(file)[GPU].finished
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -190,7 +192,7 @@ def test_an_interrupt_loses_nothing(calls, tmp_path):
 
 
 def store(file, gpu=GPU, entries=None):
-    launch_table.write(file, {gpu: Tuned({PLACE: CONFIGS[1]} if entries is None else entries, {}, [], True)})
+    tuned_table.write(file, {gpu: Tuned({PLACE: CONFIGS[1]} if entries is None else entries, {}, [], True)})
     forget()
 
 
@@ -216,15 +218,15 @@ def test_decoding_has_one_entry_for_both_masks(table):
 def test_the_table_is_read_once_in_a_process(table, monkeypatch):
     store(table)
     picked()
-    monkeypatch.setattr(launch_table, "read", lambda file: pytest.fail("read again"))
+    monkeypatch.setattr(tuned_table, "read", lambda file: pytest.fail("read again"))
     assert picked() is picked() and picked(causal=False) is not None
 
 
 def test_none_means_the_shipped_entries(table, monkeypatch):
     store(table)
-    monkeypatch.setenv(launch_table.VARIABLE, "none")
+    monkeypatch.setenv(tuned_table.VARIABLE, "none")
     forget()
-    assert picked() == SHIPPED and launch_table.path() is None
+    assert picked() == SHIPPED and tuned_table.path() is None
 
 
 @pytest.mark.parametrize(
@@ -277,10 +279,10 @@ def test_a_damaged_table_is_an_error_with_a_remedy(table, text):
 def test_a_file_that_was_named_must_be_there(table, monkeypatch, tmp_path):
     with pytest.raises(RuntimeError, match="which is not there: unset it, or write that file"):
         picked()
-    monkeypatch.delenv(launch_table.VARIABLE)
+    monkeypatch.delenv(tuned_table.VARIABLE)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     forget()
-    assert launch_table.path() == tmp_path / "labutils" / "launch_table.json"
+    assert tuned_table.path() == tmp_path / "labutils" / "launch_table.json"
     assert picked() == SHIPPED
 
 
@@ -309,7 +311,7 @@ def test_a_tuned_entry_that_no_longer_fits_says_what_to_do(table, monkeypatch):
 
 def test_measurements_say_that_a_tuned_entry_was_in_force(table, monkeypatch):
     with monkeypatch.context() as without:
-        without.setenv(launch_table.VARIABLE, "none")
+        without.setenv(tuned_table.VARIABLE, "none")
         shipped = environment.environment()
     assert shipped.launch_table is None and "launch_table" not in shipped.as_dict()
     store(table)
@@ -328,17 +330,17 @@ def test_measurements_say_that_a_tuned_entry_was_in_force(table, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("capability", compiled.GPUS, ids=lambda c: f"{c[0]}.{c[1]}")
+@pytest.mark.parametrize("capability", chips.GPUS, ids=lambda c: f"{c[0]}.{c[1]}")
 def test_candidates_begin_with_the_shipped_entry(capability):
     found = candidates.places(capability=capability)
-    assert {place.kernel for place in found} == set(launch_table.KERNELS)
+    assert {place.kernel for place in found} == set(launch_config.KERNELS)
     for place in found:
-        launch_table._check_place(place)
+        tuned_table._check_place(place)
         configs = candidates.candidates(place, capability)
         assert configs[0] == launch_table.shipped(place, capability)
         assert 3 <= len(configs) == len(set(configs)) <= 60
         for config in configs:
-            launch_table._check_config(place, config)
+            tuned_table._check_config(place, config)
         assert not any(config.tma for config in configs) or (capability >= (9, 0) and place.dtype == "16 bit")
 
 
@@ -374,30 +376,30 @@ def test_the_best_by_resources():
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", launch_table.DTYPE_CLASSES)
+@pytest.mark.parametrize("dtype", launch_config.DTYPE_CLASSES)
 def test_without_a_gpu_there_is_no_experiment(dtype, monkeypatch):
     monkeypatch.setattr(runtime, "capability", None)
     with pytest.raises(RuntimeError, match="no GPU here"):
-        tuning.OnGpu(Place("forward", 64, True, dtype))
+        launches.OnGpu(Place("forward", 64, True, dtype))
 
 
 @ON_CPU
-@pytest.mark.parametrize("kernel", launch_table.KERNELS)
+@pytest.mark.parametrize("kernel", launch_config.KERNELS)
 def test_the_check_finds_a_wrong_result(kernel, monkeypatch):
     monkeypatch.setattr(runtime, "capability", (8, 6))
-    monkeypatch.setattr(tuning, "CHECKED_LENGTH", 21)
-    place = Place(kernel, 64, None if kernel in launch_table.EITHER else True, "float32")
-    experiment = tuning.OnGpu(place)
+    monkeypatch.setattr(launches, "CHECKED_LENGTH", 21)
+    place = Place(kernel, 64, None if kernel in launch_config.ONE_FOR_BOTH_MASKS else True, "float32")
+    experiment = launches.OnGpu(place)
     experiment.check(LaunchConfig(16, 32))
-    module = {"v1": tuning.flash_v1, "forward": tuning.flash_v2, "decode": tuning.flash_decode}.get(kernel)
+    module = {"v1": launches.flash_v1, "forward": launches.flash_v2, "decode": launches.flash_decode}.get(kernel)
     if module is None:
-        right = tuning.flash_v2_backward.backward
+        right = launches.flash_v2_backward.backward
 
         def wrong(*args, **kwargs):
             dq, dk, dv = right(*args, **kwargs)
             return (dq * 1.01, dk, dv) if kernel == "dq" else (dq, dk, dv * 1.01)
 
-        monkeypatch.setattr(tuning.flash_v2_backward, "backward", wrong)
+        monkeypatch.setattr(launches.flash_v2_backward, "backward", wrong)
     else:
         name = "decode" if kernel == "decode" else "forward"
         function = getattr(module, name)
@@ -410,7 +412,7 @@ def test_the_check_finds_a_wrong_result(kernel, monkeypatch):
 @pytest.mark.parametrize("kernel", ["forward", "dq"])
 def test_what_is_launched_again_is_still_there(kernel, monkeypatch):
     monkeypatch.setattr(runtime, "capability", (8, 6))
-    monkeypatch.setattr(tuning.OnGpu, "_shape", lambda self, n: (1, 32, 1, 16))
+    monkeypatch.setattr(launches.OnGpu, "_shape", lambda self, n: (1, 32, 1, 16))
     launched = []
 
     def start(*args):
@@ -419,14 +421,13 @@ def test_what_is_launched_again_is_still_there(kernel, monkeypatch):
         gone = weakref.ref(tensor)
         launched.append(gone)
 
-        def make(tensor=tensor):
-            return types.SimpleNamespace(again=lambda: None)
+        launch = types.SimpleNamespace(holds=tensor)
+        return (None, None, launch) if kernel == "forward" else ((None,) * 3, {kernel: launch}, None)
 
-        return (None, None, make) if kernel == "forward" else ((None,) * 3, {kernel: make})
-
-    module = tuning.flash_v2 if kernel == "forward" else tuning.flash_v2_backward
-    monkeypatch.setattr(module, "start", start)
-    experiment = tuning.OnGpu(Place(kernel, 64, True, "float32"))
+    module = launches.flash_v2 if kernel == "forward" else launches.flash_v2_backward
+    monkeypatch.setattr(module, "launch_forward" if kernel == "forward" else "launch_backward", start)
+    monkeypatch.setattr(launches, "Replay", lambda launch: types.SimpleNamespace(again=lambda: None))
+    experiment = launches.OnGpu(Place(kernel, 64, True, "float32"))
     calls = [experiment._launch(LaunchConfig(16, 16), n) for n in (32, 64)]
     gc.collect()
     assert [gone() is None for gone in launched] == [False, False]
@@ -437,10 +438,10 @@ def test_what_is_launched_again_is_still_there(kernel, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", launch_table.KERNELS)
+@pytest.mark.parametrize("kernel", launch_config.KERNELS)
 def test_an_experiment_on_this_gpu(kernel):
-    place = Place(kernel, 64, None if kernel in launch_table.EITHER else True, "16 bit")
-    experiment = tuning.OnGpu(place, seconds=0.01)
+    place = Place(kernel, 64, None if kernel in launch_config.ONE_FOR_BOTH_MASKS else True, "16 bit")
+    experiment = launches.OnGpu(place, seconds=0.01)
     config = launch_table.shipped(place, runtime.capability)
     experiment.check(config)
     timings = experiment.times(config)
@@ -451,8 +452,8 @@ def test_an_experiment_on_this_gpu(kernel):
 def test_a_call_uses_the_tuned_entry(tmp_path, monkeypatch):
     file = tmp_path / "table.json"
     place = Place("forward", 64, True, "16 bit")
-    monkeypatch.setenv(launch_table.VARIABLE, str(file))
-    store(file, Gpu.here(), {place: LaunchConfig(256, 256, 4, 8)})
+    monkeypatch.setenv(tuned_table.VARIABLE, str(file))
+    store(file, TunedFor.here(), {place: LaunchConfig(256, 256, 4, 8)})
     try:
         q = torch.randn(1, 77, 3, 64, device=runtime.device, dtype=torch.float16)
         with pytest.raises(RuntimeError, match="labutils tune --reset"):
@@ -473,7 +474,7 @@ def gpu(table, monkeypatch):
     monkeypatch.setattr(candidates, "compile_candidates", compile_all)
     monkeypatch.setattr(candidates, "candidates", lambda place, capability: CONFIGS)
     made = Made()
-    monkeypatch.setattr(tuning, "OnGpu", lambda place, seconds: made)
+    monkeypatch.setattr(launches, "OnGpu", lambda place, seconds: made)
     return made
 
 
@@ -501,32 +502,32 @@ def test_the_command_goes_on_after_an_interrupt(gpu, table, capsys):
     gpu.interrupt_at = 8  # of the second of two places
     assert main(ONE) == command.INTERRUPTED
     assert "--resume measures the rest" in capsys.readouterr().out
-    assert len(launch_table.read(table)[GPU].entries) == 1
+    assert len(tuned_table.read(table)[GPU].entries) == 1
     assert main(ONE) == 2
     assert "go on with --resume, or remove it with --reset" in capsys.readouterr().err
     gpu.interrupt_at = None
     assert main([*ONE, "--resume"]) == 0
     assert len(gpu.timed) == 14  # seven each, none twice
-    assert len(launch_table.read(table)[GPU].entries) == 2
+    assert len(tuned_table.read(table)[GPU].entries) == 2
     assert main([*ONE, "--resume"]) == 0 and len(gpu.timed) == 14  # nothing was left
 
 
 def test_what_was_begun_elsewhere_is_not_gone_on_with(gpu, table, capsys):
     gpu.interrupt_at = 3
     main(ONE)
-    tables = launch_table.read(table)
+    tables = tuned_table.read(table)
     tables[GPU].environment["driver"] = "1.0"
-    launch_table.write(table, tables)
+    tuned_table.write(table, tables)
     assert main([*ONE, "--resume"]) == 2
     assert "another environment (driver: 1.0, now" in capsys.readouterr().err
 
 
 def test_tuning_anew_forgets_the_old_times_and_keeps_other_entries(gpu, table):
-    other = Gpu("Other GPU", (9, 0), "3.6.0")
-    launch_table.write(table, {other: Tuned({PLACE: CONFIGS[3]}, {}, [], True)})
+    other = TunedFor("Other GPU", (9, 0), "3.6.0")
+    tuned_table.write(table, {other: Tuned({PLACE: CONFIGS[3]}, {}, [], True)})
     assert main(ONE) == 0 and main(ONE) == 0
     assert len(gpu.timed) == 28
-    tables = launch_table.read(table)
+    tables = tuned_table.read(table)
     assert tables[other].entries == {PLACE: CONFIGS[3]} and len(tables[GPU].measured) == 2 * len(CONFIGS)
 
 
@@ -548,7 +549,7 @@ def test_a_damaged_table_ends_the_command_with_a_remedy(gpu, table, capsys):
 
 @ON_CPU
 def test_without_a_gpu_the_command_names_cause_and_remedy(monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv(launch_table.VARIABLE, str(tmp_path / "table.json"))
+    monkeypatch.setenv(tuned_table.VARIABLE, str(tmp_path / "table.json"))
     assert main(["tune"]) == 1
     assert "there is no GPU to time kernels on" in capsys.readouterr().err
     assert main(["tune", "--compile-only"]) == 1
@@ -568,9 +569,9 @@ def test_bad_arguments_are_named(monkeypatch, capsys):
     assert main(["tune"]) == 2 and "LABUTILS_LAUNCH_TABLE=none says" in capsys.readouterr().err
     for bad in (["--kernels", "all"], ["--head-dims", "96,x"], ["--rounds", "0"], ["--show", "--reset"]):
         with pytest.raises(SystemExit):
-            parser().parse_args(["tune", *bad])
+            command.parser().parse_args(bad)
 
 
 def test_the_lists_of_the_help_are_those_of_the_table():
-    assert command.KERNELS == launch_table.KERNELS and command.HEAD_DIMS == launch_table.HEAD_DIMS
-    assert tuple(command.DTYPES.values()) == launch_table.DTYPE_CLASSES
+    assert command.KERNELS == launch_config.KERNELS and command.HEAD_DIMS == launch_config.HEAD_DIMS
+    assert tuple(command.DTYPES.values()) == launch_config.DTYPE_CLASSES

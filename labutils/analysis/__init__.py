@@ -1,13 +1,20 @@
-"""Explains times: bytes moved (modelled, counted, measured), ceilings and roofline, profiles, resources, predictions.
+"""Explains why attention takes as long as it does. The functions used most are exported here.
 
-The parts: `traffic` models and counts bytes, `counters` reads a GPU's own by ncu, `roofline` has the ceilings of a
-machine and what stands under them, `profiling` reads torch.profiler, `resources` compiles for GPUs that are not there,
-`scheduling` places programs on multiprocessors, `tuning` tries block sizes, `prediction` predicts times, `advice` says
-what to take. What is used most is named here.
+traffic       models the bytes that a kernel moves, and counts them in Triton's interpreter
+bounds        says which program of a launch leaves its tensors
+interpreting  how `traffic` and `bounds` start a process in which kernels are interpreted
+counters      compares the model with the counters of a GPU, and times copies with gaps
+roofline      measures the ceilings of a machine, and places kernels under them
+profiling     reads torch.profiler: operations, a timeline, the cost of launches
+resources     registers, shared memory and occupancy of kernels, also for a GPU that is not there
+blocks        times all block sizes of the forward kernel
+prediction    predicts the time of a kernel from its shape
+advice        recommends a backend for a shape
 """
 
 from labutils.analysis.advice import Advice, recommend
 from labutils.analysis.profiling import launch_overhead, profile, timeline
+from labutils.analysis.resources import makespan
 from labutils.analysis.roofline import (
     Ceilings,
     decode_points,
@@ -18,7 +25,6 @@ from labutils.analysis.roofline import (
     roofline_points,
     stored_ceilings,
 )
-from labutils.analysis.scheduling import makespan
 from labutils.analysis.traffic import (
     Bytes,
     Traffic,

@@ -1,7 +1,7 @@
-"""Which implementation to take for a shape, a dtype and a GPU, and why: rules, each with its reason.
+"""Which backend to take for a shape, a dtype and a GPU, and why: rules, each with its reason.
 
-The rules are read off the stored measurements of one GPU (H200) and from what each implementation can do at all; a test
-holds them against those measurements. What a rule says of a GPU that nobody measured is said so in the reasons.
+`attention.backends` says what each backend can do. The order of speed comes from the stored measurements of one GPU
+(H200), and a test compares it with them. For a GPU that nobody measured, the reasons say so.
 """
 
 from __future__ import annotations
@@ -12,33 +12,21 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
-FEATURES = ("window", "alibi", "softcap", "varlen", "paged", "dropout", "score_mod")
-"""What a call may need beyond a plain or causal mask."""
-
-# implementation -> features that it has. SDPA takes any additive mask, but then as a matrix of N x N numbers.
-_CAN = {
-    "sdpa_cudnn": {"dropout"},
-    "sdpa_flash": {"dropout"},
-    "sdpa_efficient": {"dropout"},
-    "flash_attn": {"window", "alibi", "softcap", "varlen", "paged", "dropout"},
-    "triton_v2": {"window", "alibi", "softcap", "varlen", "paged", "dropout"},
-    "flex": {"window", "alibi", "softcap", "varlen", "paged", "score_mod"},
-    "naive": {"window", "alibi", "softcap", "dropout", "score_mod"},
-}
+from labutils.attention.backends import BACKENDS, FEATURES, Backend
+from labutils.machine import chips
 
 SHORT = 256
-"""Tokens up to which the N x N matrix is small enough that simplicity may decide."""
+"""Up to this N the N x N matrix is small enough that simplicity may decide."""
 
 
 @dataclass(frozen=True)
 class Advice:
-    """What to take.
+    """A recommended backend.
 
     Attributes:
-        impl: a name of `benchmark.IMPLEMENTATIONS`.
-        reasons: sentences, the one that decides first.
-        otherwise: what to take where `impl` is not at hand, best first.
-        call: how to get it.
+        impl: the name of a backend, a key of `BACKENDS`.
+        reasons: sentences; the first one decides.
+        otherwise: what to take if `impl` is not at hand, best first.
     """
 
     impl: str
@@ -48,7 +36,7 @@ class Advice:
     @property
     def call(self) -> str:
         """How to call it."""
-        return _CALLS[self.impl]
+        return BACKENDS[self.impl].call
 
     def __str__(self) -> str:
         lines = [f"{self.impl}: {self.call}", *(f"  - {reason}" for reason in self.reasons)]
@@ -57,24 +45,12 @@ class Advice:
         return "\n".join(lines)
 
 
-_SDPA = "with torch.nn.attention.sdpa_kernel(SDPBackend.{}): scaled_dot_product_attention(...)"
-_CALLS = {
-    "sdpa_cudnn": _SDPA.format("CUDNN_ATTENTION"),
-    "sdpa_flash": _SDPA.format("FLASH_ATTENTION"),
-    "sdpa_efficient": _SDPA.format("EFFICIENT_ATTENTION"),
-    "flash_attn": "flash_attn.flash_attn_func(...)",
-    "triton_v2": "labutils.attention.interface.flash_attn_func(...)",
-    "flex": "torch.compile(flex_attention)(...)",
-    "naive": "softmax(q @ k.T * scale) @ v, as in labutils.attention.reference.naive_attention",
-}
-
-
 def recommend(
     *,
     seqlen: int,
     head_dim: int,
     dtype: torch.dtype | str = torch.bfloat16,
-    capability: tuple[int, int] | None = None,
+    capability: chips.Capability | None = None,
     causal: bool = False,
     batch: int = 1,
     heads: int = 16,
@@ -82,20 +58,20 @@ def recommend(
     features: Iterable[str] = (),
     available: Iterable[str] | None = None,
 ) -> Advice:
-    """Which implementation to take, with reasons.
+    """Which backend to take, with reasons.
 
     Args:
         seqlen, head_dim, batch, heads: N, D, B, H.
         dtype: of q, k and v; torch's, or its name.
         capability: of the GPU, as (9, 0); None for a CPU.
         causal: whether the mask is on. It changes no advice: on the H200 one order is good for both.
-        backward: whether gradients are needed. Only what cannot give them is left out.
-        features: of `FEATURES`, what the call needs.
-        available: implementations to choose from; all where not given.
+        backward: whether gradients are needed. Only backends without gradients are left out.
+        features: of `backends.FEATURES`, those that the call needs.
+        available: names of the backends to choose from; None: all.
 
     Raises:
-        ValueError: an unknown feature or dtype, a size below 1, or nothing available can do it; the message says what
-            failed.
+        ValueError: an unknown feature or dtype, a size below 1, or no available backend can do it; the message says
+            what failed.
     """
     dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if not isinstance(dtype, torch.dtype):
@@ -106,17 +82,19 @@ def recommend(
     for name, size in {"seqlen": seqlen, "head_dim": head_dim, "batch": batch, "heads": heads}.items():
         if size < 1:
             raise ValueError(f"{name}={size}: it must be 1 or more.")
-    offered = list(_CAN) if available is None else [name for name in _CAN if name in set(available)]
+    advised = {backend.name: backend for backend in BACKENDS.values() if backend.advised}
+    offered = set(advised if available is None else available)
     asked = (dtype, head_dim, capability, features, backward)
-    excluded = {name: reason for name in _CAN if (reason := _cannot(name, *asked))}
-    able = [name for name in offered if name not in excluded]
+    excluded = {name: reason for name, backend in advised.items() if (reason := _cannot(backend, *asked))}
+    able = [name for name in advised if name in offered and name not in excluded]
     if not able:
-        why = "; ".join(f"{name}: {excluded.get(name, 'not offered')}" for name in _CAN)
+        why = "; ".join(f"{name}: {excluded.get(name, 'not offered')}" for name in advised)
         raise ValueError(f"nothing that is available can do this. {why}.")
-    fastest_first = _order(dtype, capability)
+    ranked = [name for name in _order(dtype, capability) if name in advised]
+    fastest_first = [*ranked, *(name for name in advised if name not in ranked)]
     order = [name for name in fastest_first if name in able]
     impl = order[0]
-    reasons = [_why(impl, dtype, capability, features)]
+    reasons = [_why(impl, dtype, capability, features) if impl in ranked else _NOT_RANKED]
     matrix = batch * heads * seqlen * seqlen * dtype.itemsize / 2**30
     if impl == "naive" and seqlen > SHORT:
         reasons.append(f"it writes S and P, {matrix:.2f} GiB each: look whether they fit")
@@ -125,55 +103,61 @@ def recommend(
     left_out = [name for name in fastest_first if name in excluded]
     for name in left_out[: left_out.index("naive") if "naive" in left_out else None]:
         reasons.append(f"not {name}: {excluded[name]}")
-    if capability is not None and capability != (9, 0):
+    if capability is not None and capability != chips.HOPPER:
         reasons.append("measured on an H200 alone: on this GPU let `python -m labutils bench` decide")
     return Advice(impl, tuple(reasons), tuple(order[1:3]))
 
 
 def _cannot(
-    name: str,
+    backend: Backend,
     dtype: torch.dtype,
     head_dim: int,
-    capability: tuple[int, int] | None,
+    capability: chips.Capability | None,
     features: set[str],
     backward: bool,
 ) -> str | None:
-    """Why an implementation cannot do it, or None."""
-    if lacking := features - _CAN[name]:
+    """Why a backend cannot do it; None if it can."""
+    if lacking := features - backend.can:
         return f"it has no {', '.join(sorted(lacking))}"
-    if backward and "paged" in features and name in ("flash_attn", "triton_v2"):
+    if backward and not backend.backward:
+        return "it has no backward pass"
+    if backward and "paged" in features & backend.forward_only:
         return "no gradient goes through a paged cache"
-    if capability is None and name == "sdpa_flash" and "dropout" in features:
-        return "on a CPU it has no dropout"
+    if backward and (lacking := features & backend.forward_only):
+        return f"no gradient goes through its {', '.join(sorted(lacking))}"
+    if capability is None and (lacking := features & backend.lacks_on_cpu):
+        return f"on a CPU it has no {', '.join(sorted(lacking))}"
     if capability is None:
-        return None if name in ("naive", "sdpa_flash") else "it needs a GPU"
-    if name in ("sdpa_flash", "flash_attn", "sdpa_cudnn") and capability < (8, 0):
-        return "it needs compute capability 8.0 or higher"
-    if name in ("sdpa_flash", "flash_attn", "sdpa_cudnn") and dtype not in (torch.float16, torch.bfloat16):
-        return "it takes float16 and bfloat16 alone"
-    if dtype == torch.bfloat16 and capability < (8, 0):
+        return None if backend.on_cpu == "compiled" else "it needs a GPU"
+    lowest = backend.lowest_capability
+    if lowest is not None and capability < lowest:
+        return f"it needs compute capability {chips.dotted(lowest)} or higher"
+    if str(dtype).removeprefix("torch.") not in backend.dtypes:
+        return f"it takes {' and '.join(backend.dtypes)} only"
+    if dtype == torch.bfloat16 and capability < chips.BFLOAT16:
         return "this GPU has no bfloat16"
-    if name == "sdpa_cudnn" and head_dim > 128:
-        return "above D = 128 it depends on the version of cuDNN whether it runs"
-    if name not in ("naive", "sdpa_efficient") and head_dim > 256:
-        return "its heads go up to D = 256"
-    if name == "sdpa_cudnn" and head_dim % 8:  # the flash backend pads
-        return "D must be a multiple of 8"
+    if backend.largest_head_dim is not None and head_dim > backend.largest_head_dim:
+        return backend.head_dim_note or f"its heads go up to D = {backend.largest_head_dim}"
+    if head_dim % backend.head_dim_multiple:
+        return f"D must be a multiple of {backend.head_dim_multiple}"
     return None
 
 
-def _order(dtype: torch.dtype, capability: tuple[int, int] | None) -> list[str]:
-    """All implementations, what is expected to be fastest first."""
+_NOT_RANKED = "the rules do not know how fast it is, and nothing else that is offered can do this"
+
+
+def _order(dtype: torch.dtype, capability: chips.Capability | None) -> list[str]:
+    """The backends whose speed the rules know, the one that is expected to be fastest first."""
     if capability is None:
         return ["sdpa_flash", "naive", "sdpa_cudnn", "triton_v2", "flash_attn", "flex", "sdpa_efficient"]
-    if dtype == torch.float32 or capability < (8, 0):  # no tensor cores for Triton's float32 and Turing products
+    if dtype == torch.float32 or capability < chips.TENSOR_CORES:  # Triton multiplies on the plain units
         return ["sdpa_efficient", "naive", "triton_v2", "flex", "flash_attn", "sdpa_flash", "sdpa_cudnn"]
-    if capability >= (9, 0):
+    if capability >= chips.HOPPER:
         return ["sdpa_cudnn", "triton_v2", "flex", "flash_attn", "sdpa_flash", "sdpa_efficient", "naive"]
     return ["flash_attn", "sdpa_flash", "sdpa_cudnn", "flex", "triton_v2", "sdpa_efficient", "naive"]
 
 
-def _why(impl: str, dtype: torch.dtype, capability: tuple[int, int] | None, features: set[str]) -> str:
+def _why(impl: str, dtype: torch.dtype, capability: chips.Capability | None, features: set[str]) -> str:
     if features:
         return f"of those that have {', '.join(sorted(features))}, the one expected to be fastest"
     if capability is None and impl == "sdpa_flash":
@@ -182,7 +166,7 @@ def _why(impl: str, dtype: torch.dtype, capability: tuple[int, int] | None, feat
         return "of what is offered, the one that runs without a GPU"
     if dtype == torch.float32 and impl == "sdpa_efficient":
         return "in float32, Triton's products run on the plain units; SDPA's memory-efficient kernel is made for it"
-    if capability < (8, 0):
+    if capability < chips.TENSOR_CORES:
         return "before Ampere, flash-attn does not run and Triton emits no tensor-core instruction"
     if impl == "sdpa_cudnn":
         return "of those measured on an H200 the fastest, or close to it, at nearly all shapes"
@@ -242,15 +226,15 @@ PITFALLS = pd.DataFrame(
 """What goes wrong, how it shows, what helps."""
 
 
-def judged(stored: pd.DataFrame, capability: tuple[int, int]) -> pd.DataFrame:
-    """How good the advice is: for each shape and pass of stored measurements, what is recommended, against the fastest.
+def against_fastest(stored: pd.DataFrame, capability: chips.Capability) -> pd.DataFrame:
+    """How good the advice is: the recommended backend against the fastest, for each shape and pass that was measured.
 
     Args:
         stored: a table such as attention.csv. capability: of the GPU that measured it.
 
     Returns:
-        pass, dtype, head_dim, causal, batch, heads, seqlen, `recommended`, `fastest`, and `ratio`, the time of the one
-        by that of the other (infinite where the recommended one did not run).
+        pass, dtype, head_dim, causal, batch, heads, seqlen, `recommended`, `fastest`, and `ratio`, the time of the
+        recommended backend by the time of the fastest (infinite if the recommended backend did not run).
     """
     keys = ["pass", "dtype", "head_dim", "causal", "batch", "heads", "seqlen"]
     rows = []

@@ -1,4 +1,4 @@
-"""Which block sizes, warps and stages are fastest: a sweep on this GPU, or what is stored of another."""
+"""Times all block sizes, warps and stages of the forward kernel on this GPU, or reads the stored times of another."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from labutils.benchmark import SCHEMAS, Unsupported, dtype_name, reference_results, time_call
-from labutils.machine import runtime
+from labutils.machine import chips, runtime
 
 BLOCKS, WARPS, STAGES = (32, 64, 128), (4, 8), (2, 3)
 
@@ -34,28 +34,29 @@ def sweep_blocks(
 
     Args:
         batch, heads, seqlen, head_dim, dtype, causal: B, H, N, D and so on.
-        blocks: sizes of a block of rows, and of one of columns; all pairs of them are timed.
+        blocks: sizes of a block of rows, and of a block of columns. All pairs are timed.
         warps, stages: as in `LaunchConfig`.
-        seconds: of repeats for each.
+        seconds: of repeats for each combination.
         done: told 1 after each combination.
 
     Returns:
-        A table with the columns of `SCHEMAS["blocks"]`: `ms` of each, NaN where `status` says "does not fit". From
-        compute capability 9.0 on tiles are read through tensor descriptors.
+        A table with the columns of `SCHEMAS["blocks"]`. `ms` is NaN if `status` is "does not fit". From compute
+        capability 9.0 on, the kernel reads tiles through tensor descriptors.
 
     Raises:
-        Unsupported: no GPU.
+        Unsupported: there is no GPU.
     """
     from labutils.attention.kernels import flash_v2
-    from labutils.attention.kernels.launch_table import LaunchConfig
+    from labutils.attention.kernels.launch_config import LaunchConfig
+    from labutils.attention.kernels.options import Options
 
     if runtime.capability is None:
         raise Unsupported("block sizes are timed on a GPU: in the interpreter a time means nothing.")
     generator = runtime.seed(0)
     shape = (batch, seqlen, heads, head_dim)
     q, k, v = (torch.randn(shape, generator=generator, device=runtime.device, dtype=dtype) for _ in range(3))
-    options = flash_v2.Options(head_dim**-0.5, (None, 0 if causal else None))
-    tma = runtime.capability >= (9, 0)
+    options = Options(head_dim**-0.5, window_right=0 if causal else None)
+    tma = runtime.capability >= chips.TMA
     rows = []
     sizes = tuple(blocks)
     for m, n, w, s in product(sizes, sizes, warps, stages):
@@ -75,38 +76,38 @@ def sweep_blocks(
 
 
 def stored_blocks(gpu: str = "nvidia_h200") -> pd.DataFrame:
-    """The stored sweep of a GPU, as `sweep_blocks` made it there.
+    """The stored table that `sweep_blocks` made on a GPU.
 
     Args:
         gpu: a folder under labutils/results.
 
     Raises:
-        FileNotFoundError: none is stored: `python -m labutils study blocks` makes one.
+        FileNotFoundError: none is stored; `python tools/study.py blocks` makes one.
     """
     return reference_results(gpu, "blocks", dtype=None)
 
 
 def against_the_table(blocks: pd.DataFrame) -> pd.DataFrame:
-    """The best launch of a sweep beside what the shipped launch table has for that GPU.
+    """The best launch of a sweep beside the entry of the shipped launch table for that GPU.
 
     Args:
-        blocks: of `sweep_blocks` on this machine, or `stored_blocks`, with the machine's capability in `.attrs`.
+        blocks: of `sweep_blocks` on this machine, or of `stored_blocks`, with the GPU's capability in `.attrs`.
 
     Returns:
         A row for each head dimension and mask: head_dim, causal, `best` and `shipped` ("64 × 128, 4 warps, 2 stages"),
-        their milliseconds in this sweep, and `shipped / best`; NaN where the sweep has no such launch. `128 × 128 /
-        best`: the least time with these large blocks by the least of all.
+        their milliseconds in this sweep, and `shipped / best`; NaN if the sweep lacks the shipped launch. `128 × 128 /
+        best` is the least time with these large blocks by the least time of all.
 
     Raises:
-        ValueError: the table does not say which GPU it is of, and there is none here.
+        ValueError: the table does not name its GPU, and there is no GPU here.
     """
-    from labutils.attention.kernels import launch_table
+    from labutils.attention.kernels import launch_config, launch_table
 
     capability = _capability_of(blocks)
     rows = []
     for (d, causal), timed in blocks[blocks["status"] == "ok"].groupby(["head_dim", "causal"]):
         dtype = getattr(torch, timed["dtype"].iloc[0])
-        config = launch_table.shipped(launch_table.Place.of("forward", int(d), causal, dtype), capability)
+        config = launch_table.shipped(launch_config.Place.of("forward", int(d), causal, dtype), capability)
         best = timed.loc[timed["ms"].idxmin()]
         own = timed[
             (timed["block_m"] == config.block_m) & (timed["block_n"] == config.block_n)
@@ -119,12 +120,11 @@ def against_the_table(blocks: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=columns)
 
 
-def _capability_of(blocks: pd.DataFrame) -> tuple[int, int]:
-    """Of the GPU that a sweep ran on: the stored one's, or this machine's."""
+def _capability_of(blocks: pd.DataFrame) -> chips.Capability:
+    """The compute capability of the GPU of a sweep: stored with the table, or this machine's."""
     stored = (blocks.attrs.get("environment") or {}).get("capability")
     if stored is not None:
-        major, minor = map(int, stored.split("."))
-        return major, minor
+        return chips.undotted(stored)
     if runtime.capability is None:
         raise ValueError("the table does not say which GPU it is of, and there is none here: take `stored_blocks`.")
     return runtime.capability

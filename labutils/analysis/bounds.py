@@ -1,15 +1,14 @@
-"""Launches a kernel where every address is looked at, and says which program left its tensors.
+"""Launches a kernel in Triton's interpreter and checks every address: which program leaves its tensors?
 
-In the interpreter this happens in this process (`analysis.count_traffic`). A process that compiles its kernels starts
-another one with the interpreter switched on, which is what running this module as a program does. That one is kept for
-later launches, since most of its time goes into its imports; it ends with this process.
+A process that interprets its kernels does so itself, by `analysis.count_traffic`. A process that compiles its kernels
+starts a child, which runs this module as a program. The child is kept for later launches, since its imports take most
+of the time. It ends with this process.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import inspect
-import os
 import subprocess
 import sys
 import traceback
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 from labutils.analysis import count_traffic
+from labutils.analysis.interpreting import interpreting_python
 from labutils.machine import runtime
 
 _child: subprocess.Popen[str] | None = None
@@ -30,20 +30,20 @@ _HEADER = "import torch\nimport triton\nimport triton.language as tl\n\n\n"
 
 
 def out_of_bounds(kernel: Any, grid: Sequence[int], *arguments: Any, **constants: Any) -> str | None:
-    """Runs `kernel[grid](*arguments, **constants)` in the interpreter, and returns what is wrong with its addresses.
+    """Runs `kernel[grid](*arguments, **constants)` in the interpreter, and checks every address.
 
     Args:
-        kernel: a function with @triton.jit that calls no helper function of its own and uses nothing but `tl`,
-            `triton` and `torch` from outside. Defined in a notebook's cell or in a file.
+        kernel: a function with @triton.jit, from a notebook's cell or from a file. It may use only `tl`, `triton` and
+            `torch` from outside, and call no helper function of its own.
         grid: programs along each axis.
-        arguments, constants: as of the launch. In another process the kernel gets copies, and what it writes is lost.
+        arguments, constants: of the launch. In a child process the kernel gets copies, and its results are lost.
 
     Returns:
-        The text of the IndexError: kernel, program, by how much which tensor was missed; None where every access was
+        The first wrong access as text: kernel, program, tensor, and by how much it was missed. None if every access was
         inside.
 
     Raises:
-        RuntimeError: the child process failed, for another reason than an address.
+        RuntimeError: the launch failed for another reason than an address.
     """
     if runtime.interpreted:
         try:
@@ -65,30 +65,26 @@ def out_of_bounds(kernel: Any, grid: Sequence[int], *arguments: Any, **constants
 
 
 def _ask(folder: Path) -> None:
-    """Has the other process do the launch in `folder`, and starts it where there is none."""
+    """Has the child do the launch in `folder`. Starts the child if there is none."""
     global _child
     if _child is None or _child.poll() is not None:
-        package_root = str(Path(__file__).resolve().parents[2])
-        search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
         _child = subprocess.Popen(
-            [sys.executable, "-m", "labutils.analysis.bounds"],
-            env=os.environ | {"LABUTILS_DEVICE": "cpu", "PYTHONPATH": search_path},
+            **interpreting_python(["-m", "labutils.analysis.bounds"]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
         )
     assert _child.stdin is not None and _child.stdout is not None  # pipes, as asked for above
     said: list[str] = []
     try:
-        with suppress(BrokenPipeError):  # it ended: what it said on its way comes below
+        with suppress(BrokenPipeError):  # the child has ended; the loop below reads its last lines
             _child.stdin.write(f"{folder}\n")
             _child.stdin.flush()
         while (line := _child.stdout.readline()) != _DONE:
             if not line:
                 raise RuntimeError(f"the process of the launch ended:\n{''.join(said).strip()[-2000:]}")
             said.append(line)
-    except BaseException:  # an interrupt, too: what it would say next answers no later question
+    except BaseException:  # after an interrupt, too: a late answer must not be taken for the next one
         _child.kill()
         with suppress(BrokenPipeError):
             _child.communicate()
@@ -97,7 +93,7 @@ def _ask(folder: Path) -> None:
 
 
 def _main() -> None:
-    """Does the launch of each folder that stdin names, until stdin ends."""
+    """The child process: does the launch of each folder that stdin names, until stdin ends."""
     for line in sys.stdin:
         folder = Path(line.rstrip("\n"))
         try:

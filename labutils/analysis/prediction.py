@@ -1,17 +1,17 @@
 """Predicts the time of attention at shapes that nobody ran: FLOPs, exponentials, bytes, waves over SMs, overhead.
 
-A kernel of the flash family gives each program a block of rows. The model says of its time
+In a kernel of the flash family, each program computes a block of rows. The model of its time is
 
     t = overhead + c_bytes * bytes
       + fill * (c_products * products + c_exponentials * exponentials + c_programs * programs)
 
-`products`, `exponentials` and `bytes` are what a shape asks for, divided by what the GPU can do (its ceilings), so that
-c = 1 would be a kernel at that ceiling; c_programs is the time in microseconds that a program takes beside its tiles,
-and `fill` says how much longer the SM that has the most to do works than the average one. They are added, since the
-kernels of this lab overlap little of it; where a kernel does overlap, its constants come out smaller.
+`products`, `exponentials` and `bytes` are the work of a shape, divided by the rate of the GPU (its ceilings): a kernel
+that reaches a ceiling would have c = 1. c_programs is the time in microseconds that a program takes beside its tiles.
+`fill` says how much longer the SM with the most work is busy than the average SM. The terms are added, since the
+kernels of this lab do little of it at the same time. A kernel that does more at once gets smaller constants.
 
-The constants are fitted, for each implementation, pass, dtype and mask, on measured times; what they are multiplied
-with comes from the shape and from the GPU, which is why a fit of one GPU says something about another.
+The constants are fitted on measured times, for each backend, pass, dtype and mask. The terms come from the shape and
+from the GPU: so a fit on one GPU says something about another GPU.
 """
 
 from __future__ import annotations
@@ -29,30 +29,28 @@ import pandas as pd
 import torch
 
 from labutils.analysis.roofline import Ceilings, measure_ceilings, stored_ceilings
+from labutils.attention.backends import BACKENDS
 from labutils.benchmark import RESULTS, Point, attention_flops, reference_results
-from labutils.machine import runtime
+from labutils.machine import chips, runtime
 
 EXPONENTIALS_PER_CLOCK = 16
 """Results of ex2 that an SM delivers in a clock, compute capability 7.5 to 10.0 (CUDA C++ Programming Guide, table
 "Throughput of Native Arithmetic Instructions")."""
 
-PREDICTED = ("triton_v2", "sdpa_flash", "sdpa_cudnn", "flash_attn", "sdpa_efficient", "flex")
-"""Implementations that the model is for: one kernel, or a few in the backward pass, each with its programs. Not naive
-attention, whose operations run one after another, nor v1, which has a program for each head alone."""
-
 GROUP = ("impl", "pass", "dtype", "causal")
-"""One fit for each of these."""
+"""The columns whose values share a fit."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What the model must know of a GPU.
+    """The rates of a GPU that the model needs.
 
     Attributes:
         name: of the machine.
-        tflops: of a large matrix product. gb_per_s: of a large copy. Both as `measure_ceilings` finds them.
+        tflops: TFLOP/s of a large matrix product. gb_per_s: GB/s of a large copy. Both as `measure_ceilings` finds
+            them.
         processors: streaming multiprocessors (SMs).
-        mhz: highest clock of an SM, for the exponentials.
+        mhz: highest clock of an SM in MHz, for the exponentials.
     """
 
     name: str
@@ -63,7 +61,7 @@ class Gpu:
 
     @property
     def exponentials_per_s(self) -> float:
-        """ex2 results that all SMs deliver a second, at most."""
+        """The most ex2 results that all SMs deliver in a second."""
         return EXPONENTIALS_PER_CLOCK * self.processors * self.mhz * 1e6
 
     @classmethod
@@ -74,7 +72,7 @@ class Gpu:
             ceilings: of `measure_ceilings`.
 
         Raises:
-            RuntimeError: no GPU, or nvidia-smi does not say its highest clock.
+            RuntimeError: there is no GPU, or nvidia-smi does not say its highest clock.
         """
         if runtime.device.type != "cuda":
             raise RuntimeError("this machine has no GPU: Gpu.stored() is the H200 of the stored results.")
@@ -84,42 +82,39 @@ class Gpu:
 
     @classmethod
     def stored(cls, gpu: str = "nvidia_h200") -> Gpu:
-        """A GPU of which ceilings are stored.
+        """A GPU whose ceilings are stored.
 
         Args:
             gpu: a folder under labutils/results.
 
         Raises:
-            ValueError: its number of SMs and its clock are not known here.
+            ValueError: `chips.CARDS` does not have its number of SMs and its clock.
             FileNotFoundError: its ceilings are not stored.
         """
-        if gpu not in _DATASHEET:
-            raise ValueError(f"gpu={gpu!r} is not known: {', '.join(_DATASHEET)}, or Gpu.of_this_machine(ceilings).")
-        ceilings = stored_ceilings(gpu)
-        return cls(ceilings.machine, ceilings.tflops, ceilings.gb_per_s, *_DATASHEET[gpu])
+        if gpu not in _CARDS:
+            raise ValueError(f"gpu={gpu!r} is not known: {', '.join(_CARDS)}, or Gpu.of_this_machine(ceilings).")
+        ceilings, card = stored_ceilings(gpu), _CARDS[gpu]
+        assert card.mhz is not None  # a card of the table whose clock the lab knows
+        return cls(ceilings.machine, ceilings.tflops, ceilings.gb_per_s, card.processors, card.mhz)
 
 
 def gpu_for(folder: Path) -> Gpu:
-    """The GPU whose results a folder holds: with the stored ceilings where these are its own, else this machine's.
+    """The GPU whose results a folder holds: with the ceilings stored in that folder, else this machine's GPU.
 
-    What is stored must follow from what is stored beside it, so that anybody can compute it again.
+    A stored prediction must follow from the files beside it, so that anybody can compute it again.
 
     Args:
         folder: of tables, such as labutils/results/nvidia_h200.
 
     Raises:
-        RuntimeError: the stored ceilings are not its own, and this machine has no GPU.
+        RuntimeError: the folder is not one of stored results with ceilings, and this machine has no GPU.
     """
-    if (
-        folder.resolve().parent == RESULTS.resolve()
-        and folder.name in _DATASHEET
-        and (folder / "ceilings.json").exists()
-    ):
+    if folder.resolve().parent == RESULTS.resolve() and folder.name in _CARDS and (folder / "ceilings.json").exists():
         return Gpu.stored(folder.name)
     return Gpu.of_this_machine(measure_ceilings())
 
 
-_DATASHEET = {"nvidia_h200": (132, 1980.0)}  # SMs and highest clock in MHz, which stored results do not hold
+_CARDS = {"nvidia_h200": chips.CARDS["H200"]}  # for the number of SMs and the clock, which stored results lack
 
 
 def _highest_clock_mhz() -> float:
@@ -138,12 +133,12 @@ def _highest_clock_mhz() -> float:
         said = f"{done.stdout.strip()} {done.stderr.strip()}".strip() or "it prints nothing"
     raise RuntimeError(
         f"nvidia-smi does not say the highest clock of an SM ({said}): install NVIDIA's driver with its tools, or give "
-        "the clock as Gpu(..., mhz=...)."
+        "the clock yourself, as Gpu(..., mhz=...)."
     )
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What a shape asks for
+# The work of a shape
 # ------------------------------------------------------------------------------------------------------------
 
 _PRODUCTS = {"fwd": 2, "bwd": 5}  # matrix products of N x N x D
@@ -154,19 +149,19 @@ FITTED = ("overhead", "bytes", "products", "exponentials", "programs")
 
 
 def padded(head_dim: int) -> int:
-    """The head dimension that a kernel is taken to compute with: the next multiple of 32."""
+    """The head dimension that the model assumes a kernel computes with: the next multiple of 32."""
     return -(-head_dim // 32) * 32
 
 
 def terms(row: Mapping[str, Any], gpu: Gpu, block: int, resident: float, slowdown: float) -> dict[str, float]:
-    """What a shape asks for, in milliseconds at the ceilings of a GPU.
+    """The work of a shape, in milliseconds at the ceilings of a GPU.
 
     Args:
         row: pass, dtype, head_dim, causal, batch, heads, seqlen.
-        gpu: whose ceilings count.
+        gpu: the GPU whose ceilings count.
         block: rows and columns of a tile.
         resident: programs that an SM holds at once.
-        slowdown: how much longer a program takes alone on an SM than its share of an SM that is full.
+        slowdown: time of a program that has an SM to itself, over the time per program on an SM that is full.
 
     Returns:
         A value for each of `FITTED` ("overhead" is 1; products, exponentials and programs have `fill` in them) and
@@ -176,12 +171,12 @@ def terms(row: Mapping[str, Any], gpu: Gpu, block: int, resident: float, slowdow
     heads = int(row["batch"]) * int(row["heads"])
     blocks = math.ceil(n / block)
     tiles = blocks * (blocks + 1) // 2 if row["causal"] else blocks**2
-    pairs = heads * tiles * block * block  # scores computed, those that a mask takes away within a tile included
+    pairs = heads * tiles * block * block  # scores computed, also those that a mask hides within a tile
     programs = heads * blocks
     even = programs / gpu.processors
-    if row["causal"]:  # unequal programs, the longest first, fill each other's gaps, but the longest must end
+    if row["causal"]:  # the longest program starts first; shorter ones fill the gaps, and the longest must end
         waves = max(even, slowdown * blocks**2 / tiles)
-    else:  # equal programs come in waves
+    else:  # equal programs run in waves
         most = math.ceil(even)
         waves = max(most, slowdown * math.ceil(most / resident))
     fill = waves / even
@@ -203,11 +198,11 @@ def terms(row: Mapping[str, Any], gpu: Gpu, block: int, resident: float, slowdow
 
 @dataclass(frozen=True)
 class Fit:
-    """The constants of one implementation, pass, dtype and mask.
+    """The constants of one backend, pass, dtype and mask.
 
     Attributes:
-        constants: by the names of `FITTED`: milliseconds of overhead; how many times as long as at the ceiling bytes,
-            products and exponentials take; microseconds of a program.
+        constants: by the names of `FITTED`. overhead: milliseconds. bytes, products, exponentials: their time as a
+            multiple of the time at the ceiling. programs: microseconds of a program.
         block, resident, slowdown: as for `terms`.
         rows: how many measurements it was fitted on.
     """
@@ -219,13 +214,14 @@ class Fit:
     rows: int
 
     def parts(self, row: Mapping[str, Any], gpu: Gpu) -> dict[str, float]:
-        """Milliseconds of a shape (a row as `terms` takes it) on a GPU, by the terms of the model; their sum is the
-        prediction."""
+        """Milliseconds of each term of the model for a shape (a row as for `terms`) on a GPU. Their sum is the
+        prediction.
+        """
         asked = terms(row, gpu, self.block, self.resident, self.slowdown)
         return {name: self.constants[name] * asked[name] for name in FITTED}
 
     def predict(self, row: Mapping[str, Any], gpu: Gpu) -> float:
-        """Milliseconds of a shape (a row as `terms` takes it) on a GPU."""
+        """Predicted milliseconds of a shape (a row as for `terms`) on a GPU."""
         return sum(self.parts(row, gpu).values())
 
 
@@ -235,10 +231,10 @@ _SLOWDOWN = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0)
 
 
 def _not_negative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Least squares with all constants 0 or more: which of them are 0 is tried out, few zeros first.
+    """Least squares with constants of 0 or more. It tries which constants are 0, few zeros first.
 
-    Where the others come out as 0 or more, and none of those at 0 would lower the error by growing, there is no better
-    choice (the conditions of Karush, Kuhn and Tucker).
+    A choice is the best if all other constants come out as 0 or more, and if no constant that is 0 would lower the
+    error by growing (the conditions of Karush, Kuhn and Tucker).
     """
     best, best_error = np.zeros(a.shape[1]), math.inf
     for size in range(a.shape[1], 0, -1):
@@ -258,26 +254,26 @@ def _not_negative(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def fit_one(rows: Sequence[Mapping[str, Any]], gpu: Gpu) -> Fit:
-    """The constants with the least squares of relative errors, over `rows` of one implementation, pass, dtype and mask.
+    """The constants with the least squares of relative errors, over `rows` of one backend, pass, dtype and mask.
 
-    Which block, how many resident programs and what slowdown is tried out. Where all rows fill the GPU several times
-    over, as a sweep of a fixed number of tokens does, the last two make no difference, and the smallest are taken; nor
-    can such a sweep tell bytes, which are then all the same, from overhead.
+    It tries all values of block, resident and slowdown. In a sweep of a fixed number of tokens, all rows may fill the
+    GPU several times over. Then resident and slowdown make no difference, and the smallest values are taken. Such a
+    sweep cannot separate bytes from overhead either, since all of its rows move the same bytes.
 
     Args:
-        rows: shapes as `terms` takes them, with `ms`.
-        gpu: that measured them.
+        rows: shapes as for `terms`, with `ms`.
+        gpu: the GPU that measured them.
 
     Raises:
         ValueError: fewer rows than constants.
     """
     if len(rows) < len(FITTED):
-        raise ValueError(f"{len(rows)} measurements cannot say {len(FITTED)} constants: measure more shapes.")
+        raise ValueError(f"{len(rows)} measurements do not determine {len(FITTED)} constants: measure more shapes.")
     best: Fit | None = None
     best_error = math.inf
     ms = np.array([row["ms"] for row in rows])
     for block, resident, slowdown in itertools.product(_BLOCKS, _RESIDENT, _SLOWDOWN):
-        if slowdown > resident:  # alone, a program has all that the resident ones share, and no more
+        if slowdown > resident:  # a program that is alone has no more than all resident programs share
             continue
         asked = [terms(row, gpu, block, resident, slowdown) for row in rows]
         a = np.array([[one[name] for name in FITTED] for one in asked]) / ms[:, None]
@@ -290,27 +286,35 @@ def fit_one(rows: Sequence[Mapping[str, Any]], gpu: Gpu) -> Fit:
     return best
 
 
+def predictable() -> list[str]:
+    """The backends that the model is for: their kernels have programs that each compute a block of rows.
+
+    Naive attention is not among them, since its operations run one after another. v1 has one program for each head.
+    """
+    return [backend.name for backend in BACKENDS.values() if backend.row_programs]
+
+
 def fit(measured: pd.DataFrame, gpu: Gpu) -> dict[tuple, Fit]:
-    """One `Fit` for each implementation, pass, dtype and mask in a table of measurements; failures are left out.
+    """One `Fit` for each backend, pass, dtype and mask in a table of measurements; failures are left out.
 
     Args:
         measured: a table such as attention.csv, with the columns of `GROUP`, the shape and `ms`.
-        gpu: that measured it.
+        gpu: the GPU that measured it.
 
     Raises:
-        ValueError: too few rows of one group.
+        ValueError: a group has too few rows.
     """
-    ok = measured[measured["ms"].notna() & measured["impl"].isin(PREDICTED)]
+    ok = measured[measured["ms"].notna() & measured["impl"].isin(predictable())]
     return {key: fit_one(rows.to_dict("records"), gpu) for key, rows in ok.groupby(list(GROUP))}
 
 
 def predict(fits: Mapping[tuple, Fit], shapes: pd.DataFrame, gpu: Gpu) -> pd.DataFrame:
-    """The table of shapes with a column `predicted_ms`; rows of a group that has no fit are left out.
+    """The table of shapes with a column `predicted_ms`; rows of a group without a fit are left out.
 
     Args:
-        fits: a `Fit` for each group, the values of the columns `GROUP`.
+        fits: values of the columns `GROUP` -> their `Fit`.
         shapes: rows with the columns of a measured table; times are not read.
-        gpu: whose time is predicted.
+        gpu: the GPU whose time is predicted.
     """
     known = [tuple(row[name] for name in GROUP) in fits for row in shapes.to_dict("records")]
     found = shapes[known].copy()
@@ -325,8 +329,8 @@ def errors(predicted: pd.DataFrame) -> pd.Series:
     return (predicted["predicted_ms"] / predicted["ms"] - 1).abs().rename("error")
 
 
-def judged(predicted: pd.DataFrame, by: Iterable[str] = ("impl", "pass")) -> pd.DataFrame:
-    """Median, 90th percentile and largest of the absolute relative errors, for each group of rows and for all.
+def error_summary(predicted: pd.DataFrame, by: Iterable[str] = ("impl", "pass")) -> pd.DataFrame:
+    """Median, 90th percentile and largest of the absolute relative errors, for each group of rows and for all rows.
 
     Args:
         predicted: with `ms` and `predicted_ms`.
@@ -344,14 +348,14 @@ def judged(predicted: pd.DataFrame, by: Iterable[str] = ("impl", "pass")) -> pd.
 
 
 def each_length_in_turn(measured: pd.DataFrame, gpu: Gpu) -> pd.DataFrame:
-    """The table with `predicted_ms`, each row from a fit of the rows of all other lengths.
+    """The table with `predicted_ms`, each row predicted by a fit on the rows of all other lengths.
 
     Args:
         measured: as for `fit`.
-        gpu: that measured it.
+        gpu: the GPU that measured it.
 
     Raises:
-        ValueError: too few rows remain of one group.
+        ValueError: a group has too few rows without one of the lengths.
     """
     parts = [
         predict(fit(measured[measured["seqlen"] != n], gpu), measured[measured["seqlen"] == n], gpu)
@@ -363,16 +367,16 @@ def each_length_in_turn(measured: pd.DataFrame, gpu: Gpu) -> pd.DataFrame:
 def by_head_dim(
     fits: Mapping[tuple, Fit], held_out: pd.DataFrame, gpu: Gpu, instead: Mapping[int, int]
 ) -> pd.DataFrame:
-    """The median error, with its sign, for each implementation, pass and head dimension.
+    """The median error, with its sign, for each backend, pass and head dimension.
 
     Args:
         fits, gpu: as for `predict`.
         held_out: measurements.
-        instead: head dimensions -> others that are put into the model as well, such as {96: 128}: a kernel that
-            computes with 128 columns where 96 were asked for is predicted as if 128 had been.
+        instead: head dimension -> another that is put into the model as well. {96: 128} also predicts D = 96 as
+            D = 128, for kernels that compute 96 columns as 128.
 
     Returns:
-        Rows by implementation and pass; columns "D = 64" and so on, and "D = 96 as 128".
+        Rows by backend and pass; columns "D = 64" and so on, and "D = 96 as 128".
     """
     columns = {}
     for d, rows in held_out.groupby("head_dim"):
@@ -385,19 +389,21 @@ def by_head_dim(
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Shapes to be measured for it
+# Shapes to measure for the fit and for its test
 # ------------------------------------------------------------------------------------------------------------
 
 MEASURED = ("triton_v2", "sdpa_flash", "sdpa_cudnn")
-_LEAST_FLOPS, _MOST_FLOPS = 4e10, 4e12  # of a forward pass: below, launching counts; above, it takes long
+"""The predictable backends in the stored table: each more costs some 230 measurements."""
+
+_LEAST_FLOPS, _MOST_FLOPS = 4e10, 4e12  # of a forward pass: a smaller one measures launching, a larger one takes long
 _FIT_LENGTHS, _FIT_HEADS = (1024, 2048, 4096, 8192, 16384), (1, 4, 12, 32, 128, 512)  # heads of all sequences
 
 
 def fit_shapes() -> list[dict]:
-    """Shapes for the fit: N a power of two, D 64 and 128, and from few programs to many.
+    """Shapes for the fit: N a power of two, D 64 and 128, few programs to many.
 
-    Each is {"batch", "heads", "seqlen", "head_dim", "causal"}. Those with 16,384 tokens and H * D = 2,048 are in the
-    stored sweep (attention.csv) as well.
+    Each is {"batch", "heads", "seqlen", "head_dim", "causal"}. The shapes with 16,384 tokens and H * D = 2,048 are also
+    in the stored sweep (attention.csv).
     """
     shapes = [
         {"batch": max(1, total // 32), "heads": min(total, 32), "seqlen": n, "head_dim": d, "causal": causal}
@@ -407,12 +413,12 @@ def fit_shapes() -> list[dict]:
 
 
 def held_out_shapes(count: int = 60) -> list[dict]:
-    """Shapes for the judgement: N no power of two, batches and heads of all kinds, D 64, 96 and 128; always the same.
+    """Shapes that test the model; always the same. N is not a power of two; D is 64, 96 or 128.
 
-    The model never sees one of these lengths in its fit.
+    The fit of the model never sees these lengths.
 
     Args:
-        count: how many; fewer are the first of more.
+        count: how many shapes; a smaller count gives the first of them.
     """
     generator = np.random.default_rng(0)
     shapes: dict[tuple, dict] = {}
@@ -440,11 +446,12 @@ def _flops(shape: Mapping[str, Any]) -> float:
 def points_to_measure(
     impls: Iterable[str] = MEASURED, passes: Iterable[str] = ("fwd", "bwd"), dtype: str = "bfloat16"
 ) -> dict[Point, str]:
-    """Every point of `fit_shapes` and `held_out_shapes` -> its split, "fit" or "held_out"; points of one shape follow
-    each other.
+    """Every point of `fit_shapes` and `held_out_shapes` -> its split, "fit" or "held_out".
+
+    The points of one shape follow each other.
 
     Args:
-        impls, passes, dtype: as in a `Point`, of which there is one for each of them at each shape.
+        impls, passes, dtype: as in a `Point`; each shape has a point for each backend and pass.
     """
     impls, passes = list(impls), list(passes)
     return {
@@ -457,23 +464,23 @@ def points_to_measure(
 
 
 def stored_predictions(gpu: str = "nvidia_h200") -> pd.DataFrame:
-    """The stored measurements to fit and to judge on, with their predictions: the columns of `SCHEMAS["prediction"]`.
+    """The stored measurements of both splits with their predictions: the columns of `SCHEMAS["prediction"]`.
 
     Args:
         gpu: a folder under labutils/results.
 
     Raises:
-        FileNotFoundError: none is stored: `python -m labutils study shapes` measures one.
+        FileNotFoundError: this GPU has no such table: `python tools/study.py shapes` measures one.
     """
     return reference_results(gpu, "prediction", dtype=None)
 
 
 def predicted_table(measured: pd.DataFrame, gpu: Gpu) -> pd.DataFrame:
-    """The table with `predicted_ms`: all rows, by a fit of those with split "fit".
+    """The table with `predicted_ms` for all rows, by a fit on the rows with split "fit".
 
     Args:
         measured: as for `fit`, with `split`.
-        gpu: that measured it.
+        gpu: the GPU that measured it.
 
     Raises:
         ValueError: too few rows to fit.

@@ -1,4 +1,4 @@
-"""What torch.profiler says, as a table: where the time of a function goes, operation by operation."""
+"""Reads torch.profiler: where the time of a function goes, when each operation runs, what launches cost."""
 
 from __future__ import annotations
 
@@ -30,24 +30,29 @@ def short_operation(name: str) -> str:
 def profile(
     fn: Callable[[], Any], *, repeats: int = 3, top: int | None = 10, flops: Mapping[str, float] | None = None
 ) -> pd.DataFrame:
-    """What torch.profiler says of `fn()`, as a table: where its time goes, operation by operation.
+    """Where the time of `fn()` goes, operation by operation, by torch.profiler.
 
     Args:
         fn: called `repeats` times, after one call that is not recorded.
         repeats: calls to average over.
         top: rows to return, longest first; None for all.
-        flops: of one call of `fn`, by a part of an operation's name: for those that the profiler does not count, such
-            as attention kernels. They stand with the longest operation of that name.
+        flops: part of an operation's name -> its FLOPs in one call of `fn`, for operations that the profiler does not
+            count, such as attention kernels. The longest operation of that name gets them.
 
     Returns:
-        `op`, `calls` (per call of fn), `self_ms` (per call of fn, without what the operation calls in turn; time on the
-        GPU where there is one, else on the CPU), `share` of the total and `gflops` (per call of fn; NaN where the
-        profiler does not count, which is everything but matmuls and a few elementwise operations: attention kernels
-        show none). On a GPU, kernels launched outside a PyTorch operation, as Triton's are, stand under their own name.
+        A row for each operation, with numbers per call of fn:
+
+        - `op`: its name. On a GPU, a kernel launched outside a PyTorch operation has its own row, as Triton's kernels
+          do.
+        - `calls`: how often it ran.
+        - `self_ms`: its time without the operations that it calls: on the GPU if there is one, else on the CPU.
+        - `share`: of the total.
+        - `gflops`: NaN if the profiler does not count them. It counts only matmuls and a few elementwise operations.
+
         `.attrs`: "total_ms", "machine", "device" ("CPU" or "GPU").
 
     Raises:
-        ValueError: no operation that ran has the name of a part in `flops`.
+        ValueError: a part in `flops` occurs in no operation's name.
     """
     on_gpu = runtime.device.type == "cuda"
     activity = torch.profiler.ProfilerActivity
@@ -92,9 +97,9 @@ def profile(
 
 
 def _kernels_without_operation(profiler: Any) -> list[dict]:
-    """GPU kernels that no PyTorch operation launched: their time is in no operation's account."""
+    """GPU kernels that no PyTorch operation launched, so that no operation accounts for their time."""
     cpu = torch.autograd.DeviceType.CPU
-    spent: Counter[str] = Counter()  # microseconds by kernel, less those that an operation accounts for
+    spent: Counter[str] = Counter()  # microseconds by kernel, without those that an operation accounts for
     calls: Counter[str] = Counter()
     for event in profiler.events():
         if event.device_type == cpu:
@@ -123,7 +128,7 @@ def timeline(fn: Callable[[], Any], *, trace: str | Path | None = None) -> pd.Da
 
     Returns:
         `op`, `track` ("CPU" or "GPU"), `start_us`, `end_us` and `depth`: how many operations of the same track were
-        going on when this one began (`matmul` 0, the `bmm` that it calls 1). `.attrs`: "machine".
+        running when this one began (`matmul` 0, the `bmm` that it calls 1). `.attrs`: "machine".
     """
     on_gpu = runtime.device.type == "cuda"
     activity = torch.profiler.ProfilerActivity
@@ -162,11 +167,11 @@ def timeline(fn: Callable[[], Any], *, trace: str | Path | None = None) -> pd.Da
 
 @dataclass(frozen=True)
 class LaunchOverhead:
-    """What a call costs with the host and without it.
+    """The time of a call with the host, and without it.
 
     Attributes:
-        called_us: microseconds of a call, many in a row, until the GPU is done with all.
-        replayed_us: microseconds of the same work as a CUDA graph, which the host starts as one.
+        called_us: microseconds of one of many calls in a row, until the GPU has finished all.
+        replayed_us: microseconds of the same work as a CUDA graph, which the host starts at once.
     """
 
     called_us: float
@@ -179,14 +184,14 @@ class LaunchOverhead:
 
 
 def launch_overhead(fn: Callable[[], Any], *, repeats: int = 50) -> LaunchOverhead:
-    """What starting a call's kernels from Python costs: the call as it is, against the same as a CUDA graph.
+    """The cost of starting a call's kernels from Python: the call itself, beside the same work as a CUDA graph.
 
     Args:
         fn: called without arguments; a CUDA graph must be able to hold it.
         repeats: calls in a row that are timed together.
 
     Raises:
-        Unsupported: no GPU.
+        Unsupported: there is no GPU.
     """
     if runtime.device.type != "cuda":
         raise Unsupported("launches are a GPU's: on a CPU the operation itself runs when it is called.")

@@ -1,4 +1,4 @@
-"""The roofline: the ceilings of a machine, and where implementations stand under them."""
+"""The roofline: measures the ceilings of a machine, and places implementations under them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,23 @@ import triton
 import triton.language as tl
 
 from labutils.analysis.traffic import compulsory_bytes, io_bytes
-from labutils.benchmark import RESULTS, SCHEMAS, Unsupported, attention_flops, decode_bandwidth, dtype_name, time_call
+from labutils.attention import interface
+from labutils.attention.backends import BACKENDS
+from labutils.benchmark import (
+    RESULTS,
+    SCHEMAS,
+    Unsupported,
+    attention_flops,
+    dtype_name,
+    time_call,
+    time_replayed,
+)
 from labutils.machine import runtime
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this machine can do at most, as measured on it."""
+    """The two ceilings of a machine, as measured on it."""
 
     tflops: float
     """TFLOP/s of a large matmul in `dtype`."""
@@ -29,7 +39,7 @@ class Ceilings:
 
     @property
     def ridge(self) -> float:
-        """FLOP/byte at which the two ceilings meet: below it memory is the bound, above it arithmetic."""
+        """FLOP/byte at which the two ceilings meet. Below it memory is the bound, above it arithmetic."""
         return 1e3 * self.tflops / self.gb_per_s
 
     def roof(self, intensity: float) -> float:
@@ -41,7 +51,7 @@ def measure_ceilings(*, dtype: torch.dtype | None = None, seconds: float = 0.5) 
     """Measures this machine's two ceilings: a square matmul, and a copy too large for the caches.
 
     Args:
-        dtype: of the matmul; `runtime.dtype` where not given.
+        dtype: of the matmul; None for `runtime.dtype`.
         seconds: spent on each of the two.
     """
     dtype = runtime.dtype if dtype is None else dtype
@@ -51,7 +61,7 @@ def measure_ceilings(*, dtype: torch.dtype | None = None, seconds: float = 0.5) 
     matmul = time_call(lambda: torch.mm(a, b, out=out), seconds=seconds)
     size = runtime.choose(cpu=128, gpu=256, large_gpu=2048) * 2**20
     source = torch.zeros(size, dtype=torch.uint8, device=runtime.device)
-    target = torch.empty_like(source).zero_()  # touched once, so that the timed copy does not wait for page faults
+    target = torch.empty_like(source).zero_()  # written once, so that the timed copy meets no page faults
     copy = time_call(lambda: target.copy_(source), seconds=seconds)
     return Ceilings(
         tflops=2 * n**3 / matmul.median_ms / 1e9,
@@ -62,13 +72,13 @@ def measure_ceilings(*, dtype: torch.dtype | None = None, seconds: float = 0.5) 
 
 
 def stored_ceilings(gpu: str = "nvidia_h200") -> Ceilings:
-    """The ceilings of a named GPU, as `measure_ceilings` found them there.
+    """The stored ceilings of a named GPU.
 
     Args:
         gpu: a folder under labutils/results.
 
     Raises:
-        FileNotFoundError: none are stored for this GPU.
+        FileNotFoundError: this GPU has no stored ceilings.
     """
     path = RESULTS / gpu / "ceilings.json"
     if not path.exists():
@@ -86,13 +96,13 @@ def _exponentials(out_ptr, STEPS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def measure_exponentials(*, seconds: float = 0.2) -> float:
-    """Exponentials (base 2, float32) that this GPU computes in a second, with nothing else to do.
+    """Exponentials (base 2, float32) that this GPU computes in a second if it does nothing else.
 
     Args:
         seconds: of recorded repeats.
 
     Raises:
-        Unsupported: no GPU.
+        Unsupported: there is no GPU.
     """
     if runtime.device.type != "cuda":
         raise Unsupported("the rate of exponentials is a GPU's: in the interpreter a time means nothing.")
@@ -104,24 +114,77 @@ def measure_exponentials(*, seconds: float = 0.2) -> float:
 
 
 def exponential_tflops(exponentials_per_s: float, head_dim: int) -> float:
-    """TFLOP/s at which a forward pass would run if its exponentials alone took time: 4 * D FLOPs belong to each.
+    """TFLOP/s of a forward pass if only its exponentials took time: 4 * D FLOPs belong to each exponential.
 
     Args:
-        exponentials_per_s: of the GPU, as `measure_exponentials` finds it.
+        exponentials_per_s: of the GPU, by `measure_exponentials`.
         head_dim: D.
     """
     return 4e-12 * head_dim * exponentials_per_s
 
 
 def in_turn(*tflops: float) -> float:
-    """TFLOP/s of a kernel that does one thing after another, each at a rate of its own, overlapping nothing."""
+    """TFLOP/s of a kernel that does several things one after another, without overlap.
+
+    Args:
+        tflops: the rate at which it would run if it did only one of them.
+    """
     return 1 / sum(1 / rate for rate in tflops)
+
+
+def decode_bandwidth(
+    *,
+    batch: int,
+    seqlen: int,
+    heads: int = 64,
+    heads_kv: int = 8,
+    head_dim: int = 128,
+    page: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[float, float]:
+    """How fast `flash_attn_with_kvcache` reads a full cache for one token.
+
+    Decoding reads each key and value once and computes little with them, so memory bounds it. Compare the rate with
+    `measure_ceilings().gb_per_s`.
+
+    Args:
+        batch, seqlen, heads, heads_kv, head_dim: B, N_k, H, H_kv, D.
+        page: rows of a block of a paged cache, the blocks in random order; None for a cache in one piece.
+        dtype: of queries and cache.
+
+    Returns:
+        Microseconds of the call, and GB/s (10^9 bytes) of keys and values.
+
+    Raises:
+        Unsupported: there is no GPU.
+    """
+    if runtime.device.type != "cuda":
+        raise Unsupported("decoding is timed only on a GPU: in the interpreter a time means nothing.")
+    on_gpu = {"device": runtime.device, "dtype": dtype}
+    size = 2 * batch * seqlen * heads_kv * head_dim * dtype.itemsize  # bytes of one cache
+    # Each call reads a cache of its own. Together they are four times the L2 cache, so none is found there.
+    l2 = torch.cuda.get_device_properties(runtime.device).L2_cache_size
+    copies = max(2, -(-4 * l2 // size))
+    q = torch.randn(batch, 1, heads, head_dim, **on_gpu)
+    table = None
+    if page is not None:
+        blocks = -(-seqlen // page)
+        table = torch.randperm(batch * blocks, device=runtime.device).view(batch, blocks).int()
+    shape = (batch, seqlen) if page is None else (batch * blocks, page)
+    caches = [torch.randn(2, *shape, heads_kv, head_dim, **on_gpu) for _ in range(copies)]
+    lengths = torch.full((batch,), seqlen, dtype=torch.int32, device=runtime.device)
+    calls = [
+        lambda kv=kv: interface.flash_attn_with_kvcache(q, kv[0], kv[1], cache_seqlens=lengths, block_table=table)
+        for kv in caches
+    ]
+    microseconds = time_replayed(calls)
+    return microseconds, size / microseconds / 1e3
 
 
 def decode_points(
     batches: Iterable[int], *, seqlen: int = 8192, heads: int = 64, heads_kv: int = 8, head_dim: int = 128
 ) -> pd.DataFrame:
-    """Decoding one token against a full cache, measured on this GPU: where it stands under the roofline.
+    """Measures decoding one token against a full cache on this GPU, for a place under the roofline.
 
     Args:
         batches: the values of B.
@@ -132,7 +195,7 @@ def decode_points(
         N_k * D), `intensity` (FLOP/byte: H / H_kv in 16 bits) and tflops.
 
     Raises:
-        Unsupported: no GPU.
+        Unsupported: there is no GPU.
     """
     rows = []
     for batch in batches:
@@ -142,11 +205,8 @@ def decode_points(
     return pd.DataFrame(rows, columns=list(SCHEMAS["decoding"]))
 
 
-_IO_MODEL_OF = {"naive": "naive", "sdpa_math": "naive", "triton_v1": "v1", "tiled_v1": "v1"}  # the others: v2
-
-
 def roofline_points(df: pd.DataFrame, ceilings: Ceilings, *, block_m: int = 128, block_n: int = 128) -> pd.DataFrame:
-    """Where each measured forward pass stands under the roofline.
+    """The place of each measured forward pass under the roofline.
 
     Args:
         df: a table of `benchmark.sweep`; rows with pass "fwd" and status "ok" are used.
@@ -154,16 +214,20 @@ def roofline_points(df: pd.DataFrame, ceilings: Ceilings, *, block_m: int = 128,
         block_m, block_n: the blocks assumed in the IO model of the tiled implementations.
 
     Returns:
-        impl, seqlen, causal, tflops, flops, model_bytes, intensity (FLOP/byte by the IO model), intensity_compulsory
-        (with every tensor moved once: what a cache that serves all repeated loads would make of it), roof_tflops (the
-        roof at `intensity`), share (of that roof) and bound ("memory" or "compute"). A share above 1 says that a cache
-        served loads which the model sends to memory.
+        impl, seqlen, causal, tflops, flops, model_bytes, and:
+
+        - `intensity`: FLOP/byte by the IO model.
+        - `intensity_compulsory`: FLOP/byte if every tensor moves once, as with a cache that serves all repeated loads.
+        - `roof_tflops`: the roof at `intensity`. `share`: of that roof.
+        - `bound`: "memory" or "compute".
+
+        A share above 1 means that a cache served loads that the model sends to memory.
     """
     rows = []
     for row in df[(df["pass"] == "fwd") & (df["status"] == "ok")].itertuples():
         shape = {"batch": row.batch, "heads": row.heads, "seqlen": row.seqlen, "head_dim": row.head_dim}
         size = getattr(torch, row.dtype).itemsize
-        model = _IO_MODEL_OF.get(row.impl, "v2")
+        model = BACKENDS[row.impl].io_model if row.impl in BACKENDS else "v2"
         moved = io_bytes(
             model,
             **shape,

@@ -1,27 +1,26 @@
-"""Bytes moved to and from global memory: what the algorithms ask for (the IO model), and what kernels really ask for.
+"""Bytes that kernels move to and from global memory: modelled from the algorithms, and counted in Triton's interpreter.
 
-`io_bytes` models; `counted_traffic` counts in Triton's interpreter, and the two agree to the byte, for the forward
-passes of FlashAttention-1 and 2 and for both kernels of the backward pass. Where kernels are compiled, counting happens
-in a process of its own, in which they are interpreted.
+`io_bytes` models and `counted_traffic` counts. The two agree to the byte, for the forward passes of FlashAttention-1
+and 2 and for both kernels of the backward pass. A process that compiles its kernels counts in a child process, which
+interprets them.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, overload
 
 import pandas as pd
 import torch
 
+from labutils.analysis.interpreting import interpreting_python
 from labutils.benchmark import dtype_name, watch_interpreter
 from labutils.machine import runtime
 
@@ -29,7 +28,7 @@ Bytes = dict[str, dict[str, int]]
 """Bytes per tensor: {"q": {"load": 1024, "store": 0}, ...}."""
 
 TILED = ("v1", "v2", "dq", "dkdv")
-"""The kernels that have an IO model and can be counted: both forward passes, and the two of the backward pass."""
+"""The tiled kernels, which can be modelled and counted: both forward passes, and the two of the backward pass."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -75,19 +74,19 @@ def io_bytes(
 
     Args:
         impl: "naive": standard attention, which writes S, reads it, writes P and reads that (FlashAttention,
-            Algorithm 0; a mask saves it nothing). "v1": K/V blocks outside, O (float32), l and m read and written in
-            each inner step (Algorithm 1). "v2": Q blocks outside, everything else stays on chip (FlashAttention-2,
-            Algorithm 1). "dq" and "dkdv": the two kernels of labutils' backward pass of v2. The first has a block of Q,
-            O and dO for each program and streams K and V; it also writes L log2 e and Δ, a float32 each for a row, for
-            the second, which has a block of K and V and streams Q, dO and these two.
-        batch, heads, seqlen, head_dim, seqlen_k: B, H, N_q, D and N_k (N_q where not given).
+            Algorithm 0; a mask saves it nothing). "v1": K/V blocks outside; each inner step reads and writes O
+            (float32), l and m (Algorithm 1). "v2": Q blocks outside; everything else stays on chip (FlashAttention-2,
+            Algorithm 1). "dq" and "dkdv": the two kernels of labutils' backward pass of v2. A program of the first has
+            a block of Q, O and dO and streams K and V. It also writes L log2 e and Δ, a float32 each for a row. A
+            program of the second has a block of K and V, and streams Q, dO and these two.
+        batch, heads, seqlen, head_dim, seqlen_k: B, H, N_q, D and N_k (None for N_q).
         block_m, block_n: rows of a block of Q and of K/V; needed for all but "naive".
         dtype_bytes: size of an element of q, k, v (and of S and P in "naive").
-        causal: all but "naive" leave out the tiles that are masked as a whole; what they load is loaded whole.
+        causal: all but "naive" leave out the tiles that are fully masked. Other tiles are loaded whole.
         per_tensor: bytes by tensor, {"q": {"load": ..., "store": ...}, ...}; False: their sum.
 
-    Every load counts, whether or not a cache could serve it: this is what the kernel asks for. Bytes that PyTorch moves
-    around the kernel (zeroing O, l and m for v1, casting v1's O) are not in it.
+    Every load counts, also if a cache could serve it: these are the bytes that the kernel asks for. Bytes that PyTorch
+    moves around the kernel (zeroing O, l and m for v1, casting v1's O) do not count.
 
     Raises:
         ValueError: unknown `impl`, or block sizes missing.
@@ -123,7 +122,7 @@ def _tiled_io(
         return not causal or keys[0] <= rows[1] - 1 + n_k - n_q  # its last row sees its first key
 
     tiles = [(q, k) for q in q_blocks for k in k_blocks if visible(q, k)]
-    # How many rows of Q, and of K, are loaded in all if each tile loads its own
+    # Rows of Q, and of K, that are loaded in all if each tile loads its own
     q_rows = sum(q[1] - q[0] for q, _ in tiles)
     k_rows = sum(k[1] - k[0] for _, k in tiles)
     if impl == "v1":  # K and V once; Q, O, l and m once for each tile
@@ -137,23 +136,23 @@ def _tiled_io(
         loads = {"q": n_q * row, "k": k_rows * row, "v": k_rows * row, "o": n_q * row, "do": n_q * row}
         loads["lse"] = n_q * one_fp32
         return loads, {"lse2": n_q * one_fp32, "delta": n_q * one_fp32, "dq": n_q * row}
-    # dK and dV: of L log2 e and Δ a whole block for each tile, also where the last one goes on past the sequence
+    # dK and dV: each tile loads a whole block of L log2 e and Δ, also past the end of the sequence
     per_row = len(tiles) * block_m * one_fp32
     loads = {"q": q_rows * row, "k": n_k * row, "v": n_k * row, "do": q_rows * row, "lse2": per_row, "delta": per_row}
     return loads, {"dk": n_k * row, "dv": n_k * row}
 
 
 def total_bytes(per_tensor: Bytes) -> int:
-    """Sum over tensors, loads and stores."""
+    """The sum over tensors, loads and stores."""
     return sum(sum(kinds.values()) for kinds in per_tensor.values())
 
 
 def compulsory_bytes(*, batch: int, heads: int, seqlen: int, head_dim: int, dtype_bytes: int = 2) -> int:
-    """The bytes that no exact attention can avoid: q, k and v read once, o written once, each (B, N, H, D).
+    """The bytes that exact attention cannot avoid: q, k and v read once, o written once, each (B, N, H, D).
 
     Args:
         batch, heads, seqlen, head_dim: B, H, N and D.
-        dtype_bytes: of one number.
+        dtype_bytes: size of one number.
     """
     return 4 * batch * heads * seqlen * head_dim * dtype_bytes
 
@@ -174,7 +173,7 @@ class _Extent:
     """(bytes from one element to the next, number of elements) of each dimension, widest first."""
 
     def holds(self, address: int) -> bool:
-        """Whether an element begins at this address: views of one storage overlap, and yet share no element."""
+        """Whether an element of the tensor begins here. Views of one storage may overlap without sharing an element."""
         rest = address - self.first
         for step, size in self.steps:
             index, rest = divmod(rest, step)
@@ -187,21 +186,21 @@ def _extent(name: str, tensor: torch.Tensor) -> _Extent:
     first, element = tensor.data_ptr(), tensor.element_size()
     if tensor.numel() == 0:
         return _Extent(name, first, first, ())
-    # a dimension of one element, or one that is expanded (stride 0), leads to no other address
+    # a dimension of one element, or an expanded one (stride 0), adds no address
     steps = [(stride * element, n) for n, stride in zip(tensor.shape, tensor.stride(), strict=True) if n > 1 and stride]
     last = sum(step * (n - 1) for step, n in steps)
     return _Extent(name, first, first + last + element, tuple(sorted(steps, reverse=True)))
 
 
 class Traffic:
-    """Bytes that kernels loaded and stored, by kernel and tensor; filled by `count_traffic`."""
+    """Bytes that kernels loaded and stored, by kernel and tensor. `count_traffic` fills it."""
 
     def __init__(self) -> None:
         self.bytes: Counter[tuple[str, str, str]] = Counter()
         """(kernel, tensor, "load" or "store") -> bytes."""
 
     def per_tensor(self, kernel: str | None = None) -> Bytes:
-        """{"q": {"load": ..., "store": ...}, ...}, of one kernel or of all together."""
+        """{"q": {"load": ..., "store": ...}, ...} of one kernel, or of all together if it is None."""
         result: Bytes = {}
         for (of, tensor, kind), n in self.bytes.items():
             if kernel in (None, of):
@@ -224,7 +223,7 @@ class Traffic:
 
 
 class _Accesses:
-    """Says of each access of the launch at hand whose tensor it touches, and adds its bytes to the traffic."""
+    """Finds the tensor of each access of a launch, and adds its bytes to the traffic."""
 
     def __init__(self, traffic: Traffic, check_bounds: bool) -> None:
         self.traffic, self.check_bounds = traffic, check_bounds
@@ -232,7 +231,7 @@ class _Accesses:
         self.extents: list[_Extent] = []
 
     def before_launch(self, executor: Any, args: tuple, kwargs: dict) -> None:
-        """Notes the kernel's name and where its tensors lie."""
+        """Remembers the kernel's name and the addresses of its tensors."""
         self.kernel = executor.fn.__name__
         self.extents.clear()
         for name, value in [*zip(executor.arg_names, args, strict=False), *kwargs.items()]:
@@ -244,7 +243,7 @@ class _Accesses:
         """Counts one access by a program: as "load", as "store" or as both.
 
         Raises:
-            IndexError: it lies outside every tensor, and bounds are checked.
+            IndexError: bounds are checked, and the access is outside every tensor.
         """
         import numpy as np
         from triton.runtime.interpreter import interpreter_builder
@@ -280,15 +279,15 @@ def count_traffic(check_bounds: bool = True) -> Iterator[Traffic]:
             kernel[grid](q, k, v, ...)
         traffic.per_tensor()["k"]["load"]
 
-    Tensors carry the names of the kernel's parameters without a trailing `_ptr`, in lower case. Lanes that a mask
-    switches off are not counted. An atomic counts as a load and a store.
+    Tensors have the names of the kernel's parameters in lower case, without a trailing `_ptr`. Masked lanes do not
+    count. An atomic counts as a load and a store.
 
     Args:
-        check_bounds: raise IndexError, with kernel and program, where a lane that is not masked lies outside every
-            tensor of the launch. On a GPU such an access goes wrong in silence, or ends the process.
+        check_bounds: whether to raise IndexError, with kernel and program, if a lane that is not masked is outside
+            every tensor of the launch. On a GPU such an access goes wrong silently, or ends the process.
 
     Raises:
-        RuntimeError: kernels are compiled in this process, so there is nothing to count (see `counted_traffic`).
+        RuntimeError: this process compiles its kernels, so nothing can be counted (see `counted_traffic`).
         IndexError: see `check_bounds`.
     """
     if not runtime.interpreted:
@@ -337,7 +336,7 @@ def count_traffic(check_bounds: bool = True) -> Iterator[Traffic]:
 
 
 def _outside(addresses: Any, size: int, extents: list[_Extent]) -> str:
-    """Says by how much an access misses the tensor that it comes nearest to."""
+    """Describes by how much an access misses the nearest tensor."""
     if not extents:
         return "though the kernel was given no tensor"
     first, end = int(addresses.min()), int(addresses.max()) + size
@@ -362,20 +361,20 @@ def counted_traffic(
 ) -> Bytes:
     """Runs a kernel of labutils in the interpreter and returns the bytes that it loaded and stored, per tensor.
 
+    If this process compiles its kernels, the kernel runs in a child process. Counting takes about 5 ms for each tile of
+    block_m x block_n scores. Starting the child takes a few seconds.
+
     Args:
-        kernel: "v1", "v2", "dq" or "dkdv", as for `io_bytes`. The dK/dV kernel needs what the dQ kernel writes, so that
-            to count it takes both.
-        batch, heads, seqlen, head_dim, seqlen_k: B, H, N_q, D and N_k (N_q where not given).
+        kernel: "v1", "v2", "dq" or "dkdv", as for `io_bytes`. For "dkdv" both kernels of the backward pass run, since
+            the second reads what the first writes.
+        batch, heads, seqlen, head_dim, seqlen_k: B, H, N_q, D and N_k (None for N_q).
         block_m, block_n: block sizes of the launch.
         dtype: of q, k and v.
-        causal: see `io_bytes`.
-
-    In this process where kernels are interpreted anyway, else in a child process that has the interpreter switched on.
-    Takes about 5 ms for each tile of block_m x block_n scores, and a few seconds to start the child.
+        causal: as for `io_bytes`.
 
     Raises:
         ValueError: an unknown kernel.
-        RuntimeError: the child process failed; its last lines are in the message.
+        RuntimeError: the child process failed; the message has its last lines.
     """
     if kernel not in TILED:
         raise ValueError(f"kernel={kernel!r} is not known: one of {', '.join(map(repr, TILED))}.")
@@ -386,14 +385,8 @@ def counted_traffic(
     }  # fmt: skip
     if runtime.interpreted:
         return _count_here(dtype=dtype, **shape)
-    package_root = str(Path(__file__).resolve().parents[2])
-    search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-    child = subprocess.run(
-        [sys.executable, "-c", _CHILD, json.dumps({"dtype": dtype_name(dtype), **shape})],
-        env=os.environ | {"LABUTILS_DEVICE": "cpu", "PYTHONPATH": search_path},
-        capture_output=True,
-        text=True,
-    )
+    program = ["-c", _CHILD, json.dumps({"dtype": dtype_name(dtype), **shape})]
+    child = subprocess.run(**interpreting_python(program), capture_output=True)
     if child.returncode != 0:
         raise RuntimeError(f"counting in a child process failed:\n{child.stderr.strip()[-2000:]}")
     return json.loads(child.stdout.splitlines()[-1])
@@ -413,7 +406,8 @@ def _count_here(
     causal: bool,
 ) -> Bytes:
     from labutils.attention.kernels import flash_v1, flash_v2
-    from labutils.attention.kernels.launch_table import LaunchConfig
+    from labutils.attention.kernels.launch_config import LaunchConfig
+    from labutils.attention.kernels.options import Options
 
     if kernel in ("dq", "dkdv"):
         backward = _counted_backward(batch, heads, seqlen, seqlen_k, head_dim, block_m, block_n, dtype, causal)
@@ -424,11 +418,11 @@ def _count_here(
         if kernel == "v1":
             flash_v1.forward(q, k, v, scale, causal, config)
         else:
-            flash_v2.forward(q, k, v, flash_v2.Options(scale, (None, 0 if causal else None)), config)
+            flash_v2.forward(q, k, v, Options(scale, window_right=0 if causal else None), config)
     return traffic.per_tensor()
 
 
-@functools.lru_cache(maxsize=8)  # whoever asks for one kernel mostly asks for the other next
+@functools.lru_cache(maxsize=8)  # both kernels of a backward pass are usually asked for, one after the other
 def _counted_backward(
     batch: int,
     heads: int,
@@ -441,13 +435,14 @@ def _counted_backward(
     causal: bool,
 ) -> Traffic:
     """The traffic of both kernels of the backward pass."""
-    from labutils.attention.kernels import flash_v2, flash_v2_backward
-    from labutils.attention.kernels.launch_table import LaunchConfig
+    from labutils.attention.kernels import flash_v2_backward
+    from labutils.attention.kernels.launch_config import LaunchConfig
+    from labutils.attention.kernels.options import Options
 
     q, out, dout = (torch.zeros(batch, seqlen, heads, head_dim, dtype=dtype) for _ in range(3))
     k, v = (torch.zeros(batch, seqlen_k, heads, head_dim, dtype=dtype) for _ in range(2))
     lse = torch.zeros(batch, heads, seqlen)
-    options = flash_v2.Options(head_dim**-0.5, (None, 0 if causal else None))
+    options = Options(head_dim**-0.5, window_right=0 if causal else None)
     config = LaunchConfig(block_m, block_n)
     with count_traffic() as traffic:
         flash_v2_backward.backward(dout, q, k, v, out, lse, options, {"dq": config, "dkdv": config})
@@ -458,6 +453,6 @@ _CHILD = "from labutils.analysis import traffic; traffic._main()"
 
 
 def _main() -> None:
-    """What the child process does: counts the kernel that its argument names, and prints the bytes."""
+    """The child process: counts the kernel that its argument names, and prints the bytes."""
     shape = json.loads(sys.argv[1])
     print(json.dumps(_count_here(**shape | {"dtype": getattr(torch, shape["dtype"])})))

@@ -1,4 +1,4 @@
-"""Attention with a planted bug: what a judge of attention must find, and what the exercises recognise."""
+"""Attention with a planted bug: a good check must find it, and the exercises recognise it in a reader's code."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def tiles_without(
     rescale_l: bool = True,
     rescale_o: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The v2 loop over blocks of keys with one of its rescalings left out.
+    """FlashAttention-2's loop over blocks of keys; it can leave a rescaling out.
 
     Args:
         q: (N_q, D), one head. k, v: (N_k, D). block: keys in a block.
         causal: mask aligned to the bottom right.
-        rescale_l, rescale_o: False: that sum is not rescaled when the running maximum grows.
+        rescale_l, rescale_o: if False, l or O is not rescaled when the running maximum grows.
 
     Returns:
-        out (N_q, D) and lse (N_q,) in float64; right where both rescalings are made.
+        out (N_q, D) and lse (N_q,) in float64; right if both rescalings are made.
     """
     q, k, v = q.double(), k.double(), v.double()
     mask = causal_mask(len(q), len(k)) if causal else torch.ones(len(q), len(k), dtype=torch.bool)

@@ -1,33 +1,29 @@
-"""The functions of flash-attn's own interface, over the Triton kernels: checked arguments, autograd, same names.
+"""flash-attn's functions, computed by our Triton kernels: same names and arguments, checked, with gradients.
 
-A program written for flash-attn 2.8 changes its import and runs: names, argument order, layouts and the bottom-right
-alignment of masks are those of the `flash_attn` package. What our kernels cannot do is refused with an error that says
-so, never ignored. The arguments that several functions share are described in `flash_attn_func`.
+A program written for flash-attn 2.8 only has to change its import. Names, argument order, layouts and the bottom-right
+alignment of masks are those of the `flash_attn` package. If our kernels cannot do what an argument asks for, the
+function raises an error that says so. `flash_attn_func` describes the arguments that several functions share.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import torch
 from torch.autograd import forward_ad
+from torch.autograd.function import once_differentiable
 
-from labutils.attention import checks, operators
-from labutils.attention.kernels import fast_path, flash_v1
-from labutils.attention.kernels.flash_v2 import Options
+from labutils.attention import checks, fast_path, operators
+from labutils.attention.kernels import flash_v1
+from labutils.attention.kernels.options import Options
 from labutils.machine import runtime
 
 _Result: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]
 
 
-def _window(window_size: tuple[int, int], causal: bool) -> tuple[int, int]:
-    """(left, right), checked, as the operators take it: -1 for no bound."""
-    left, right = checks.window(window_size, causal)
-    return -1 if left is None else left, -1 if right is None else right
-
-
 def _cast(*tensors: torch.Tensor | None) -> list[Any]:
-    """What autocast does for PyTorch's own attention: q, k and v in its dtype where it is on."""
+    """The tensors in autocast's dtype if autocast is on, as PyTorch casts them for its own attention."""
     device = runtime.device.type
     if not torch.is_autocast_enabled(device):
         return list(tensors)
@@ -36,7 +32,7 @@ def _cast(*tensors: torch.Tensor | None) -> list[Any]:
     def cast(t: torch.Tensor | None) -> torch.Tensor | None:
         if isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64:
             return t.to(dtype)
-        return t  # for the checks to refuse, where it is no tensor of these
+        return t  # None, or something that the checks refuse
 
     return list(map(cast, tensors))
 
@@ -46,7 +42,7 @@ def _needs_gradient(*tensors: torch.Tensor | None) -> bool:
 
 
 def _refuse_tangents(*tensors: torch.Tensor | None) -> None:
-    """No kernel returns a tangent: forward-mode differentiation would take the derivative for zero, and say nothing."""
+    """Raises if a tensor has a tangent: no kernel returns one, and PyTorch would silently take it for zero."""
     if forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     ):
@@ -56,28 +52,84 @@ def _refuse_tangents(*tensors: torch.Tensor | None) -> None:
         )
 
 
-def _attention(
-    q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs, batch,
+class _FlashAttention(torch.autograd.Function):
+    """The forward and backward pass of all functions here, as autograd sees them.
+
+    Gradients reach q, k and v from out and from the log-sum-exp. There is no second derivative. Profiles show this
+    class by its name. Source: arXiv 2307.08691, Algorithm 2.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, options: Options, known: fast_path.KnownCall | None):
+        if known is not None:  # the call keeps its options, in which there is no tensor
+            out, lse = known.output(q, k, v)
+            ctx.save_for_backward(q, k, v, out, lse)
+        else:
+            out, lse = _operator(q, k, v)(q, k, v, *options)
+            ctx.save_for_backward(
+                q, k, v, out, lse, options.alibi_slopes, options.seed, options.cu_seqlens_q, options.cu_seqlens_k
+            )
+            ctx.numbers = (
+                options.softmax_scale, options.window_left, options.window_right, options.softcap, options.dropout_p,
+                options.max_seqlen_q, options.max_seqlen_k,
+            )  # fmt: skip
+        ctx.known = known
+        ctx.set_materialize_grads(False)  # a gradient by lse is rare: without it backward gets None, not zeros
+        return out, lse
+
+    @staticmethod
+    @once_differentiable  # a second derivative raises an error
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        if ctx.known is not None:
+            dlse = None if dlse is None else dlse.resolve_neg()
+            return *ctx.known.gradients(dout.resolve_neg(), dlse, q, k, v, out, lse), None, None
+        slopes, seed, cu_seqlens_q, cu_seqlens_k = tensors
+        scale, left, right, softcap, dropout_p, max_seqlen_q, max_seqlen_k = ctx.numbers
+        gradients = operators.flash_attention_backward(
+            dout, dlse, q, k, v, out, lse, scale, left, right, softcap, slopes, dropout_p, seed,
+            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        )  # fmt: skip
+        return *gradients, None, None
+
+
+def _operator(q, k, v) -> Callable:
+    """The operator, or the function under it if nothing needs PyTorch's dispatcher."""
+    return operators.undispatched_forward if fast_path.applies(q, k, v) else operators.flash_attention
+
+
+def _attention(q, k, v, options: Options, known: fast_path.KnownCall | None, return_attn_probs: bool) -> _Result:
+    """Computes the attention, through autograd if an input requires a gradient."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        out, lse = _FlashAttention.apply(q, k, v, options, known)
+    elif known is not None:
+        out, lse = known.output(q, k, v)
+    else:
+        out, lse = _operator(q, k, v)(q, k, v, *options)
+    return (out, lse, None) if return_attn_probs else out
+
+
+def _options(
+    q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, batch,
     cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0, block_table=None,
-) -> _Result:  # fmt: skip
-    """Checks what all functions share, draws a seed for dropout, and runs."""
+) -> Options:  # fmt: skip
+    """Checks the arguments that all functions share, and draws a seed if there is dropout."""
     _refuse_tangents(q, k, v, alibi_slopes if isinstance(alibi_slopes, torch.Tensor) else None)
     dropout_p = checks.dropout(dropout_p)
     scale = checks.scale(softmax_scale, q.shape[-1])
-    window = _window(window_size, causal)
-    softcap = checks.cap(softcap) or 0.0
+    window = checks.window(window_size, causal)
+    softcap = checks.cap(softcap)
     slopes = checks.slopes(alibi_slopes, batch, q.shape[-2], q.device)
     seed = None
     if dropout_p > 0.0:
-        # From PyTorch's generator of the device, so that manual_seed repeats it and checkpointing restores it.
+        # PyTorch's generator of the device gives the seed: manual_seed repeats it, checkpointing restores it.
         seed = torch.randint(2**31 - 1, (1,), dtype=torch.int64, device=q.device)
-    direct = fast_path.may_be_short(q, k, v) and not _needs_gradient(q, k, v)
-    run = operators.attend if direct else operators.flash_attention
-    out, lse = run(
-        q, k, v, scale, *window, softcap, slopes, dropout_p, seed,
+    return Options(
+        scale, *window, softcap, slopes, dropout_p, seed,
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table,
     )  # fmt: skip
-    return (out, lse, None) if return_attn_probs else out
 
 
 def flash_attn_func(
@@ -98,44 +150,43 @@ def flash_attn_func(
     Args:
         q: (B, N_q, H, D), float16, bfloat16 or float32, D from 1 to 256, any strides.
         k, v: (B, N_k, H_kv, D); H_kv divides H (grouped-query and multi-query attention).
-        dropout_p: probability in [0, 1) of leaving a weight out; the others are divided by 1 - dropout_p. The kernel
-            draws by Philox from a seed that PyTorch's generator gives, and the backward draws the same again.
-        softmax_scale: factor on the scores, positive; D ** -0.5 where not given.
-        causal: query i sees the keys j <= i + N_k - N_q (aligned to the bottom right, as flash-attn does since 2.1).
-        window_size: (left, right): query i sees the keys from i + N_k - N_q - left to i + N_k - N_q + right; -1 is no
-            bound. With `causal`, right is 0.
-        softcap: c > 0 turns the scaled scores s into c * tanh(s / c); 0 leaves them.
+        dropout_p: probability in [0, 1) that a weight is dropped; the others are divided by 1 - dropout_p. PyTorch's
+            generator gives a seed, from which forward and backward draw the same weights (Philox).
+        softmax_scale: factor on the scores, positive; D ** -0.5 by default.
+        causal: query i sees the keys j <= i + N_k - N_q (aligned to the bottom right, as in flash-attn since 2.1).
+        window_size: (left, right): query i sees the keys from i + N_k - N_q - left to i + N_k - N_q + right. -1 means
+            no bound. With `causal`, right is 0.
+        softcap: c > 0 turns the scaled scores s into c * tanh(s / c); 0 changes nothing.
         alibi_slopes: float32 (H,) or (B, H): slope * |i + N_k - N_q - j| is subtracted from the score of i and j.
-        deterministic: accepted; our backward always is.
-        return_attn_probs: also return the log-sum-exp. A gradient flows through it as well, which flash-attn leaves
-            out: merged parts of attention can be trained. The third value, probabilities that flash-attn computes for
-            its own tests, is None here.
+        deterministic: has no effect, since our backward is always deterministic.
+        return_attn_probs: also return the log-sum-exp. Unlike in flash-attn a gradient flows through it, so that merged
+            parts of attention can be trained. The third value is None; flash-attn returns probabilities for its own
+            tests there.
 
     Returns:
-        out (B, N_q, H, D); with `return_attn_probs` a tuple (out, lse (B, H, N_q) float32, None). A query that sees no
-        key gives zeros, and -inf in lse.
+        out (B, N_q, H, D); with `return_attn_probs` a tuple (out, lse (B, H, N_q) float32, None). For a query that sees
+        no key, out is zero and lse is -inf.
 
     Raises:
-        ValueError: shapes that do not fit together, values out of range, tensors on different devices.
-        TypeError: a type or dtype that the kernels or the GPU do not have.
-        NotImplementedError: a gradient by alibi_slopes, or a derivative in forward mode.
-        RuntimeError: a GPU too old or too small; in the backward, a second derivative (NotImplementedError where the
-            call went over PyTorch's dispatcher).
+        ValueError: shapes do not fit together, a value is out of range, or tensors are on different devices.
+        TypeError: the kernels or the GPU do not support a type or dtype.
+        NotImplementedError: alibi_slopes require a gradient, or a tensor has a tangent (forward-mode differentiation).
+        RuntimeError: the GPU is too old or too small; in the backward, a second derivative is asked for.
     """
     q, k, v = _cast(q, k, v)
-    if dropout_p == 0.0 and alibi_slopes is None and type(window_size) is tuple and fast_path.may_be_short(q, k, v):
+    if dropout_p == 0.0 and alibi_slopes is None and type(window_size) is tuple and fast_path.applies(q, k, v):
 
-        def prepare() -> Options:
+        def check() -> Options:
             checks.tensors(q, k, v)
-            window = checks.window(window_size, causal)
-            return Options(checks.scale(softmax_scale, q.shape[-1]), window, checks.cap(softcap))
+            return Options(
+                checks.scale(softmax_scale, q.shape[-1]), *checks.window(window_size, causal), checks.cap(softcap)
+            )
 
-        out, lse = fast_path.attention(q, k, v, (softmax_scale, causal, window_size, softcap), prepare)
-        return (out, lse, None) if return_attn_probs else out
+        known = fast_path.known_call(q, k, v, (softmax_scale, causal, window_size, softcap), check)
+        return _attention(q, k, v, known.options, known, return_attn_probs)
     checks.tensors(q, k, v)
-    return _attention(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs, q.shape[0]
-    )
+    options = _options(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, q.shape[0])
+    return _attention(q, k, v, options, None, return_attn_probs)
 
 
 def flash_attn_kvpacked_func(
@@ -199,22 +250,22 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: torch.Tensor | None = None,
 ) -> _Result:
-    """Attention within each of several sequences of different lengths, packed one after the other, without padding.
+    """Attention within each of several sequences, which are packed one after the other, without padding.
 
     Args:
         q: (total_q, H, D). k, v: (total_k, H_kv, D).
-        cu_seqlens_q, cu_seqlens_k: int32 (B + 1,): sequence b is rows cu_seqlens[b] to cu_seqlens[b + 1]. Their values
-            are checked, which waits for the GPU (not while a CUDA graph is captured).
-        max_seqlen_q, max_seqlen_k: the longest sequence of each, or more.
-        block_table: int32 (B, blocks of a sequence) for k and v in pages: (blocks, rows of a block, H_kv, D), where key
-            j of sequence b is row j % rows of block block_table[b, j // rows]; forward alone.
+        cu_seqlens_q, cu_seqlens_k: int32 (B + 1,): sequence b is the rows from cu_seqlens[b] up to cu_seqlens[b + 1].
+            The check of their values waits for the GPU. While a CUDA graph is captured, it is left out.
+        max_seqlen_q, max_seqlen_k: the length of the longest sequence, or more.
+        block_table: int32 (B, blocks of a sequence), if k and v are in pages, (blocks, rows of a block, H_kv, D). Key j
+            of sequence b is row j % rows of block block_table[b, j // rows]. Pages have no backward.
         The others: as in `flash_attn_func`, for each sequence by itself; alibi_slopes (H,) or (B, H).
 
     Returns:
         out (total_q, H, D); with `return_attn_probs` a tuple (out, lse (H, total_q) float32, None).
 
     Raises:
-        As `flash_attn_func`, and NotImplementedError for a gradient through a `block_table`.
+        As `flash_attn_func`, and NotImplementedError if an input requires a gradient with a `block_table`.
     """
     q, k, v = _cast(q, k, v)
     checks.tensors(q, k, v, packed=True, paged=block_table is not None)
@@ -225,13 +276,14 @@ def flash_attn_varlen_func(
         block_table = checks.table(block_table, batch, q.device)
         if _needs_gradient(q, k, v):
             raise NotImplementedError(
-                "block_table: there is no backward through a paged cache. Call under torch.no_grad(), or gather the "
-                "blocks into packed k and v."
+                "block_table is given and an input requires a gradient, but there is no backward through a paged "
+                "cache. Call under torch.no_grad(), or gather the blocks into packed k and v."
             )
-    return _attention(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, return_attn_probs, batch,
+    options = _options(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, batch,
         cu_seqlens_q, cu_seqlens_k, int(max_seqlen_q), int(max_seqlen_k), block_table,
     )  # fmt: skip
+    return _attention(q, k, v, options, None, return_attn_probs)
 
 
 def flash_attn_varlen_kvpacked_func(
@@ -307,38 +359,37 @@ def flash_attn_with_kvcache(
     num_splits: int = 0,
     return_softmax_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Attention of new queries over a cache of keys and values, to which new ones are appended first; no backward.
+    """Attention of new queries over a cache of keys and values, after new ones are appended to it; no backward.
 
     Args:
         q: (B, N_q, H, D).
         k_cache, v_cache: (B_cache, N_cache, H_kv, D), or with a `block_table` (blocks, rows of a block, H_kv, D).
         k, v: (B, N_new, H_kv, D), written into the caches, in place, behind the keys that are there.
-        rotary_cos, rotary_sin: (positions, rotary_dim / 2), rotary_dim from 2 to D: k is turned before it is written,
-            key i of sequence b to position cache_seqlens[b] + i. So is q, in a copy, if `causal` or a window is given;
-            else all queries are turned to position cache_seqlens[b].
-        cache_seqlens: keys of each sequence in the cache before k is appended, int32 (B,), or one integer for all, for
-            which nothing has to be read from the GPU; None for a full cache.
-        cache_batch_idx: int32 (B,), the row of the cache that a sequence uses; its own number where not given.
-        cache_leftpad: int32 (B,), where in its row a sequence begins: keys before that are not looked at.
+        rotary_cos, rotary_sin: (positions, rotary_dim / 2), rotary_dim from 2 to D. Key i of sequence b is rotated to
+            position cache_seqlens[b] + i before it is written. A copy of q is rotated, too: with `causal` or a window
+            in the same way, else all queries to position cache_seqlens[b].
+        cache_seqlens: keys of each sequence in the cache before k is appended: int32 (B,), or one integer for all
+            sequences. An integer is faster, since nothing is read from the GPU. None means a full cache.
+        cache_batch_idx: int32 (B,), the cache's row for each sequence; by default sequence b has row b.
+        cache_leftpad: int32 (B,), where in its row a sequence begins; keys before that are ignored.
         block_table: int32 (B, blocks of a sequence): key j of sequence b is row j % rows of block
             block_table[b, j // rows]. A block may have any number of rows.
-        softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`, N_k being what sequence b
-            then has: cache_seqlens[b] + N_new - cache_leftpad[b].
-        rotary_interleaved: dimensions 0 and 1, 2 and 3, ... are turned together; else i and i + rotary_dim / 2.
-        num_splits: in how many parts, up to 128, the keys are split over the GPU; 0 to have it chosen.
+        softmax_scale, causal, window_size, softcap, alibi_slopes: as in `flash_attn_func`. N_k is the length of
+            sequence b after k is appended: cache_seqlens[b] + N_new - cache_leftpad[b].
+        rotary_interleaved: True rotates dimensions 0 and 1, 2 and 3, ... together, False i and i + rotary_dim / 2.
+        num_splits: how many parts the keys are split into, 1 to 128; 0 lets the function choose.
         return_softmax_lse: also return the log-sum-exp.
 
-    Lengths and indices on the GPU are checked before they are used, which waits for it; not so while a CUDA graph is
-    captured.
+    The check of lengths and indices that lie on the GPU waits for it. While a CUDA graph is captured, it is left out.
 
     Returns:
         out (B, N_q, H, D); with `return_softmax_lse` a tuple (out, lse (B, H, N_q) float32).
 
     Raises:
-        ValueError: shapes that do not fit, a cache without room for k, an index outside of it.
-        TypeError: a type or dtype that is not supported.
-        NotImplementedError: alibi_slopes that require a gradient, or a derivative in forward mode.
-        RuntimeError: a GPU too old or too small; in the backward, that there is none.
+        ValueError: shapes do not fit together, the cache has no room for k, or an index points outside of it.
+        TypeError: the kernels or the GPU do not support a type or dtype.
+        NotImplementedError: alibi_slopes require a gradient, or a tensor has a tangent (forward-mode differentiation).
+        RuntimeError: the GPU is too old or too small, or a backward is asked for.
     """
     q, k, v = _cast(q, k, v)
     if (
@@ -346,21 +397,23 @@ def flash_attn_with_kvcache(
         and type(window_size) is tuple
         and k is v is rotary_cos is rotary_sin is None
         and cache_batch_idx is cache_leftpad is block_table is alibi_slopes is None
-        and fast_path.may_be_short(q, k_cache, v_cache)
+        and fast_path.applies(q, k_cache, v_cache)
         and not _needs_gradient(q, k_cache, v_cache)
         and k_cache.dim() == 4
         and 0 <= cache_seqlens <= k_cache.shape[1]
     ):
 
-        def prepare() -> Options:
+        def check() -> Options:
             checks.tensors(q, k_cache, v_cache, cached=True)
             checks.cache(q, k_cache, v_cache, None, None, (None, None), cache_seqlens, num_splits)
-            _enough_rows(q, k_cache)
-            window = checks.window(window_size, causal)
-            return Options(checks.scale(softmax_scale, q.shape[-1]), window, checks.cap(softcap))
+            _check_rows(q, k_cache)
+            return Options(
+                checks.scale(softmax_scale, q.shape[-1]), *checks.window(window_size, causal), checks.cap(softcap)
+            )
 
-        options = (softmax_scale, causal, window_size, softcap)
-        out, lse = fast_path.decoding(q, k_cache, v_cache, cache_seqlens, options, num_splits, prepare)
+        asked = (softmax_scale, causal, window_size, softcap)
+        known = fast_path.known_decoding(q, k_cache, v_cache, cache_seqlens, num_splits, asked, check)
+        out, lse = known.decode(q, k_cache, v_cache, cache_seqlens)
     else:
         out, lse = _append_and_attend(
             q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad,
@@ -373,7 +426,7 @@ def _append_and_attend(
     q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad,
     block_table, softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """out and lse of `flash_attn_with_kvcache` by the long way, which knows all of its arguments."""
+    """out and lse of `flash_attn_with_kvcache`, if the fast path does not take the call."""
     paged = block_table is not None
     checks.tensors(q, k_cache, v_cache, paged=paged, cached=True)
     checks.cache(q, k_cache, v_cache, k, v, (rotary_cos, rotary_sin), cache_seqlens, num_splits)
@@ -390,27 +443,27 @@ def _append_and_attend(
         cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad,
     )  # fmt: skip
     if not paged and batch_idx is None:
-        _enough_rows(q, k_cache)
+        _check_rows(q, k_cache)
     direct = (
-        fast_path.may_be_short(q, k_cache, v_cache)
-        and (k is None or not (k.is_neg() or v.is_neg()))  # the dispatcher resolves that
+        fast_path.applies(q, k_cache, v_cache)
+        and (k is None or not (k.is_neg() or v.is_neg()))  # the dispatcher resolves a pending minus sign
         and not _needs_gradient(q, k_cache, v_cache, k, v)
     )
-    run = operators.attend_with_cache if direct else operators.flash_attention_with_cache
+    run = operators.undispatched_with_cache if direct else operators.flash_attention_with_cache
     if direct and k is not None:
-        # What an operator does for tensors that it writes to: a gradient that needs their old values is an error.
+        # An operator does this for tensors that it writes to: a backward that needs the old values then raises.
         torch.autograd.graph.increment_version([t for t in (k_cache, v_cache) if not t.is_inference()])
     rotary_cos, rotary_sin = (None if t is None else t.contiguous() for t in (rotary_cos, rotary_sin))
-    left, right = _window(window_size, causal)
     return run(
         q, k_cache, v_cache, k, v, rotary_cos, rotary_sin,
         seqlens, seqlen, batch_idx, leftpad, block_table,
-        checks.scale(softmax_scale, q.shape[-1]), left, right, checks.cap(softcap) or 0.0,
+        checks.scale(softmax_scale, q.shape[-1]), *checks.window(window_size, causal), checks.cap(softcap),
         bool(rotary_interleaved), checks.slopes(alibi_slopes, batch, q.shape[-2], q.device), num_splits,
     )  # fmt: skip
 
 
-def _enough_rows(q: torch.Tensor, k_cache: torch.Tensor) -> None:
+def _check_rows(q: torch.Tensor, k_cache: torch.Tensor) -> None:
+    """Raises if the cache has fewer rows than q has sequences."""
     if len(q) > len(k_cache):
         raise ValueError(
             f"q has batch size {len(q)}, the cache {len(k_cache)} rows: pass a larger cache, or cache_batch_idx."
@@ -418,7 +471,7 @@ def _enough_rows(q: torch.Tensor, k_cache: torch.Tensor) -> None:
 
 
 def _unpack(name: str, packed: torch.Tensor, parts: int, dimensions: int) -> tuple[torch.Tensor, ...]:
-    """Views of the parts that lie side by side in dimension -3."""
+    """The tensors that lie side by side in dimension -3 of `packed`, as views."""
     if not isinstance(packed, torch.Tensor):
         raise TypeError(f"{name} is a {type(packed).__name__}: pass a torch.Tensor.")
     if packed.dim() != dimensions or packed.shape[-3] != parts:
@@ -431,7 +484,7 @@ def _unpack(name: str, packed: torch.Tensor, parts: int, dimensions: int) -> tup
 def flash_attn_v1_func(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax_scale: float | None = None, causal: bool = False
 ) -> torch.Tensor:
-    """Attention by the FlashAttention-1 kernel, forward alone: for comparison, slower than `flash_attn_func`.
+    """Attention by the FlashAttention-1 kernel, for comparison: slower than `flash_attn_func`, forward only.
 
     Args:
         q, k, v, softmax_scale, causal: as in `flash_attn_func`, D up to 128.
@@ -441,7 +494,7 @@ def flash_attn_v1_func(
 
     Raises:
         ValueError, TypeError, RuntimeError: as `flash_attn_func`.
-        NotImplementedError: an input requires a gradient, or has a tangent (forward-mode differentiation).
+        NotImplementedError: a tensor requires a gradient, or has a tangent (forward-mode differentiation).
     """
     q, k, v = _cast(q, k, v)
     checks.tensors(q, k, v, largest=128)
@@ -451,5 +504,5 @@ def flash_attn_v1_func(
         raise NotImplementedError(
             "flash_attn_v1_func has no backward pass: call it under torch.no_grad(), or use flash_attn_func."
         )
-    q, k, v = (t.resolve_neg() for t in (q, k, v))  # no dispatcher does that on the way to this kernel
+    q, k, v = (t.resolve_neg() for t in (q, k, v))  # this kernel has no operator, whose dispatcher would do that
     return flash_v1.forward(q, k, v, softmax_scale, bool(causal))[0]

@@ -1,9 +1,12 @@
-"""The kernels as operators that PyTorch knows: for torch.compile, autograd, FLOP counters and CUDA graphs.
+"""The kernels as PyTorch operators, for torch.compile and FLOP counters, and the formulas that count their FLOPs.
 
-`torch.ops.labutils.flash_attention`, its backward, and `flash_attention_with_cache`. `attend` and `attend_with_cache`
-are what two of them do, for callers that need no operator and save its dispatch. All take plain tensors and numbers,
-and expect arguments whose form `attention.interface` has checked; what must be read from the GPU to be checked (lengths
-of sequences, places in a cache) is checked here, where it is not traced. Windows: -1 is no bound; softcap: 0 is none.
+`torch.ops.labutils.flash_attention` and `flash_attention_backward` take tensors that `attention.interface` has checked,
+then the fields of `options.Options`. `flash_attention_with_cache` writes to a cache and attends to it. The operators
+have no derivative of their own: `interface._FlashAttention` joins forward and backward. `undispatched_forward` and
+`undispatched_with_cache` are the functions under the operators, for calls that need no dispatcher.
+
+Some checks read values from the GPU: lengths of sequences, places in a cache. They are made here and not in the
+interface, because a compiler traces the interface, but never what an operator does.
 """
 
 from __future__ import annotations
@@ -14,32 +17,17 @@ from torch.utils.flop_counter import register_flop_formula
 
 from labutils.attention import checks
 from labutils.attention.kernels import flash_decode, flash_v2, flash_v2_backward, kv_append
-from labutils.attention.kernels.flash_decode import Cache
-from labutils.attention.kernels.flash_v2 import Options
+from labutils.attention.kernels.options import Cache, Options
 
 
-def _bound(side: int) -> int | None:
-    return None if side < 0 else side
-
-
-def _options(
-    softmax_scale, window_left, window_right, softcap, alibi_slopes, dropout_p=0.0, seed=None,
-    cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=0, max_seqlen_k=0, block_table=None,
-) -> Options:  # fmt: skip
-    return Options(
-        softmax_scale, (_bound(window_left), _bound(window_right)), softcap or None, alibi_slopes, dropout_p, seed,
-        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table,
-    )  # fmt: skip
-
-
-def attend(
+def undispatched_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
     alibi_slopes: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
@@ -49,32 +37,34 @@ def attend(
     max_seqlen_k: int,
     block_table: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse, as `flash_v2.forward` gives them; as an operator differentiable, also by lse, but not twice.
+    """out and lse, as `flash_v2.forward` returns them.
 
     Raises:
-        ValueError: packed sequences, or a block table, without their borders; lengths or blocks that do not exist.
-        RuntimeError: as `flash_v2.forward`; NotImplementedError for a second derivative.
+        ValueError: one of cu_seqlens_q and cu_seqlens_k is missing, a block table comes without them, or a length or a
+            block does not exist.
+        RuntimeError: as `flash_v2.forward`.
     """
     if cu_seqlens_q is None or cu_seqlens_k is None:
         if cu_seqlens_q is not None:
-            raise ValueError("cu_seqlens_q came without cu_seqlens_k: packed sequences need both.")
+            raise ValueError("cu_seqlens_q came without cu_seqlens_k: pass both for packed sequences.")
         if cu_seqlens_k is not None:
-            raise ValueError("cu_seqlens_k came without cu_seqlens_q: packed sequences need both.")
+            raise ValueError("cu_seqlens_k came without cu_seqlens_q: pass both for packed sequences.")
         if block_table is not None:
-            raise ValueError("block_table came without cu_seqlens_q and cu_seqlens_k: it is for packed sequences.")
+            raise ValueError("block_table came without cu_seqlens_q and cu_seqlens_k: pass both with it.")
     else:
         checks.packed_values("cu_seqlens_q", cu_seqlens_q, max_seqlen_q, q.shape[0])
         checks.packed_values("cu_seqlens_k", cu_seqlens_k, max_seqlen_k, k.shape[0] if block_table is None else None)
         if block_table is not None:
             checks.table_values(block_table, cu_seqlens_k.diff(), k.shape[0], k.shape[1])
-    options = _options(
+    options = Options(
         softmax_scale, window_left, window_right, softcap, alibi_slopes, dropout_p, seed,
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table,
     )  # fmt: skip
-    return flash_v2.forward(q, k, v, options)
+    out, lse, _ = flash_v2.launch_forward(q, k, v, options)
+    return out, lse
 
 
-flash_attention = torch.library.custom_op("labutils::flash_attention", attend, mutates_args=())
+flash_attention = torch.library.custom_op("labutils::flash_attention", undispatched_forward, mutates_args=())
 
 
 @flash_attention.register_fake
@@ -94,9 +84,9 @@ def flash_attention_backward(
     out: Tensor,
     lse: Tensor,
     softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
     alibi_slopes: Tensor | None,
     dropout_p: float,
     seed: Tensor | None,
@@ -105,12 +95,13 @@ def flash_attention_backward(
     max_seqlen_q: int,
     max_seqlen_k: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk and dv, as `flash_v2_backward.backward` gives them; no second derivative (NotImplementedError)."""
-    options = _options(
+    """dq, dk and dv, as `flash_v2_backward.backward` returns them."""
+    options = Options(
         softmax_scale, window_left, window_right, softcap, alibi_slopes, dropout_p, seed,
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     )  # fmt: skip
-    return flash_v2_backward.backward(dout, q, k, v, out, lse, options, dlse=dlse)
+    gradients, _, _ = flash_v2_backward.launch_backward(dout, q, k, v, out, lse, options, dlse=dlse)
+    return gradients
 
 
 @flash_attention_backward.register_fake
@@ -118,35 +109,7 @@ def _(dout, dlse, q, k, v, *rest):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _keep_for_backward(ctx, inputs, output) -> None:
-    (q, k, v, scale, left, right, softcap, slopes, dropout_p, seed, cu_q, cu_k, max_q, max_k, _) = inputs
-    ctx.save_for_backward(q, k, v, *output, slopes, seed, cu_q, cu_k)
-    ctx.numbers = (scale, left, right, softcap, dropout_p, max_q, max_k)
-    ctx.set_materialize_grads(False)  # a gradient by lse is rare: None says that there is none
-
-
-def _backward(ctx, dout, dlse):
-    q, k, v, out, lse, slopes, seed, cu_q, cu_k = ctx.saved_tensors
-    scale, left, right, softcap, dropout_p, max_q, max_k = ctx.numbers
-    if dout is None:
-        dout = torch.zeros_like(out)
-    gradients = flash_attention_backward(
-        dout, dlse, q, k, v, out, lse, scale, left, right, softcap, slopes, dropout_p, seed, cu_q, cu_k, max_q, max_k
-    )
-    return *gradients, *(None,) * 12
-
-
-def _second_derivative(ctx, *gradients):
-    raise NotImplementedError(
-        "flash_attn functions have no second derivative: compute it with labutils.attention.reference.naive_attention."
-    )
-
-
-flash_attention.register_autograd(_backward, setup_context=_keep_for_backward)
-flash_attention_backward.register_autograd(_second_derivative)
-
-
-def attend_with_cache(
+def undispatched_with_cache(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
@@ -160,41 +123,43 @@ def attend_with_cache(
     cache_leftpad: Tensor | None,
     block_table: Tensor | None,
     softmax_scale: float,
-    window_left: int,
-    window_right: int,
-    softcap: float,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
     rotary_interleaved: bool,
     alibi_slopes: Tensor | None,
     num_splits: int,
 ) -> tuple[Tensor, Tensor]:
-    """Writes k and v to the cache, then out and lse; `seqlen` is every sequence's length without `cache_seqlens`.
+    """Writes k and v to the cache, and returns out and lse as `flash_decode.decode` does.
+
+    `seqlen` is the length of every sequence if `cache_seqlens` is None.
 
     Raises:
-        ValueError: a length, a row or a block that the cache does not have; nothing has been written then.
+        ValueError: the cache does not have a length, row or block; nothing is written to it then.
         RuntimeError: as `flash_decode.decode`.
     """
     n_new = 0 if k is None else k.shape[1]
     page = k_cache.shape[1]
     capacity = page if block_table is None else page * block_table.shape[1]
-    one_position = window_left < 0 and window_right < 0
+    one_position = window_left is None and window_right is None
     checks.cache_values(
         cache_seqlens, seqlen, n_new, capacity, q.shape[0], cache_batch_idx, cache_leftpad, k_cache.shape[0],
         None if rotary_cos is None else rotary_cos.shape[0], 1 if one_position else q.shape[1], block_table, page,
     )  # fmt: skip
     if cache_seqlens is not None:
-        seqlen = capacity - n_new  # the most there can be: reading the true lengths would wait for the GPU
+        seqlen = capacity - n_new  # the most that fits: reading the true lengths would wait for the GPU
     cache = Cache(cache_seqlens, seqlen, cache_batch_idx, cache_leftpad, block_table)
     if k is not None:
         kv_append.append(k, k_cache, cache, rotary_cos, rotary_sin, rotary_interleaved)
         kv_append.append(v, v_cache, cache)
     if rotary_cos is not None:
         q = kv_append.rotate(q, cache, rotary_cos, rotary_sin, rotary_interleaved, one_position=one_position)
-    options = _options(softmax_scale, window_left, window_right, softcap, alibi_slopes)
+    options = Options(softmax_scale, window_left, window_right, softcap, alibi_slopes)
     return flash_decode.decode(q, k_cache, v_cache, cache, options, n_new=n_new, splits=num_splits)
 
 
 flash_attention_with_cache = torch.library.custom_op(
-    "labutils::flash_attention_with_cache", attend_with_cache, mutates_args=("k_cache", "v_cache")
+    "labutils::flash_attention_with_cache", undispatched_with_cache, mutates_args=("k_cache", "v_cache")
 )
 
 
@@ -203,32 +168,35 @@ def _(q, *rest):
     return q.new_empty(q.shape), q.new_empty((q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32)
 
 
-def visible_pairs(n_q: int, n_k: int, window_left: int = -1, window_right: int = -1) -> int:
-    """Pairs of a query and a key that it sees, masks aligned to the bottom right; -1 is no bound."""
+def visible_pairs(n_q: int, n_k: int, window_left: int | None = None, window_right: int | None = None) -> int:
+    """How many pairs of a query and a key a mask leaves visible.
+
+    The mask is aligned to the bottom right; a bound of None means no bound.
+    """
 
     def triangle(n: int) -> int:
         return n * (n + 1) // 2 if n > 0 else 0
 
-    def cut_off(first: int) -> int:  # Σ over the queries i of first + i, cut to 0 ... n_k
+    def cut_off(first: int) -> int:  # Σ over the queries i of first + i, clamped to 0 ... n_k
         ramp = triangle(n_q - 1 + first) - triangle(first - 1)
         beyond = triangle(n_q - 1 + first - n_k) - triangle(first - n_k - 1)
         return ramp - beyond
 
     offset = n_k - n_q
-    up_to = n_q * n_k if window_right < 0 else cut_off(offset + window_right + 1)
-    before = 0 if window_left < 0 else cut_off(offset - window_left)
+    up_to = n_q * n_k if window_right is None else cut_off(offset + window_right + 1)
+    before = 0 if window_left is None else cut_off(offset - window_left)
     return up_to - before
 
 
 def _lengths(cu_seqlens: Tensor, longest: int) -> list[int]:
-    """Lengths of packed sequences; the longest for each where there are no values (while a graph is traced)."""
+    """The lengths of packed sequences. While a graph is traced they have no values: each then counts as `longest`."""
     if isinstance(cu_seqlens, torch._subclasses.FakeTensor):
         return [longest] * (len(cu_seqlens) - 1)
     return cu_seqlens.diff().tolist()
 
 
 def _forward_flops(q, k, window_left, window_right, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> int:
-    """Two products of 2 D FLOPs for each visible pair: what a mask leaves out is not counted."""
+    """4 D FLOPs for each visible pair and head: two products of 2 D each. Masked pairs do not count."""
     heads, head_dim = q.shape[-2:]
     if cu_seqlens_q is None:
         pairs = q.shape[0] * visible_pairs(q.shape[1], k.shape[1], window_left, window_right)
@@ -250,13 +218,13 @@ def _(
     dout, dlse, q, k, v, out, lse, scale, left, right, softcap, slopes, dropout_p, seed, cu_q, cu_k, max_q, max_k,
     *, out_val=None,
 ) -> int:  # fmt: skip
-    """Five products against the forward's two. Our kernels compute two of them twice; that is not useful work."""
+    """Five products; the forward has two. Our kernels compute two of the five twice, which does not count."""
     return _forward_flops(q, k, left, right, cu_q, cu_k, max_q, max_k) * 5 // 2
 
 
 @register_flop_formula(torch.ops.labutils.flash_attention_with_cache, get_raw=True)
 def _(q, k_cache, v_cache, k, v, cos, sin, seqlens, seqlen, batch_idx, leftpad, table, scale, left, right, *rest, **_):
-    """Of a full cache where its lengths are on the GPU: reading them would wait for it."""
+    """Lengths on the GPU are not read, since that would wait for it: the cache then counts as full."""
     n_new = 0 if k is None else k.shape[1]
     capacity = k_cache.shape[1] * (1 if table is None else table.shape[1])
     n_k = capacity if seqlens is not None else seqlen + n_new

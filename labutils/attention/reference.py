@@ -1,10 +1,11 @@
-"""Attention in plain PyTorch: the oracles that kernels are judged by, and the steps from softmax to tiled attention.
+"""Attention in plain PyTorch: the exact result, the steps from softmax to tiled attention, and the 2 x rule.
 
 Everything here is written to be read and to be right, not to be fast. Shapes are flash-attn's: q (B, N_q, H, D), k and
 v (B, N_k, H_kv, D) with H_kv a divisor of H, out (B, N_q, H, D), lse (B, H, N_q).
 
-The rule by which a result is right (`judge`, `check_attention`, `check_gradients`) is that of flash-attn's own tests:
-its error against exact attention may be at most twice the error that the textbook formula makes in the same dtype.
+The 2 x rule says whether the result of a kernel is right; flash-attn's own tests use it. The error of the result
+against exact attention may be at most twice the error of the textbook formula in the same dtype. `judge` applies the
+rule to any tensor, `check_attention` to an output and `check_gradients` to gradients.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def alibi_bias(slopes: torch.Tensor, n_q: int, n_k: int) -> torch.Tensor:
 
 
 def _scores(q, k, softmax_scale, visible, softcap, alibi_slopes) -> torch.Tensor:
-    """The scores that softmax sees, -inf where a query may not look (`visible`, None: everywhere): (B, H, N_q, N_k)."""
+    """The scores that softmax sees, (B, H, N_q, N_k): -inf where `visible` is False. None makes all keys visible."""
     group = q.shape[2] // k.shape[2]
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     q = q.transpose(1, 2)  # (B, N, H, D) -> (B, H, N, D)
@@ -100,19 +101,20 @@ def naive_attention(
     Args:
         q: (B, N_q, H, D). k, v: (B, N_k, H_kv, D).
         causal: mask aligned to the bottom right, see `causal_mask`.
-        softmax_scale: D ** -0.5 where not given.
+        softmax_scale: factor on the scores; D ** -0.5 by default.
         window_size: see `visible_mask`.
         softcap: c > 0 turns the scaled scores s into c * tanh(s / c).
         alibi_slopes: (H,) or (B, H), see `alibi_bias`.
-        dropout_mask: boolean (B, H, N_q, N_k), True where a probability is kept; with the `dropout_p` it was drawn by.
+        dropout_mask: boolean (B, H, N_q, N_k), True where dropout keeps a probability.
+        dropout_p: the probability that `dropout_mask` was drawn with.
         return_lse: also return the log-sum-exp of each row's scores (B, H, N_q), natural logarithm.
 
     Returns:
-        out (B, N_q, H, D); with `return_lse` a tuple (out, lse). A query that sees no key gives zeros, and -inf as its
-        log-sum-exp. Differentiable.
+        out (B, N_q, H, D); with `return_lse` a tuple (out, lse). For a query that sees no key, out is zero and lse is
+        -inf. Differentiable.
     """
     n_q, n_k = q.shape[1], k.shape[1]
-    visible = None  # this is what benchmarks call naive attention: without a mask it must not pay for one
+    visible = None  # benchmarks time this function: without a mask it must not pay for one
     if causal or tuple(window_size) != (-1, -1):
         visible = visible_mask(n_q, n_k, causal=causal, window_size=window_size, device=q.device)
     scores = _scores(q, k, softmax_scale, visible, softcap, alibi_slopes)
@@ -133,7 +135,7 @@ def naive_attention(
 def exact_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """The oracle: `naive_attention` on the inputs in float64, result in float64. Arguments as there."""
+    """The exact result: `naive_attention` computed in float64 from inputs of any dtype. Arguments as there."""
     return naive_attention(q.double(), k.double(), v.double(), **options)
 
 
@@ -143,7 +145,7 @@ def exact_attention(
 
 
 def safe_softmax(x: torch.Tensor) -> torch.Tensor:
-    """Softmax over the last dimension with the maximum taken out first: three passes over x.
+    """Softmax over the last dimension, with the maximum subtracted first: three passes over x.
 
     exp(x) overflows float32 from x = 89 on and float16 from 12 on; exp(x - max) never does, and the common factor
     exp(-max) cancels in the quotient.
@@ -191,7 +193,7 @@ def online_softmax_trace(x: torch.Tensor, block: int) -> list[dict[str, Any]]:
 
 
 def online_softmax(x: torch.Tensor, block: int = 4) -> torch.Tensor:
-    """Softmax over the last dimension with m and l found in one pass over blocks, and a second pass to divide.
+    """Softmax over the last dimension: one pass over blocks finds m and l, a second pass divides.
 
     Arguments and errors as for `online_softmax_trace`; the result has the shape and dtype of x.
     """
@@ -200,7 +202,7 @@ def online_softmax(x: torch.Tensor, block: int = 4) -> torch.Tensor:
 
 
 def _exp_difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """exp(a - b) where b >= a, with exp(-inf - -inf) = 0: nothing seen so far weighs nothing."""
+    """exp(a - b) for b >= a, with exp(-inf - -inf) = 0, since a sum over no keys has no weight."""
     return torch.where(torch.isneginf(a), 0.0, (a - b).exp())
 
 
@@ -222,13 +224,13 @@ def tiled_attention_v1(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention in the order of FlashAttention-1: blocks of K and V outside, blocks of Q inside.
 
-    O, l and m live in full-length arrays ("HBM") and each inner step reads, rescales and writes their block; O is kept
+    O, l and m live in full-length arrays ("HBM"); each inner step reads, rescales and writes one block of them. O is
     normalised after every step. Computes in float32 or better.
 
     Args:
         q: (B, N_q, H, D). k, v: (B, N_k, H_kv, D).
         causal: mask aligned to the bottom right, see `causal_mask`.
-        softmax_scale: D ** -0.5 where not given.
+        softmax_scale: factor on the scores; D ** -0.5 by default.
         block_m, block_n: rows of Q, and of K and V, in a tile.
         return_lse: also return the log-sum-exp of each row's scores (B, H, N_q), natural logarithm.
 
@@ -275,10 +277,9 @@ def tiled_attention_v2(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention in the order of FlashAttention-2: blocks of Q outside, blocks of K and V inside.
 
-    O, l and m of one block of rows stay with the outer step ("on chip") until the row is done; O is divided by l once,
-    at the end, and one number per row, the log-sum-exp, is all that the backward pass needs of the softmax. The outer
-    steps do not touch each other's rows, so a GPU runs them at the same time. Arguments and result as for
-    `tiled_attention_v1`.
+    O, l and m of one block of rows stay with the outer step ("on chip") until its rows are done. O is divided by l only
+    once, at the end. The backward pass needs one number per row of the softmax, the log-sum-exp. The outer steps do not
+    touch each other's rows, so a GPU can run them at the same time. Arguments and result as for `tiled_attention_v1`.
 
     Source: arXiv 2307.08691, Algorithm 1.
     """
@@ -338,12 +339,12 @@ def _finish_tiles(q, out, m, l, return_lse):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the 2 x rule says of one tensor. True in a condition where the tensor passes."""
+    """What the 2 x rule says about one tensor; as a condition it is true if the tensor passes."""
 
     name: str
     passed: bool
     error: float
-    """max |out - ref|; NaN or inf where the tensor holds such values that the reference does not."""
+    """max |out - ref|; inf if the tensor holds NaN, or an infinity that the reference does not hold."""
     allowed: float
     """factor * max |low - ref| + atol."""
     where: tuple[int, ...]
@@ -352,7 +353,7 @@ class Verdict:
 
     @property
     def ratio(self) -> float:
-        """error / allowed; up to 1 passes."""
+        """error / allowed: at most 1 if the tensor passes."""
         return self.error / self.allowed
 
     def __bool__(self) -> bool:
@@ -365,7 +366,7 @@ class Verdict:
         return "; ".join(part for part in (text, place, self.note) if part)
 
     def raise_if_failed(self) -> None:
-        """Raises AssertionError with the verdict's text where the tensor failed."""
+        """Raises AssertionError with the verdict's text if the tensor failed."""
         if not self.passed:
             raise AssertionError(str(self))
 
@@ -386,10 +387,10 @@ def judge(
         ref: the exact result, float64, same shape.
         low: the textbook formula computed in the dtype of `out`, same shape.
         factor: 2 for outputs; flash-attn's tests take 3 for gradients.
-        atol: keeps the rule fair where the textbook formula happens to be exact.
-        name: what to call the tensor in the verdict.
+        atol: keeps the rule fair if the textbook formula happens to be exact.
+        name: the tensor's name in the verdict.
 
-    Infinite values must stand in the same places as in `ref`; a NaN anywhere fails.
+    Infinite values must stand in the same places as in `ref`, and any NaN fails.
 
     Raises:
         ValueError: the shapes differ.
@@ -416,7 +417,7 @@ def judge(
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """|a - b|, with 0 where both are the same infinity (lse of a row that sees nothing is -inf in both)."""
+    """|a - b|, and 0 where both are the same infinity: lse of a row that sees no key is -inf in both."""
     return torch.where(a == b, 0.0, (a - b).abs())
 
 
@@ -430,16 +431,16 @@ def check_attention(
     lse: torch.Tensor | None = None,
     **options: Any,
 ) -> Verdict:
-    """Judges the output of an attention forward pass by the 2 x rule against `exact_attention`.
+    """Judges the output of an attention forward pass by the 2 x rule, against `exact_attention`.
 
     Args:
-        out: (B, N_q, H, D), the result to judge. q, k, v: its inputs, in the dtype it was computed in.
+        out: (B, N_q, H, D), the result to judge. q, k, v: its inputs, in the dtype that it was computed in.
         factor: see `judge`.
-        lse: (B, H, N_q); where given it is judged too, and the worse of both verdicts is returned.
-        options: what the kernel was asked for: `causal`, `softmax_scale` and the others of `naive_attention`.
+        lse: (B, H, N_q); if it is given, it is judged, too.
+        options: the kernel's options: `causal`, `softmax_scale` and the others of `naive_attention`.
 
     Returns:
-        The verdict, which is true where `out` passes.
+        The verdict on `out`, or the worse one if `lse` is given.
 
     Raises:
         ValueError: `out` or `lse` has another shape.
@@ -464,17 +465,17 @@ def check_gradients(
     factor: float = 3.0,
     **options: Any,
 ) -> list[Verdict]:
-    """Judges (dq, dk, dv) by the same rule, against autograd through `exact_attention`.
+    """Judges (dq, dk, dv) by the 2 x rule, against autograd through `exact_attention`.
 
     Args:
         gradients: dq (B, N_q, H, D), dk and dv (B, N_k, H_kv, D).
         dout: (B, N_q, H, D), gradient of the loss by the output.
         q, k, v: inputs of the forward pass.
         factor: 3, as in flash-attn's tests.
-        options: what the kernel was asked for: `causal`, `softmax_scale` and the others of `naive_attention`.
+        options: the kernel's options: `causal`, `softmax_scale` and the others of `naive_attention`.
 
     Returns:
-        A verdict each for dq, dk and dv.
+        The verdicts on dq, dk and dv.
 
     Raises:
         ValueError: a gradient has another shape than its tensor, or there are not three.

@@ -1,16 +1,19 @@
-"""Measures attention: time, peak memory and error of every implementation, failures included, as a table.
+"""Measures attention: time, peak memory and error of every implementation, as tables with their environment.
 
-`sweep` is the one function that measures; it returns a DataFrame with a row for each point, also for those that ran out
-of memory or cannot run, with the reason. `reference_results` reads such a table as it was stored on a named GPU.
+`sweep` measures implementations over sequence lengths. Its table has a row for each point. If a point runs out of
+memory or cannot run, its row says why. `reference_results` reads such a table as it was stored on a named GPU.
 `time_call` and `peak_memory_mib` measure one function.
 
-The parts: `implementations` has what is compared, `measuring` measures one call, `points` one point of a sweep,
-`sweeping` all of them in rounds, `variations` one shape and its variants, `storing` keeps and reads tables, `decoding`
-times a KV cache, `tuning` finds the fastest launch configurations, `targets` judges what the kernels are held to.
+    environment  GPU, driver and versions of this machine, and which backends run on it
+    timing       measures one call: time, spread, peak memory, whether launching bounds it
+    points       measures one point: one implementation at one shape, whatever happens
+    sweeping     measures many points in rounds
+    variants     measures one shape and variants of it
+    tables       columns of the stored tables, and how they are written, read and compared
+    launches     checks and times one launch configuration, for `python -m labutils tune`
 """
 
-from labutils.attention.backends import IMPLEMENTATIONS, Attention, Unsupported
-from labutils.benchmark.decoding import decode_bandwidth
+from labutils.attention.backends import IMPLEMENTATIONS, Unsupported
 from labutils.benchmark.points import Point
 from labutils.benchmark.sweeping import sweep
 from labutils.benchmark.tables import (
@@ -19,7 +22,6 @@ from labutils.benchmark.tables import (
     SCHEMAS,
     STORED_DTYPE,
     Recorder,
-    check_schema,
     compare,
     read_results,
     reference_results,
@@ -27,10 +29,8 @@ from labutils.benchmark.tables import (
     speedup,
 )
 from labutils.benchmark.timing import (
-    Timing,
     attention_flops,
     dtype_name,
-    overhead_bound,
     peak_memory_mib,
     time_call,
     time_issuing,
@@ -46,17 +46,12 @@ __all__ = [
     "RESULTS",
     "SCHEMAS",
     "STORED_DTYPE",
-    "Attention",
     "Point",
     "Recorder",
-    "Timing",
     "Unsupported",
     "attention_flops",
-    "check_schema",
     "compare",
-    "decode_bandwidth",
     "dtype_name",
-    "overhead_bound",
     "peak_memory_mib",
     "read_results",
     "reference_results",

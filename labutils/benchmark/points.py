@@ -1,4 +1,4 @@
-"""Measures one point of a sweep: one implementation at one shape, whatever becomes of it."""
+"""Measures one point of a sweep: one implementation at one shape. A failure is a result, too."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from labutils.attention.backends import Attention, Unsupported
 from labutils.benchmark.timing import INTERPRETED, overhead_bound, peak_memory_mib, time_call, watch_interpreter
 from labutils.machine import runtime
 
-INTERPRETER_TILES = 64  # tiles of 128 x 128 scores that the interpreter may spend on an error: a second or so
-INTERPRETER_BACKWARD = 4  # what forward and backward together cost there, in forward passes
+INTERPRETER_TILES = 64  # the interpreter may compute this many tiles of 128 x 128 scores for an error: about a second
+INTERPRETER_BACKWARD = 4  # forward and backward together take as long there as this many forward passes
 ORACLE_BYTES = {"cpu": 32 * 2**20, "cuda": 512 * 2**20}  # float64 scores that the oracle holds at a time
 
 KEY = ("impl", "pass", "dtype", "head_dim", "causal", "batch", "heads", "seqlen")
-"""The columns of a table of measurements that tell its rows apart: the fields of `Point`."""
+"""The columns that identify a row of a table of measurements: the fields of `Point`."""
 NOT_REACHED = {"status": "unsupported", "reason": "not reached before the sweep was interrupted"}
-"""The row of a point that an interrupted sweep did not come to."""
+"""The row of a point that an interrupted sweep did not reach."""
 
 
 class Point(NamedTuple):
-    """What makes a row of attention.csv: the columns before its measurements, `KEY`, in their order there."""
+    """Identifies a row of attention.csv: the columns `KEY`, in their order there."""
 
     impl: str
     which: str
-    """The column `pass`, whose name Python keeps for itself: "fwd" or "bwd"."""
+    """The column `pass`: "fwd" or "bwd". Python keeps its name for itself."""
     dtype: str
     head_dim: int
     causal: bool
@@ -51,19 +51,19 @@ class Point(NamedTuple):
         return dict(zip(KEY, self, strict=True))
 
     def inputs(self) -> tuple:
-        """What points with the same q, k and v have in common: dtype, D, mask, B, H, N."""
+        """dtype, D, mask, B, H and N: the same for all points that share q, k and v."""
         return tuple(self[2:])
 
     def but_size(self, which: str | None = None) -> tuple:
-        """What points have in common that differ in batch and length alone."""
+        """All but batch and length: the same for points that differ only in these two."""
         return (self.impl, which or self.which, self.dtype, self.head_dim, self.causal, self.heads)
 
 
 class Oracle:
-    """Exact output and gradients of one set of inputs, found when first asked for and shared by all implementations.
+    """Exact output and gradients of one set of inputs, for all implementations. Computed when first asked for.
 
-    k and v may have fewer heads than q and dout. Works through heads and blocks of rows, so that no N x N matrix in
-    float64 ever exists, and gives up (None) after `seconds`.
+    k and v may have fewer heads than q and dout. The oracle works through heads and blocks of rows, so that no N x N
+    matrix in float64 ever exists. It gives up after `seconds`.
     """
 
     def __init__(
@@ -74,11 +74,11 @@ class Oracle:
         self._kept: dict[str, tuple[torch.Tensor, ...] | None] = {}
 
     def get(self, which: str) -> tuple[torch.Tensor, ...] | None:
-        """(out,) for "fwd", (dq, dk, dv) for "bwd", in float64; None where it takes too long."""
+        """(out,) for "fwd", (dq, dk, dv) for "bwd", in float64; None if it takes too long or too much memory."""
         if which not in self._kept:
             try:
                 self._kept[which] = None if self.gave_up else self._compute(backward=which == "bwd")
-            except RuntimeError as error:  # float64 takes more memory than what is measured
+            except RuntimeError as error:  # float64 takes more memory than the implementations
                 if not is_out_of_memory(error):
                     raise
                 self._kept[which] = None
@@ -113,7 +113,7 @@ class Oracle:
                     result[0][:, start:stop, one] = out
                 if q.device.type == "cuda":
                     torch.cuda.synchronize()
-                if began is None:  # the first block, which also loads libraries, is not held against the rest
+                if began is None:  # the clock starts after the first block, which also loads libraries
                     began = time.perf_counter()
                 if time.perf_counter() - began > self.seconds:
                     self.gave_up = True
@@ -122,7 +122,7 @@ class Oracle:
 
 
 def _max_error(results: Sequence[torch.Tensor], exact: Sequence[torch.Tensor] | None) -> float:
-    """max |result - exact| over all tensors; inf where a result is not a number; NaN where there is no oracle."""
+    """max |result - exact| over all tensors; inf if a result is not a number; NaN without an oracle."""
     if exact is None:
         return math.nan
     errors = [(r.detach().double() - e).abs().max().item() for r, e in zip(results, exact, strict=True)]
@@ -161,7 +161,7 @@ class _Call:
         return torch.autograd.grad(out, self.leaves, self.dout)
 
     def timed(self) -> Callable[[], Any]:
-        """What is timed: the forward, or the backward alone, over and over through one forward's graph."""
+        """The function to time: the forward, or only the backward, again and again through the graph of one forward."""
         if self.which == "fwd":
             return self.forward
         out = self.attention(*self.leaves, causal=self.causal, softmax_scale=None)
@@ -169,8 +169,10 @@ class _Call:
 
 
 def _measure(call: _Call, oracle: Oracle | None, seconds: float, warm_up: float | None) -> dict:
-    """What one round finds out of a point; the first round has an oracle, and finds more. Raises what the
-    implementation raises."""
+    """Measures one round of a point. The first round has an oracle, and also measures error and memory.
+
+    Raises what the implementation raises.
+    """
     if oracle is None:
         timing = time_call(call.timed(), seconds=seconds, warm_up=warm_up)
         return {"ms": timing.median_ms, "spread_ms": timing.spread_ms, "status": "ok", "reason": ""}
@@ -185,7 +187,7 @@ def _measure(call: _Call, oracle: Oracle | None, seconds: float, warm_up: float 
         if tiles > INTERPRETER_TILES:
             raise Unsupported(INTERPRETED)
 
-    # The first call is the probe: it compiles, and it shows what cannot run before anything is repeated.
+    # The first call is the probe: it compiles, and shows whether the implementation can run at all.
     with watch_interpreter(before_launch):
         results = call.whole()
     error = _max_error(results, oracle.get(call.which))
@@ -214,9 +216,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class DeviceLost(RuntimeError):
-    """The GPU computes nothing more in this process; the message says what it reported.
+    """The GPU computes nothing more in this process. The message is what the GPU reported.
 
-    `row` is what became of the point that was being measured; None where there was none.
+    `row` is the row of the point that was being measured; None if there was no such point.
     """
 
     def __init__(self, message: str, row: dict | None = None):
@@ -225,11 +227,11 @@ class DeviceLost(RuntimeError):
 
 
 def device_error() -> str | None:
-    """What the GPU reports to whoever waits for it; None where it is well, and on a CPU.
+    """The error that the GPU reports when the host waits for it; None if there is none, and on a CPU.
 
-    An illegal access, or an assertion that failed on the device, leaves the process's CUDA context in a state in which
-    every later call returns the same error: https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html
-    says so of each such error. A launch that was refused does not: waiting succeeds after it.
+    After an illegal access, or after an assertion that failed on the device, every later call in the process returns
+    the same error (https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html). After a launch that was
+    refused, waiting succeeds.
     """
     if runtime.device.type != "cuda":
         return None
@@ -257,7 +259,7 @@ def attempt(
     seconds: float,
     warm_up: float | None = None,
 ) -> dict:
-    """Measures a point for one round; a failure is a row, too.
+    """Measures one round of a point. A failure becomes a row, too.
 
     Args:
         attention: the implementation.
@@ -265,16 +267,16 @@ def attempt(
         tensors: q, k, v and the gradient of the output, (B, N, H, D); k and v may have fewer heads.
         causal: lower-triangular mask.
         oracle: exact results for these tensors, in the first round; None in later rounds, which only time.
-        seconds, warm_up: of the repeats, and before them (see `measuring.time_call`).
+        seconds, warm_up: of the repeats, and before them, as for `time_call`.
 
     Returns:
-        `status` and `reason`, and what was measured of ms, spread_ms, peak_mib, max_error and overhead_bound.
+        `status` and `reason`, and those of ms, spread_ms, peak_mib, max_error and overhead_bound that were measured.
 
     Raises:
-        DeviceLost: the failure is one after which the GPU computes nothing more in this process.
+        DeviceLost: after this failure the GPU computes nothing more in this process.
     """
     with warnings.catch_warnings(record=True) as warned:
-        warnings.simplefilter("always")  # SDPA says in warnings why a backend refused
+        warnings.simplefilter("always")  # warnings of SDPA give the reason why a backend refused
         try:
             row = _measure(_Call(attention, which, *tensors, causal=causal), oracle, seconds, warm_up)
         except Exception as error:
@@ -284,7 +286,7 @@ def attempt(
         for warning in warned:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
     else:
-        gc.collect()  # only here, with the exception gone, do its frames let go of the tensors
+        gc.collect()  # the exception is gone here, so its frames no longer hold the tensors
         lost = device_error()
         if lost is not None:
             raise DeviceLost(lost, {"status": "unsupported", "reason": row["reason"]})

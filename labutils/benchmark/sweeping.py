@@ -1,4 +1,4 @@
-"""Sweeps: every implementation at every shape, in rounds, with a row for each point whatever becomes of it."""
+"""Measures many points in rounds: every implementation at every shape. Each point gets a row, also if it fails."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def plan(
     """The points of a sweep, in the order in which a round measures them.
 
     Args:
-        impls: names; they are not looked up here.
+        impls: names of implementations. `plan` does not check them.
         seqlens: N = N_q = N_k, measured in ascending order.
         head_dims: D.
-        dtypes: `runtime.dtype` where not given.
+        dtypes: None for `runtime.dtype`.
         causal: False, True or both.
         passes: "fwd", "bwd" or both.
         batches: B.
         tokens: keeps B * N at this number: B is tokens // N, at least 1, and `batches` is not used.
-        heads: H; 4 on a CPU, 16 on a GPU where neither this nor `hidden` is given.
+        heads: H; None for 4 on a CPU and 16 on a GPU.
         hidden: keeps H * D at this number: H is hidden // D, and `heads` is not used.
 
     Raises:
@@ -98,23 +98,23 @@ def measure_rounds(
     error_seconds: float = 2.0,
     describe: Callable[[str], None] = lambda text: None,
 ) -> Iterator[int]:
-    """Measures the points that `rows` lacks, and puts their rows there, after each step of the way.
+    """Measures the points that `rows` lacks, and adds their rows, one step at a time.
 
-    Each round goes through all points before the next begins, so that the rounds of one point lie as far apart as the
-    sweep allows: what changes slowly, such as a GPU's temperature and with it its clock, shows as spread.
+    Each round measures all points before the next round begins. The rounds of one point then lie as far apart as the
+    sweep allows, so that slow changes show as spread, such as those of a GPU's temperature and clock.
 
     Args:
         points: of `plan`.
         implementations: a function for each name among the points.
-        rows: filled here; what it holds already is not measured again, except for rounds that are missing.
+        rows: filled here. Rows that it holds already only get the rounds that they lack.
         rounds: 1 or more.
         seconds_per_point: of recorded repeats of a point, over all rounds.
-        warm_up: seconds before the repeats, in each round (see `measuring.time_call`).
+        warm_up: seconds before the repeats, in each round, as for `time_call`.
         error_seconds: as for `sweep`.
-        describe: told what is being measured.
+        describe: told which point is being measured.
 
     Yields:
-        How many of `pending(points, rows, rounds)` are done with the row that was written last.
+        How many of the `pending(points, rows, rounds)` measurements the last row has finished.
 
     Raises:
         ValueError: less than one round.
@@ -122,9 +122,9 @@ def measure_rounds(
     """
     if rounds < 1:
         raise ValueError(f"rounds={rounds}: it must be 1 or more.")
-    oracle_seconds: dict[tuple, float] = {}  # what is left of the oracle's patience, for each dtype, D and mask
+    oracle_seconds: dict[tuple, float] = {}  # the time that the oracle has left for each dtype, D and mask
     for number in range(rounds):
-        exhausted: dict[tuple, list[Point]] = {}  # what has run out of memory, by all but batch and length
+        exhausted: dict[tuple, list[Point]] = {}  # points that ran out of memory, by all but batch and length
         for shape, alike in groupby(points, key=Point.inputs):
             group = list(alike)
             for point in group:
@@ -160,10 +160,10 @@ def measure_rounds(
                             implementations[point.impl], point.which, tensors, causal,
                             oracle if before is None else None, seconds=seconds_per_point / rounds, warm_up=warm_up,
                         )  # fmt: skip
-                    except DeviceLost as lost:  # whatever came next would fail, and be blamed for it
-                        assert lost.row is not None  # `attempt` says what became of the point
+                    except DeviceLost as lost:  # every later point would fail as well, and would be blamed for it
+                        assert lost.row is not None  # `attempt` gives the row of the point
                         rows[point] = _merged(point, before, lost.row)
-                        yield rounds - number  # for whoever writes rows down: this one is written, too
+                        yield rounds - number  # so that the caller can write this row, too
                         raise _stopped(f"at {point.impl} {point.which} N={n:,}", lost) from lost
                 rows[point] = _merged(point, before, found)
                 if found["status"] == "oom":
@@ -171,7 +171,7 @@ def measure_rounds(
                 yield rounds - number if found["status"] != "ok" else 1
             if oracle.gave_up:  # longer lengths cost more
                 oracle_seconds[kind] = 0.0
-            del tensors, oracle  # before the next, longer ones are made
+            del tensors, oracle  # before the next, longer tensors are made
 
 
 def _stopped(where: str, lost: DeviceLost | str) -> DeviceLost:
@@ -182,29 +182,29 @@ def _stopped(where: str, lost: DeviceLost | str) -> DeviceLost:
 
 
 def pending(points: Iterable[Point], rows: Mapping[Point, Mapping], rounds: int) -> int:
-    """How many rounds of points `measure_rounds` has before it."""
+    """How many measurements `measure_rounds` still has to make: one for each point and round."""
     return sum(_lacks(rows.get(point), number) for point in points for number in range(rounds))
 
 
 def _lacks(row: Mapping | None, number: int) -> bool:
-    """Whether a point still needs its round of that number; one that failed needs no more."""
+    """Whether a point still needs the round of that number. A point that failed needs no more rounds."""
     return row is None or (row["status"] == "ok" and len(_rounds(row)) <= number)
 
 
 def _rounds(row: Mapping) -> list[float]:
-    """Median of each round; a table from before there were rounds has one."""
+    """The median of each round. A row without `rounds_ms` has one round."""
     text = row.get("rounds_ms") or ""
     return [float(part) for part in str(text).split(";") if part] or [row["ms"]]
 
 
 def _note_exhausted(exhausted: dict[tuple, list[Point]], point: Point) -> None:
     exhausted.setdefault(point.but_size(), []).append(point)
-    if point.which == "fwd":  # the backward pass needs what the forward one needs, and more
+    if point.which == "fwd":  # the backward pass needs the forward pass's memory, and more
         exhausted.setdefault(point.but_size(which="bwd"), []).append(point)
 
 
 def _needs_no_more(failed: Point, point: Point) -> bool:
-    """Whether memory for `point`, be it as B * N or as B * N², is at least what there was not for `failed`."""
+    """Whether `point` needs at least as much memory as `failed`, which had too little. It grows as B * N or B * N²."""
     return failed.seqlen <= point.seqlen and failed.batch * failed.seqlen <= point.batch * point.seqlen
 
 
@@ -214,7 +214,7 @@ def _merged(point: Point, before: Mapping | None, found: Mapping) -> dict:
         return {"overhead_bound": None, "rounds_ms": "", **found}
     medians = [*([] if before is None else _rounds(before)), found["ms"]]
     ms = statistics.median(medians)
-    # The middle half of the repeats says how far calls in a row differ; the rounds, how far minutes apart differ.
+    # The middle half of the repeats shows how far calls in a row differ. The rounds show how far minutes differ.
     within = [found["spread_ms"]]
     if before is not None:
         earlier = _rounds(before)
@@ -233,7 +233,7 @@ def _merged(point: Point, before: Mapping | None, found: Mapping) -> dict:
 
 
 def _inputs(shape: tuple[int, int, int, int], dtype: torch.dtype) -> list[torch.Tensor]:
-    """q, k, v and dout: the same numbers for every implementation, and no effect on PyTorch's global generator."""
+    """q, k, v and dout, the same numbers for every implementation. PyTorch's global generator stays as it is."""
     generator = torch.Generator(device=runtime.device).manual_seed(0)
     return [torch.randn(shape, generator=generator, device=runtime.device, dtype=dtype) for _ in range(4)]
 
@@ -260,32 +260,38 @@ def sweep(
     Args:
         impls: names from `IMPLEMENTATIONS`, or a mapping from names to functions of the same signature.
         seqlens: N = N_q = N_k, measured in ascending order.
-        batch, heads, head_dim: B, H (4 on a CPU, 16 on a GPU where not given) and D.
-        dtype: `runtime.dtype` where not given.
+        batch, heads, head_dim: B, H (None for 4 on a CPU and 16 on a GPU) and D.
+        dtype: None for `runtime.dtype`.
         causal: lower-triangular mask.
         passes: "fwd", "bwd" or both.
         tokens: keeps B * N at this number: the batch of each point is tokens // N, at least 1, and `batch` is not used.
         seconds_per_point: time spent on the repeats of one point.
-        warm_up: seconds before the repeats, in each round (see `measuring.time_call`).
-        error_seconds: what the float64 oracle may take for one length; where it takes longer `max_error` is NaN.
-        rounds: how often the whole sweep is gone through; `seconds_per_point` is shared among the rounds.
-        progress: a progress bar on stdout.
+        warm_up: seconds before the repeats, in each round, as for `time_call`.
+        error_seconds: time that the float64 oracle may take for one length. If it takes longer, `max_error` is NaN.
+        rounds: how often the whole sweep is measured. `seconds_per_point` is shared among the rounds.
+        progress: whether to show a progress bar on stdout.
 
     Returns:
-        One row for each length, implementation and pass, with `COLUMNS`: `ms` (median of the rounds' medians) and
-        `spread_ms` (interquartile range of a round's repeats, the largest, and what the rounds' medians range over on
-        top); `tflops` (TFLOP/s by the convention of `attention_flops`); `peak_mib` over the inputs; `max_error`, the
-        largest absolute difference from `reference.exact_attention` (of dq, dk and dv in the backward pass); `status`
-        ok, oom or unsupported, and the `reason`; `overhead_bound`, whether the time is that of launching (see
-        `measuring.overhead_bound`); `rounds_ms`, the medians of the rounds, separated by semicolons. What was not
-        measured is NaN.
-        A "bwd" row times the backward pass alone; its `peak_mib` is that of forward and backward together.
-        `.attrs`: "machine" and "interrupted" (True after a KeyboardInterrupt, or, with a warning, after an error that
-        leaves the GPU without use to this process: points that were not reached are then rows that say so, and what
-        reads the table finds all that it looks for).
+        One row for each length, implementation and pass, with `COLUMNS`. A value that was not measured is NaN.
 
-    Once an implementation has run out of memory, longer lengths are rows with status oom that were not tried.
-    What runs in Triton's interpreter gets status unsupported and no time, and its error where that is cheap.
+        - `ms`: the median of the rounds' medians.
+        - `spread_ms`: the largest interquartile range of a round's repeats, plus the range of the rounds' medians.
+        - `tflops`: TFLOP/s by the convention of `attention_flops`.
+        - `peak_mib`: memory over that of the inputs.
+        - `max_error`: the largest absolute difference from `reference.exact_attention`; in the backward pass of dq, dk
+          and dv.
+        - `status`: ok, oom or unsupported, and `reason`.
+        - `overhead_bound`: whether launching, not the GPU, takes the time, by `timing.overhead_bound`.
+        - `rounds_ms`: the medians of the rounds, separated by semicolons.
+
+        A "bwd" row has the time of only the backward pass, and the memory of forward and backward together.
+
+        `.attrs`: "machine", and "interrupted". The latter is True after a KeyboardInterrupt. It is also True, with a
+        warning, after an error that makes the GPU useless to this process. Points that were not reached then have rows
+        that say so.
+
+    If an implementation runs out of memory, longer lengths are not tried; their rows have the status oom. In Triton's
+    interpreter a row has the status unsupported and no time. It has an error if that is cheap to compute.
 
     Raises:
         ValueError: an unknown implementation or pass, no length, or a number below 1.
@@ -322,7 +328,7 @@ def sweep(
 
 
 def progress_bar(total: int, shown: bool = True) -> tqdm:
-    """The bar of a sweep, on stdout. Its description is what redraws it, once for each point: it names the point."""
+    """A progress bar on stdout. It is redrawn only when its description changes, once for each point."""
     from tqdm import tqdm
 
     return tqdm(total=total, file=sys.stdout, disable=not shown, ncols=90, mininterval=3600)

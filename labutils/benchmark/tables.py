@@ -1,4 +1,4 @@
-"""Tables of measurements on disk: their columns, the environment that made them, and reading them again."""
+"""Tables of measurements on disk: their columns, and how they are written, read and compared."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ COLUMNS: tuple[str, ...] = (
 """The columns of `sweep`'s table; `sweep` says what they hold."""
 
 SETTINGS = ("seconds", "rounds", "warm_up", "error_seconds")
-"""How a table was measured: what `bench` calls --seconds, --rounds, --warm-up and --error-seconds. `environment.json`
-has them, under "settings", for the tables that `bench` wrote."""
+"""How long a table was measured, by `bench`'s --seconds, --rounds, --warm-up and --error-seconds. For the tables that
+`bench` wrote, `environment.json` has them under "settings"."""
 
 KEYS = {"attention": KEY, "models": ("model", "work", "impl", "batch", "seqlen")}
 """The columns that tell the rows of a table apart."""
@@ -62,7 +62,7 @@ NUMBERS = ("ms", "tflops", "peak_mib", "spread_ms", "max_error")
 STATUSES = ("ok", "oom", "unsupported")
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 STORED_DTYPE = "bfloat16"
-"""What the notebooks show of the stored attention table, which holds float16 as well."""
+"""The dtype of the stored attention table that the notebooks show. The table also has float16."""
 
 
 def check_schema(df: pd.DataFrame, table: str) -> None:
@@ -85,29 +85,29 @@ def save_results(df: pd.DataFrame, directory: str | Path, environment: Any, *, t
 
     Args:
         df: a table with the columns of `SCHEMAS[table]` first.
-        directory: made where it does not exist; one directory for each GPU.
-        environment: a mapping, or an object with `as_dict()` (`environment.environment()`); it needs a key "gpu".
+        directory: one for each GPU; made if it does not exist.
+        environment: a mapping with a key "gpu", or an object with `as_dict()` such as `environment.environment()`.
         table: a key of `SCHEMAS`.
 
-    `environment.json` holds an entry for each table, since tables of one GPU are measured at different times.
+    `environment.json` has an entry for each table, since tables of one GPU are measured at different times.
 
     Returns:
         The path of the CSV file.
 
     Raises:
         ValueError: wrong columns, no "gpu" in the environment, or a directory with results of another GPU.
-        OSError: they could not be written; then both files are as they were.
+        OSError: the files could not be written; both are as they were.
     """
     check_schema(df, table)
     path = Path(directory) / f"{table}.csv"
     rows = df.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-    # An old table beside a new environment would be a measurement that nobody made: both change, or neither.
+    # An old table beside a new environment would be a measurement that nobody made. So both change, or neither.
     files.replace_together(_with_environment(Path(directory), environment, table) | {path: rows})
     return path
 
 
 def _with_environment(directory: Path, environment: Any, table: str) -> dict[Path, str]:
-    """`environment.json` of a folder -> what it will hold, once a table was made in this environment."""
+    """The path of `environment.json` -> its new content, with this environment for the table."""
     made_by = dict(environment.as_dict() if hasattr(environment, "as_dict") else environment)
     if "gpu" not in made_by:
         raise ValueError(f"the environment has no entry 'gpu' (it has {sorted(made_by)}): which machine measured this?")
@@ -133,10 +133,10 @@ def _environments(directory: Path) -> dict[str, dict]:
 
 
 def read_results(directory: str | Path, table: str = "attention") -> pd.DataFrame:
-    """A table that `save_results` or a `Recorder` wrote, with the environment that made it.
+    """Reads a table that `save_results` or a `Recorder` wrote, with the environment that made it.
 
     Args:
-        directory: the folder that holds it.
+        directory: the folder of the table.
         table: a key of `SCHEMAS`.
 
     Returns:
@@ -175,14 +175,14 @@ def reference_results(
     Args:
         gpu: a directory under labutils/results.
         table: a key of `SCHEMAS`.
-        dtype: of tables with a column `dtype`, the rows of this one alone; None for all rows.
+        dtype: only rows of this dtype, if the table has a column `dtype`; None for all rows.
 
     Returns:
         The table; `.attrs["environment"]` (dict) and `.attrs["machine"]` (the GPU's name).
 
     Raises:
-        FileNotFoundError: no such results; the message lists those that there are.
-        ValueError: the file does not have the columns of its schema, or no row of that dtype.
+        FileNotFoundError: there is no such table; the message lists the stored ones.
+        ValueError: the file does not have the columns of its schema, or has no row of that dtype.
     """
     if not (RESULTS / gpu / f"{table}.csv").exists():
         stored = sorted(f"{p.parent.name}/{p.stem}" for p in RESULTS.glob("*/*.csv"))
@@ -197,7 +197,7 @@ def reference_results(
 
 
 def _check_rows(df: pd.DataFrame) -> None:
-    """Raises ValueError, with the line, at a row of an attention table that no sweep wrote, or that repeats one."""
+    """Raises ValueError, with the line, for a row of an attention table that no sweep can have written, or a double."""
     seen: dict[tuple, int] = {}
     numbers = set(NUMBERS) & set(df.columns)
     for line, row in enumerate(df.to_dict("records"), start=2):
@@ -232,24 +232,24 @@ def _whole(value: Any) -> bool:
 
 
 class Recorder:
-    """A table in a folder, complete on disk after each row; a later run can go on where one ended.
+    """Writes a table into a folder, complete after each row, so that a later run can go on from there.
 
     Args:
-        directory: made where it does not exist.
+        directory: made if it does not exist.
         environment: as for `save_results`.
         table: a key of `KEYS`: "attention" or "models".
-        resume: go on with the rows that the folder holds.
-        settings: how the rows are measured, `SETTINGS`; `environment.json` keeps them with the table's environment.
+        resume: go on with the rows in the folder.
+        settings: a value for each of `SETTINGS`. `environment.json` keeps them with the table's environment.
 
     Attributes:
         rows: the row of each point, without the columns of `KEYS`. Add to it, then call `write`.
-        settings_known: whether the settings of all rows are. They are not where the folder holds rows from before they
-            were kept, or where none were given; then the file says nothing of them.
+        settings_known: whether the settings of all rows are known. They are not if none are given, or if the folder
+            has rows without settings. `environment.json` then has none.
 
     Raises:
-        FileExistsError: the folder holds rows, and `resume` was not asked for.
-        ValueError: `resume`, and the rows were measured in another environment or with other settings; or the folder
-            holds other tables of another GPU; or the settings are not those of `SETTINGS`.
+        FileExistsError: the folder has rows, and `resume` is False.
+        ValueError: the rows to go on with were measured in another environment or with other settings; or the folder
+            has other tables of another GPU; or the settings are not those of `SETTINGS`.
     """
 
     def __init__(
@@ -297,7 +297,7 @@ class Recorder:
         files.replace_together(_with_environment(self.directory, made_by, table))
 
     def write(self) -> None:
-        """Puts all rows on disk; whoever reads the file meanwhile finds whole rows."""
+        """Puts all rows on disk. A program that reads the file meanwhile finds whole rows."""
         columns = COLUMNS if self.table == "attention" else SCHEMAS[self.table]
         lines: list[list[str]] = [list(columns)]
         for point, row in self.rows.items():
@@ -315,7 +315,7 @@ def _text(value: Any) -> str:
 
 
 def other_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between the settings of two tables, as options of `bench`: ["--seconds 0.3, now 0.1", ...]."""
+    """The differences between the settings of two tables, as options of `bench`: ["--seconds 0.3, now 0.1", ...]."""
     return [
         f"--{name.replace('_', '-')} {before.get(name)}, now {now.get(name)}"
         for name in SETTINGS
@@ -324,7 +324,7 @@ def other_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[st
 
 
 def rows_by_point(df: pd.DataFrame) -> dict[Point, dict]:
-    """The rows of an attention table by their points, as a sweep keeps them."""
+    """The rows of an attention table by point, as a sweep holds them."""
     rows = {}
     for record in df.to_dict("records"):
         row = {column: record.get(column) for column in COLUMNS if column not in KEY}
@@ -348,7 +348,7 @@ def as_table(rows: Mapping[Point, Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def save_json(df: pd.DataFrame, path: str | Path, environment: Mapping[str, Any]) -> None:
-    """A table as JSON: {"environment": {...}, "rows": [{column: value, ...}, ...]}, null where there is no value.
+    """Writes a table as JSON: {"environment": {...}, "rows": [{column: value, ...}, ...]}. A missing value is null.
 
     Raises:
         OSError: as for `files.replace`.
@@ -364,7 +364,7 @@ def _plain(value: Any) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Two sweeps
+# Comparing
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -375,9 +375,14 @@ def compare(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
         first, second: attention tables, with `ms` and `spread_ms`.
 
     Returns:
-        The columns of the point, then `first_ms` and `second_ms`; `difference`, of the medians, relative to the
-        larger one; `spread`, the larger of both `spread_ms`, relative to the same; `covered`, whether the difference is
-        within it; `overhead_bound`, in either. Points that did not run in both are left out.
+        The columns of the point, `first_ms` and `second_ms`, and:
+
+        - `difference`: of the two medians, relative to the larger one.
+        - `spread`: the larger `spread_ms` of the two, relative to the same.
+        - `covered`: whether the difference is within the spread.
+        - `overhead_bound`: whether it is True in either table.
+
+        Points that did not run in both tables are left out.
 
     Raises:
         ValueError: the tables have no measured point in common.
@@ -403,14 +408,14 @@ def compare(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
 def speedup(df: pd.DataFrame, over: str = "naive") -> pd.DataFrame:
     """The table with a column `speedup`: time of `over` divided by time of the row, if both differ only in `impl`.
 
-    NaN if either did not run.
+    The value is NaN if either did not run.
 
     Args:
         df: an attention table, or a table of whole models (`labutils.gpt2.model_benchmark.measure_models`).
         over: an implementation in it.
 
     Raises:
-        ValueError: `over` is not among the implementations, or stands twice at the same point.
+        ValueError: `over` is not among the implementations, or has a point twice.
     """
     if over not in set(df["impl"]):
         raise ValueError(f"over={over!r} is not in the table, which has {', '.join(sorted(set(df['impl'])))}.")

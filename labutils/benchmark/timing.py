@@ -1,4 +1,4 @@
-"""Measures one call right: its time and spread, its peak memory, and whether launching it is what takes the time."""
+"""Measures one call: its time and spread, its peak memory, and whether launching it takes the time."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def attention_flops(
     """FLOPs of attention by the field's convention: two matmuls of 2 * N_q * N_k * D each forward.
 
     Args:
-        batch, heads, seqlen_q, head_dim, seqlen_k: B, H, N_q, D and N_k (N_q where not given).
-        causal: half of it.
-        backward: of the backward pass alone, 2.5 times the forward (five matmuls against two).
+        batch, heads, seqlen_q, head_dim, seqlen_k: B, H, N_q, D and N_k (None for N_q).
+        causal: True halves them.
+        backward: only the backward pass, 2.5 times the forward (five matmuls against two).
 
-    The convention counts useful work: what a kernel recomputes or masks away is not in it.
+    The convention counts useful work, not what a kernel recomputes or masks away.
 
     Source: FlashAttention-2 (arXiv 2307.08691), section 4.1.
     """
@@ -48,20 +48,20 @@ def attention_flops(
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """`torch.bfloat16` -> "bfloat16", as it stands in the tables."""
+    """The name of a dtype in the tables: `torch.bfloat16` -> "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 
 class Timing(NamedTuple):
-    """What `time_call` measured."""
+    """The result of `time_call`."""
 
     median_ms: float
     spread_ms: float
-    """Interquartile range: the middle half of the repeats lies within it."""
+    """The interquartile range, which holds the middle half of the repeats."""
 
 
 def _l2_flush_buffer() -> torch.Tensor:
-    """Twice the size of the L2 cache: writing it leaves nothing of a tensor there."""
+    """A buffer of twice the size of the L2 cache. Writing it removes every other tensor from there."""
     size = torch.cuda.get_device_properties(runtime.device).L2_cache_size
     return torch.empty(2 * max(size, 2**20), dtype=torch.int8, device=runtime.device)
 
@@ -75,18 +75,18 @@ def _summary(times_ms: Sequence[float]) -> Timing:
 def time_call(fn: Callable[[], Any], *, seconds: float = 0.5, warm_up: float | None = None) -> Timing:
     """Median and spread of the time of `fn()`, in milliseconds.
 
-    On a GPU: CUDA events around each call, with the L2 cache flushed before each, so that the inputs come from HBM as
-    they would in a model; the host does not wait between calls. On the CPU: perf_counter.
+    On a GPU, CUDA events stand around each call. The L2 cache is flushed before each call, so that the inputs come from
+    HBM as they would in a model. The host does not wait between calls. On the CPU the clock is perf_counter.
 
     Args:
         fn: called without arguments; its result is thrown away.
-        seconds: the budget. Repeats are as many as fit in it, at least 3 and at most 1000.
-        warm_up: seconds of calls before, unrecorded; at least one call is made. The first compiles, allocates and
-            loads libraries; under the load of the others a GPU comes to the clock that it keeps. Where not given,
-            `WARM_UP_SECONDS` of the device.
+        seconds: the budget. As many repeats are made as fit in it, at least 3 and at most 1000.
+        warm_up: seconds of calls that are not recorded, at least one call; None for `WARM_UP_SECONDS` of the device.
+            The first call compiles, allocates and loads libraries. Under the load of the others a GPU reaches the
+            clock that it keeps.
 
-    A GPU time below about 50 microseconds for each kernel in `fn` is that of launching, not of computing:
-    `overhead_bound` says.
+    A GPU time below about 50 microseconds for each kernel in `fn` is the time of launching, not of computing.
+    `overhead_bound` checks that.
     """
     warm_up = WARM_UP_SECONDS[runtime.device.type] if warm_up is None else warm_up
     began = time.perf_counter()
@@ -103,7 +103,7 @@ def time_call(fn: Callable[[], Any], *, seconds: float = 0.5, warm_up: float | N
 
     flush = _l2_flush_buffer()
     _timed_on_gpu(fn, 1, flush)
-    chunk = 1  # flushes and calls in turn, as they will be timed: without them the GPU would draw another power
+    chunk = 1  # flushes and calls in turn, as they will be timed: without flushes the GPU would draw another power
     while (left := warm_up - (time.perf_counter() - began)) > 0:
         chunk_began = time.perf_counter()
         _timed_on_gpu(fn, chunk, flush)
@@ -117,7 +117,7 @@ def time_call(fn: Callable[[], Any], *, seconds: float = 0.5, warm_up: float | N
 
 
 def _timed_on_gpu(fn: Callable[[], Any], repeats: int, flush: torch.Tensor, flushes: int = 1) -> list[float]:
-    """Milliseconds between events around each call, the L2 cache flushed before it."""
+    """Milliseconds between the events around each call. The L2 cache is flushed before each."""
     starts, ends = ([torch.cuda.Event(enable_timing=True) for _ in range(repeats)] for _ in range(2))
     for start, end in zip(starts, ends, strict=True):
         for _ in range(flushes):
@@ -129,14 +129,14 @@ def _timed_on_gpu(fn: Callable[[], Any], repeats: int, flush: torch.Tensor, flus
     return [s.elapsed_time(e) for s, e in zip(starts, ends, strict=True)]
 
 
-ISSUED_TOGETHER = 50  # calls, of few kernels each: far fewer than a CUDA stream queues before it blocks
+ISSUED_TOGETHER = 50  # calls of few kernels each. A CUDA stream queues far more before it blocks
 
 
 def time_issuing(fn: Callable[[], Any], *, calls: int = 2000) -> float:
-    """Microseconds that `fn()` keeps the host busy: the median over many calls, the GPU working behind them.
+    """Microseconds that `fn()` keeps the host busy while the GPU works on: the median over many calls.
 
-    The GPU is waited for between batches of calls, outside of what is timed, so that no call waits for room in its
-    queue. On a CPU, where nothing is issued, it is the time of the call.
+    Between batches of calls the host waits for the GPU, so that no call waits for room in its queue. That wait is not
+    timed. On a CPU, which issues nothing, it is the time of the call.
 
     Args:
         fn: called without arguments. calls: how many are timed, after a tenth as many that are not.
@@ -154,15 +154,18 @@ def time_issuing(fn: Callable[[], Any], *, calls: int = 2000) -> float:
     return sorted(times)[len(times) // 2]
 
 
-HEAD_START_FLUSHES = 500  # in all, with the call's own kernels, fewer than a CUDA stream queues before it blocks
+HEAD_START_FLUSHES = 500  # a CUDA stream queues more than these and the call's own kernels before it blocks
 
 
 def overhead_bound(fn: Callable[[], Any], median_ms: float) -> bool:
-    """Whether a tenth or more of `median_ms`, as `time_call` found it, is the GPU's waiting for the host in `fn`.
+    """Whether the GPU waits for the host during a tenth or more of `fn`'s time. Always False on a CPU.
 
-    The GPU is given other work first, for longer than the host needs to issue the call; then nothing keeps the call's
-    kernels apart, and what they take is the GPU's own time. What the median has more than that counts as launch
-    overhead if the host takes that long at all: a clock that has risen meanwhile is none. Always False on a CPU.
+    The GPU first gets other work, for longer than the host needs to issue the call. Then nothing keeps the call's
+    kernels apart, and their time is the GPU's own. The rest of the median counts as launch overhead, if the host takes
+    that long at all. Otherwise the GPU's clock has risen in between.
+
+    Args:
+        fn: called without arguments. median_ms: its time, as `time_call` measured it.
     """
     if runtime.device.type != "cuda":
         return False
@@ -187,15 +190,15 @@ def overhead_bound(fn: Callable[[], Any], median_ms: float) -> bool:
 def time_replayed(calls: Sequence[Callable[[], Any]], *, repeats: int = 30) -> float:
     """Microseconds of one of `calls` on the GPU, without the host: the median over replays of a CUDA graph of all.
 
-    For work shorter than its launch. The L2 cache is not flushed: give each call tensors of its own, several times the
-    cache's size in all, so that none finds its inputs there.
+    It measures work that is shorter than its launch. The L2 cache is not flushed. Give each call tensors of its own, in
+    all several times the size of the cache, so that no call finds its inputs there.
 
     Args:
         calls: functions without arguments, which a CUDA graph must be able to hold.
-        repeats: of the graph.
+        repeats: how often the graph is replayed.
 
     Raises:
-        Unsupported: no GPU.
+        Unsupported: there is no GPU.
     """
     if runtime.device.type != "cuda":
         raise Unsupported("a CUDA graph needs a GPU: there is no time of launches to leave out on this machine.")
@@ -220,16 +223,19 @@ def time_replayed(calls: Sequence[Callable[[], Any]], *, repeats: int = 30) -> f
 
 
 def torch_profiler(**options: Any) -> torch.profiler.profile:
-    """`torch.profiler.profile(**options)`, without the log lines and warnings that it writes to stderr."""
+    """`torch.profiler.profile(**options)` without its log lines and warnings on stderr."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when the first profiler starts
     return torch.profiler.profile(acc_events=True, **options)  # without it PyTorch 2.11 warns of cleared events
 
 
 def peak_memory_mib(fn: Callable[[], Any]) -> float:
-    """Peak memory of `fn()` in MiB, over what was allocated before the call; its result is included.
+    """Peak memory of `fn()` in MiB, beyond what was allocated before the call. Its result is included.
 
-    On a GPU the allocator's own maximum. On the CPU the sum of the allocations and releases that torch.profiler
-    records, in their order; memory that a library takes past PyTorch's allocator is not seen.
+    On a GPU this is the maximum of PyTorch's allocator. On the CPU it comes from the allocations and releases that
+    torch.profiler records, which lack the memory that a library takes past PyTorch's allocator.
+
+    Args:
+        fn: called without arguments.
     """
     if runtime.device.type == "cuda":
         torch.cuda.synchronize()
@@ -255,7 +261,7 @@ def peak_memory_mib(fn: Callable[[], Any]) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Triton's interpreter: noticed, never timed
+# Triton's interpreter, which is never timed
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -263,8 +269,8 @@ def peak_memory_mib(fn: Callable[[], Any]) -> float:
 def watch_interpreter(before_launch: Callable[[Any, tuple, dict], None]) -> Iterator[None]:
     """Calls `before_launch(executor, args, kwargs)` before each kernel that the interpreter runs in the block.
 
-    `executor` is Triton's GridExecutor: `executor.fn` is the Python function of the kernel. On a GPU, where kernels are
-    compiled, nothing is ever called.
+    `executor` is Triton's GridExecutor: `executor.fn` is the Python function of the kernel. If kernels are compiled,
+    nothing is called.
     """
     if not runtime.interpreted:
         yield

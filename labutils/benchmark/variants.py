@@ -1,4 +1,4 @@
-"""Attention at one shape and at variants of it: head dimension, dtype, batch, heads, shared heads of K and V."""
+"""Measures attention at one shape and at variants of it, such as another head dimension, dtype or number of heads."""
 
 from __future__ import annotations
 
@@ -35,18 +35,17 @@ def vary(
         impls: as for `sweep`.
         base: a value for each of `SHAPE`: batch B, heads H, kv_heads H_kv (of K and V; divides H), seqlen N, head_dim
             D, dtype, causal.
-        variants: name -> what differs from `base`.
+        variants: name -> the values that differ from `base`.
         passes: "fwd", "bwd" or both.
         seconds_per_point, error_seconds, progress: as for `sweep`.
-        warm_up: seconds before the repeats of a point (see `measuring.time_call`).
+        warm_up: seconds before the repeats of a point, as for `time_call`.
 
     Returns:
         A row for each variant, pass and implementation: variant, impl, pass, `SHAPE`, ms, tflops, peak_mib, max_error,
         overhead_bound, status and reason, as in `sweep`'s table. `.attrs`: "machine".
 
     Raises:
-        ValueError: a shape that misses a value, has one of another name or a size below 1; heads that kv_heads does not
-            divide.
+        ValueError: a shape lacks a value, has an unknown one or a size below 1, or kv_heads does not divide its heads.
     """
     functions = chosen(impls)
     shapes = {name: dict(base) | dict(changes) for name, changes in variants.items()}

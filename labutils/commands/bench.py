@@ -1,4 +1,4 @@
-"""`python -m labutils bench`: time, peak memory and error of attention implementations, as files and figures."""
+"""`python -m labutils bench`: measures time, peak memory and error of attention, and writes tables and figures."""
 
 from __future__ import annotations
 
@@ -8,68 +8,68 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from labutils.commands.arguments import INTERRUPTED, listed, seconds, whole_number
+from jsonargparse import ArgumentParser, Namespace
+
+from labutils.attention.backends import BACKENDS, IMPLEMENTATIONS
+from labutils.commands.arguments import INTERRUPTED, argument_type, listed, new_parser, seconds, whole_number
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from labutils.benchmark import Point
 
-NAMES = (
-    "naive", "sdpa_math", "sdpa_efficient", "sdpa_flash", "sdpa_cudnn", "flash_attn", "flex", "triton_v1", "triton_v2",
-    "tiled_v1", "tiled_v2",
-)  # fmt: skip
-"""The implementations, as the help lists them without importing torch; a test holds them to `IMPLEMENTATIONS`."""
-
 DTYPES = ("bfloat16", "float16", "float32")
 FORMATS = ("json", "png", "svg")
 REFERENCE = "nvidia_h200"
-LIMIT = 0.03  # how far medians of two sweeps may differ before --against complains
-SHORTEST_MS = 0.1  # shorter times are not held to that
-# Of how many points the spread must cover the difference: a spread of a few rounds is an estimate, and no bound. Where
-# rounds vary as sweeps do, normally, the larger range of three covers 94 % of the differences (simulated), what the
-# repeats of a round vary by some more; and of some tens of points, a few more or fewer than that.
+LIMIT = 0.03  # --against complains if medians of two sweeps differ by more
+SHORTEST_MS = 0.1  # --against does not judge shorter times
+# The share of points at which the spread must cover the difference. It is below 1 because the spread of a few rounds is
+# only an estimate. If rounds vary normally, as sweeps do, the larger range of three rounds covers 94 % of the
+# differences (simulated). The variation within a round covers some more. Of some tens of points, a few are chance.
 COVERED = 0.9
 
 
+@argument_type
 def _formats(text: str) -> list[str]:
-    """The argparse type of --write."""
+    """The type of --write."""
     values = listed(str, (*FORMATS, "none"))(text)
     if "none" in values and set(values) != {"none"}:
         raise argparse.ArgumentTypeError(f"{text}: 'none' stands alone, since it asks for nothing beside the tables.")
     return values
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the command's parser."""
-    parser = commands.add_parser(
-        "bench",
-        help="measure time, peak memory and error of attention implementations",
-        description=(
-            "Measure attention implementations over sequence lengths: time, peak memory and error against float64. "
-            "Rows are on disk as they come: after an interrupt, --resume measures what is missing. What runs out of "
-            "memory or cannot run is a row that says why. Lists are separated by commas."
-        ),
-        epilog=(
-            "In a minute: python -m labutils bench --seqlens 256,512,1024 --out bench-small. All that the notebooks "
-            "show stored: python -m labutils bench --dtype bfloat16,float16 --head-dims 64,128 --full --causal "
-            "--pass fwd,bwd"
-        ),
-        allow_abbrev=False,
+def parser() -> ArgumentParser:
+    """The parser of the command's arguments. Those whose default depends on the machine are missing if not given."""
+    parser = new_parser(
+        "python -m labutils bench",
+        "Measure attention implementations over sequence lengths: time, peak memory and error against float64. Rows "
+        "are on disk as they come: after an interrupt, --resume measures the missing ones. If a point runs out of "
+        "memory or cannot run, its row says why. Lists are separated by commas.",
+        epilog="In a minute: python -m labutils bench --seqlens 256,512,1024 --out bench-small. All stored rows that "
+        "the notebooks show: python -m labutils bench --dtype bfloat16,float16 --head-dims 64,128 --full --causal "
+        "--pass fwd,bwd",
     )
     _add_what_is_measured(parser.add_argument_group("what is measured"))
     _add_how_long(parser.add_argument_group("how long"))
     _add_where_it_goes(parser.add_argument_group("where it goes"))
-    parser.set_defaults(run=run)
+    return parser
 
 
-def _add_what_is_measured(what: argparse._ArgumentGroup) -> None:
+def _swept(*, on_gpu: bool) -> list[str]:
+    """The implementations that are measured without --impls. Without a GPU these are PyTorch's kernels for the CPU."""
+    return [b.name for b in BACKENDS.values() if b.swept and b.load and (on_gpu or b.on_cpu == "compiled")]
+
+
+def _add_what_is_measured(what: Any) -> None:
+    names = list(IMPLEMENTATIONS)
+    not_swept = [name for name in names if not BACKENDS[name].swept]
     what.add_argument(
         "--impls",
-        type=listed(str, NAMES),
+        type=listed(str, names),
         metavar="A,B",
         default=argparse.SUPPRESS,
-        help=f"of {', '.join(NAMES)} (default: without a GPU naive, sdpa_math, sdpa_flash; with one all but tiled_*)",
+        help=f"of {', '.join(names)} (default: without a GPU {', '.join(_swept(on_gpu=False))}; with one all but "
+        f"{', '.join(not_swept)})",
     )
     what.add_argument(
         "--seqlens",
@@ -108,19 +108,19 @@ def _add_what_is_measured(what: argparse._ArgumentGroup) -> None:
         default=argparse.SUPPRESS,
         help=f"of {', '.join(DTYPES)} (default: the fastest that the machine computes well in)",
     )
-    what.add_argument("--full", action="store_true", help="without a mask (so it is where --causal is not given)")
-    what.add_argument("--causal", action="store_true", help="with the causal mask; with --full as well, both")
+    what.add_argument("--full", action="store_true", help="without a mask (the default without --causal)")
+    what.add_argument("--causal", action="store_true", help="with the causal mask; both masks with --full, too")
     what.add_argument(
         "--pass",
         dest="passes",
         type=listed(str, ("fwd", "bwd")),
         metavar="P,P",
         default=["fwd"],
-        help="fwd, bwd or fwd,bwd; bwd times the backward pass alone (default: fwd)",
+        help="fwd, bwd or fwd,bwd; bwd times only the backward pass (default: fwd)",
     )
 
 
-def _add_how_long(how: argparse._ArgumentGroup) -> None:
+def _add_how_long(how: Any) -> None:
     how.add_argument(
         "--seconds",
         type=seconds,
@@ -142,14 +142,14 @@ def _add_how_long(how: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_where_it_goes(where: argparse._ArgumentGroup) -> None:
+def _add_where_it_goes(where: Any) -> None:
     where.add_argument(
         "--out", type=Path, default=Path("bench-results"), help="folder for tables and figures (default: %(default)s)"
     )
     where.add_argument(
         "--resume",
         action="store_true",
-        help="keep the rows in --out and measure what is missing, on the same machine and with the same --seconds, "
+        help="keep the rows in --out and measure the missing ones, on the same machine and with the same --seconds, "
         "--rounds, --warm-up and --error-seconds",
     )
     where.add_argument(
@@ -164,22 +164,26 @@ def _add_where_it_goes(where: argparse._ArgumentGroup) -> None:
         nargs="?",
         const=REFERENCE,
         metavar="GPU",
-        help=f"draw the stored results of this GPU beside your own; without a name, of {REFERENCE}",
+        help=f"draw the stored results of this GPU beside your own (without a name: {REFERENCE})",
     )
     where.add_argument(
         "--against",
         type=Path,
         metavar="FOLDER",
-        help=f"compare with an earlier sweep, and exit with 1, the points listed, where medians above {SHORTEST_MS} ms "
-        f"differ by more than {100 * LIMIT:.0f} percent, or where the reported spread, the larger spread_ms of "
-        f"the two, covers the difference of less than {100 * COVERED:.0f} percent of them",
+        help=f"compare with an earlier sweep. List the points and exit with 1 if medians above {SHORTEST_MS} ms differ "
+        f"by more than {100 * LIMIT:.0f} percent, or if the larger spread_ms of the two covers the difference of less "
+        f"than {100 * COVERED:.0f} percent of them",
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Measures, writes and prints. Returns 130 after an interrupt; 1 where --against finds a difference, where files
-    cannot be written any more, and after an error that the GPU does not recover from; 2 for bad arguments and for a
-    folder that cannot be used."""
+def run(words: Sequence[str]) -> int:
+    """Measures, writes and prints.
+
+    Returns:
+        130 after an interrupt; 1 if --against finds a difference, if files cannot be written any more, or after an
+        error that the GPU does not recover from; 2 for bad arguments or a folder that cannot be used.
+    """
+    arguments = parser().parse_args(words)
     try:
         return _bench(arguments)
     except OSError as error:
@@ -188,14 +192,14 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
 
 
-def _bench(arguments: argparse.Namespace) -> int:
+def _bench(arguments: Namespace) -> int:
     try:
         from labutils import benchmark
         from labutils.benchmark import environment, sweeping, tables
         from labutils.benchmark.points import DeviceLost
-        from labutils.machine import runtime  # a device that is not there raises here
+        from labutils.machine import runtime  # raises if the device that is asked for is missing
 
-        if arguments.reference is not None:  # a wrong name is told before anything is measured
+        if arguments.reference is not None:  # a wrong name fails before anything is measured
             benchmark.reference_results(arguments.reference, dtype=None)
         earlier = None if arguments.against is None else benchmark.read_results(arguments.against)
         points = _plan(arguments)
@@ -217,15 +221,15 @@ def _bench(arguments: argparse.Namespace) -> int:
         print("The code differs from its commit: nobody will be able to check out what measured this.")
     if not recorder.settings_known:
         print(
-            "With which --seconds, --rounds, --warm-up and --error-seconds the rows in there were measured is not "
-            "known: those of this run may differ from them."
+            "How long the rows in there were measured is not known: their --seconds, --rounds, --warm-up and "
+            "--error-seconds may differ from those of this run."
         )
     interrupted, lost = False, None
     with sweeping.progress_bar(steps) as bar:
         try:
             for done in sweeping.measure_rounds(
                 points, benchmark.IMPLEMENTATIONS, recorder.rows, rounds=arguments.rounds,
-                seconds_per_point=arguments.seconds, warm_up=getattr(arguments, "warm_up", None),
+                seconds_per_point=arguments.seconds, warm_up=arguments.get("warm_up"),
                 error_seconds=arguments.error_seconds, describe=bar.set_description_str,
             ):  # fmt: skip
                 recorder.write()
@@ -235,7 +239,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         except DeviceLost as error:
             lost = error
     if recorder.rows:
-        recorder.write()  # an interrupt may have come while the last row was being written
+        recorder.write()  # an interrupt may have stopped the writing of the last row
     if not recorder.path.exists():
         print("\nNothing was measured.")
         return INTERRUPTED if interrupted else _complain_of(lost) if lost is not None else 0
@@ -253,15 +257,15 @@ def _bench(arguments: argparse.Namespace) -> int:
     return 0 if earlier is None else _compare(earlier, table, arguments.against)
 
 
-def _settings(arguments: argparse.Namespace) -> dict[str, float]:
-    """How each point is measured, as environment.json keeps it: what was not given is what the machine decides."""
+def _settings(arguments: Namespace) -> dict[str, float]:
+    """How each point is measured, as environment.json keeps it, with the defaults of this machine."""
     from labutils.benchmark import timing
     from labutils.machine import runtime
 
     return {
         "seconds": arguments.seconds,
         "rounds": arguments.rounds,
-        "warm_up": getattr(arguments, "warm_up", timing.WARM_UP_SECONDS[runtime.device.type]),
+        "warm_up": arguments.get("warm_up", timing.WARM_UP_SECONDS[runtime.device.type]),
         "error_seconds": arguments.error_seconds,
     }
 
@@ -275,27 +279,24 @@ def _complain_of(lost: Exception) -> int:
     return 1
 
 
-def _plan(arguments: argparse.Namespace) -> list[Point]:
-    """The points that the arguments ask for, with the defaults of this machine."""
+def _plan(given: Namespace) -> list[Point]:
+    """The points that the arguments ask for. Missing arguments get the defaults of this machine."""
     import torch
 
     from labutils.benchmark import sweeping
     from labutils.machine import runtime
 
-    given = vars(arguments)
-    impls = runtime.choose(
-        cpu=["naive", "sdpa_math", "sdpa_flash"], gpu=[n for n in NAMES if not n.startswith("tiled")]
-    )
+    impls = _swept(on_gpu=runtime.device.type == "cuda")
     lengths = runtime.choose(cpu=[256, 512, 1024, 2048], gpu=[512, 1024, 2048, 4096, 8192, 16384])
     tokens = None if "batch" in given else given.get("tokens", runtime.choose(cpu=None, gpu=16384))
     hidden = None if "heads" in given else given.get("hidden", runtime.choose(cpu=None, gpu=2048))
     return sweeping.plan(
         given.get("impls", impls),
         given.get("seqlens", lengths),
-        head_dims=arguments.head_dims,
-        dtypes=[getattr(torch, name) for name in given["dtype"]] if "dtype" in given else None,
-        causal=[False] * (arguments.full or not arguments.causal) + [True] * arguments.causal,
-        passes=arguments.passes,
+        head_dims=given.head_dims,
+        dtypes=[getattr(torch, name) for name in given.dtype] if "dtype" in given else None,
+        causal=[False] * (given.full or not given.causal) + [True] * given.causal,
+        passes=given.passes,
         batches=given.get("batch", [1]),
         tokens=tokens,
         heads=given.get("heads"),
@@ -309,7 +310,7 @@ def _plan(arguments: argparse.Namespace) -> list[Point]:
 
 
 def describe(df: pd.DataFrame) -> str:
-    """The table as text, a block for each pass, dtype, head dimension and mask; reasons and marks below."""
+    """The table as text: a block for each pass, dtype, head dimension and mask. Reasons and marks stand below."""
     made = df.attrs["environment"]
     lines = [f"{df.attrs['machine']}, torch {made['torch']}, triton {made['triton']}, {made['date']}", ""]
     reasons: dict[str, list[str]] = {}
@@ -344,8 +345,10 @@ def _line(row: Any) -> str:
 
 
 def _compare(earlier: pd.DataFrame, now: pd.DataFrame, folder: Path) -> int:
-    """Prints how far two sweeps lie apart; 1 where a median differs by more than `LIMIT`, or where the spread covers
-    less than `COVERED` of the differences."""
+    """Prints how much two sweeps differ, and returns the exit status.
+
+    It is 1 if a median differs by more than `LIMIT`, or if the spread covers less than `COVERED` of the differences.
+    """
     from labutils import benchmark
     from labutils.benchmark import environment, tables
 
@@ -367,7 +370,7 @@ def _compare(earlier: pd.DataFrame, now: pd.DataFrame, folder: Path) -> int:
     ):
         print(f"They were not measured with the same settings: {'; '.join(others)}.")
     if long.empty:
-        print("None is long enough to be held to a limit.")
+        print("None is long enough to be judged.")
         return 0
     print(
         f"Medians of these differ by up to {long['difference'].max():.2%}, half of them by less than "
@@ -397,7 +400,7 @@ def _compare(earlier: pd.DataFrame, now: pd.DataFrame, folder: Path) -> int:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _write(df: pd.DataFrame, arguments: argparse.Namespace) -> None:
+def _write(df: pd.DataFrame, arguments: Namespace) -> None:
     from labutils.benchmark import tables
 
     written = ["attention.csv", "environment.json"]
@@ -411,7 +414,7 @@ def _write(df: pd.DataFrame, arguments: argparse.Namespace) -> None:
 
 
 def _draw(df: pd.DataFrame, folder: Path, formats: Sequence[str], reference: str | None) -> list[str]:
-    """A figure of time and one of memory for each pass, dtype, head dimension, mask, and further B and H."""
+    """Draws a figure of time and one of memory for each pass, dtype, head dimension and mask; returns their names."""
     import matplotlib
 
     matplotlib.use("agg")  # no screen is needed, nor opened
@@ -426,7 +429,7 @@ def _draw(df: pd.DataFrame, folder: Path, formats: Sequence[str], reference: str
                 mask = "causal" if causal else "full"
                 for what, draw in (("time", plotting.plot_time), ("memory", plotting.plot_memory)):
                     if part["peak_mib" if what == "memory" else "ms"].isna().all():
-                        continue  # nothing but failures: the table says which
+                        continue  # all points failed; the table says how
                     figure = draw(part, stored, which=which)
                     for ending in formats:
                         path = folder / f"{what}_{which}_{dtype}_d{d}_{mask}{name}.{ending}"
@@ -436,14 +439,14 @@ def _draw(df: pd.DataFrame, folder: Path, formats: Sequence[str], reference: str
 
 
 def _drawable(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Parts of a table with one row for each implementation and length: resumed sweeps may hold several B and H."""
+    """Parts of a table with one row for each implementation and length. A resumed sweep may have several B and H."""
     if not rows.duplicated(["impl", "seqlen"]).any():
         return [("", rows)]
     return [(f"_b{b}_h{h}", part) for (b, h), part in rows.groupby(["batch", "heads"], sort=False)]
 
 
 def _stored(gpu: str | None, rows: pd.DataFrame, which: str) -> pd.DataFrame | None:
-    """Stored rows at the same head dimension and mask, in the same dtype where there are such rows."""
+    """Stored rows at the same head dimension and mask, in the same dtype if there are such rows."""
     if gpu is None:
         return None
     from labutils import benchmark
@@ -456,8 +459,6 @@ def _stored(gpu: str | None, rows: pd.DataFrame, which: str) -> pd.DataFrame | N
     ]
     if not (like["pass"] == which).any():
         mask = "causal" if first["causal"] else "full"
-        print(
-            f"{gpu} has no stored rows at D = {first['head_dim']}, {mask}, {which}: that figure shows your own alone."
-        )
+        print(f"{gpu} has no stored rows at D = {first['head_dim']}, {mask}, {which}: that figure shows only your own.")
         return None
     return like

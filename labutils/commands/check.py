@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentParser
+
+from labutils.commands.arguments import new_parser
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Prints the report; with `--force`, 1 unless a compiled flash kernel ran on a GPU."""
-    try:
-        from labutils.benchmark import environment  # a device that is asked for and not there raises here
-
-        if arguments.json:
-            found = environment.as_dict(compile_flex=arguments.compile_flex)
-            print(json.dumps(found, indent=2))
-        else:
-            print(environment.report(compile_flex=arguments.compile_flex))
-        if arguments.force:
-            environment.verify_flash_attention(force=True, verbose=False)
-    except (RuntimeError, ValueError) as error:
-        print(f"labutils check: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the command's parser."""
-    parser = commands.add_parser(
-        "check",
-        help="report what this machine has and which attention backends run on it",
-        description=(
-            "Report GPU, driver and versions, and try every attention backend on a small tensor: each is "
-            "available, or the reason why not is given."
-        ),
+def parser() -> ArgumentParser:
+    """The parser of the command's arguments."""
+    parser = new_parser(
+        "python -m labutils check",
+        "Report GPU, driver and versions, and try every attention backend on a small tensor. A backend is available, "
+        "or the report gives the reason why not.",
         epilog="In CI or before production: python -m labutils check --force",
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--force",
@@ -49,4 +31,23 @@ def add(commands: argparse._SubParsersAction) -> None:
         default=None,
         help="compile FlexAttention even without a GPU, which takes longer than all the rest",
     )
-    parser.set_defaults(run=run)
+    return parser
+
+
+def run(words: Sequence[str]) -> int:
+    """Prints the report. Returns 1 if the lab cannot run here, or if `--force` finds no compiled flash kernel."""
+    arguments = parser().parse_args(words)
+    try:
+        from labutils.benchmark import environment  # a device that is asked for and not there raises here
+
+        if arguments.json:
+            found = environment.report_as_dict(compile_flex=arguments.compile_flex)
+            print(json.dumps(found, indent=2))
+        else:
+            print(environment.report(compile_flex=arguments.compile_flex))
+        if arguments.force:
+            environment.verify_flash_attention(force=True, verbose=False)
+    except (RuntimeError, ValueError) as error:
+        print(f"labutils check: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -4,40 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from jsonargparse import ArgumentParser
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the command's parser."""
-    grade = commands.add_parser(
-        "grade",
-        help="execute returned notebooks and score their exercises",
-        description=(
-            "Execute every notebook below FOLDER in a process of its own, test the functions of its exercises on"
-            " inputs that nobody has seen, and write one row for each exercise. This runs students' code: do it in a"
-            " container, as a user who may write nothing but the table."
-        ),
-        allow_abbrev=False,
-    )
-    grade.add_argument("folder", type=Path, metavar="FOLDER", help="holds the returned notebooks, at any depth")
-    grade.add_argument("--csv", type=Path, required=True, metavar="FILE", help="the table to write; must not exist yet")
-    grade.add_argument(
-        "--limit", type=_positive, default=900.0, metavar="SECONDS", help="to execute one notebook (default: 900)"
-    )
-    grade.add_argument(
-        "--call-limit",
-        type=_positive,
-        default=60.0,
-        metavar="SECONDS",
-        help="for one call of a function (default: 60)",
-    )
-    grade.add_argument(
-        "--memory", type=_positive, metavar="GIB", help="for one notebook's processes (default: 8; 24 on a GPU machine)"
-    )
-    grade.set_defaults(run=run, takes_extra=False)
+from labutils.commands.arguments import INTERRUPTED, argument_type, new_parser
 
 
+@argument_type
 def _positive(text: str) -> float:
+    """A type of arguments: a number above 0. Raises argparse.ArgumentTypeError for anything else."""
     try:
         value = float(text)
     except ValueError:
@@ -47,21 +24,50 @@ def _positive(text: str) -> float:
     return value
 
 
+def parser() -> ArgumentParser:
+    """The parser of the command's arguments."""
+    parser = new_parser(
+        "python -m labutils grade",
+        "Execute every notebook below FOLDER in a process of its own, test the functions of its exercises on inputs "
+        "that nobody has seen, and write one row for each exercise. This runs students' code: do it in a container, as "
+        "a user who may write nothing but the table.",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="holds the returned notebooks, at any depth")
+    parser.add_argument(
+        "--csv", type=Path, required=True, metavar="FILE", help="the table to write; must not exist yet"
+    )
+    parser.add_argument(
+        "--limit", type=_positive, default=900.0, metavar="SECONDS", help="to execute one notebook (default: 900)"
+    )
+    parser.add_argument(
+        "--call-limit",
+        type=_positive,
+        default=60.0,
+        metavar="SECONDS",
+        help="for one call of a function (default: 60)",
+    )
+    parser.add_argument(
+        "--memory", type=_positive, metavar="GIB", help="for one notebook's processes (default: 8; 24 on a GPU machine)"
+    )
+    return parser
+
+
 def _stop(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Grades, and returns 0, whatever the marks; 2 where nothing could be graded, 130 after an interrupt."""
+def run(words: Sequence[str]) -> int:
+    """Grades, and returns 0, whatever the marks; 2 if nothing could be graded, 130 after an interrupt."""
+    arguments = parser().parse_args(words)
     import signal
 
-    from labutils.exercises.grading import grader
+    from labutils.exercises.grading import grader, sandbox
 
     for number in (signal.SIGTERM, signal.SIGHUP):  # a closed terminal must not leave students' processes behind
         signal.signal(number, _stop)
     memory = {} if arguments.memory is None else {"memory_gib": arguments.memory}
-    limits = grader.Limits(arguments.limit, arguments.call_limit, **memory)
-    if grader.isolation():
+    limits = sandbox.Limits(arguments.limit, arguments.call_limit, **memory)
+    if sandbox.isolation():
         print("Each notebook runs in namespaces of its own: no network, no sight of other processes.", flush=True)
     else:
         print(
@@ -79,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 2
     except KeyboardInterrupt:
         print(f"\nlabutils grade: stopped; the rows so far are in {arguments.csv}.", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     notebooks = len({mark.submission for mark in marks})
     print(
         f"{notebooks} notebooks, {sum(mark.points for mark in marks)} exercises passed; the table is in"

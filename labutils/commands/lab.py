@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import os
 import sys
@@ -10,11 +9,14 @@ import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
 
+from jsonargparse import ArgumentParser
+
+from labutils.commands.arguments import new_parser
+
 FIRST_NOTEBOOK = "01-Setup_and_Comparison.ipynb"
 PACKAGE = Path(__file__).resolve().parent.parent
 
-# Browsers that draw into the terminal: they cannot show JupyterLab, and would take the terminal from the
-# server.
+# Browsers that draw into the terminal. They cannot show JupyterLab, and would take the terminal from the server.
 _TEXT_BROWSERS = ("www-browser", "w3m", "lynx", "links", "elinks")
 
 
@@ -34,7 +36,7 @@ def checkout() -> Path:
 
 
 def graphical_browser() -> bool:
-    """Whether this machine can open a page in a browser that has a screen to draw on."""
+    """Whether this machine has a browser with a screen to draw on."""
     if os.environ.get("BROWSER"):
         return True  # the user, or an editor that forwards ports, has said what opens a page
     screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
@@ -52,7 +54,7 @@ def lab_command(folder: Path, extra: Sequence[str] = ()) -> list[str]:
 
     Args:
         folder: the checkout.
-        extra: arguments for Jupyter itself; what they set is not set twice, since Jupyter refuses that.
+        extra: arguments for Jupyter. An option among them is not given a second time, which Jupyter would refuse.
     """
     given = {argument.split("=")[0] for argument in extra}
     command = [
@@ -60,24 +62,24 @@ def lab_command(folder: Path, extra: Sequence[str] = ()) -> list[str]:
         "-m",
         "jupyterlab",
         f"--ServerApp.root_dir={folder}",
-        # The page a browser lands on and the printed address alike; a file name would change the first alone.
+        # Both the browser's first page and the printed address. A file name as an argument changes only the former.
         f"--LabApp.default_url=/lab/tree/{FIRST_NOTEBOOK}",
     ]
     if hasattr(os, "geteuid") and os.geteuid() == 0 and "--allow-root" not in given:
         command.append("--allow-root")  # root in a container; JupyterLab refuses to start otherwise
     if "--no-browser" not in given and not graphical_browser():
-        command.append("--no-browser")  # the address is printed with its token, which JupyterLab does anyway
+        command.append("--no-browser")  # JupyterLab prints the address with its token anyway
     if not given & {"--log-level", "--debug", "--ServerApp.log_level", "--Application.log_level"}:
-        # The address is printed at every level, and at the default one between forty other lines.
+        # The address is printed at every level. At the default level it stands among forty other lines.
         command.append("--log-level=WARN")
     return [*command, *extra]
 
 
 def environment_for_kernels() -> dict[str, str]:
-    """This process's environment, without the interpreter's switch where importing labutils has set it here.
+    """This process's environment, without the switch for Triton's interpreter if importing labutils set it here.
 
-    Each kernel imports labutils and sets it for itself. Inherited, it would hide that a notebook imports triton before
-    labutils, and the notebook would fail on the next machine.
+    Each notebook's kernel imports labutils and sets the switch for itself. An inherited switch would hide that a
+    notebook imports triton before labutils, and the notebook would fail on another machine.
     """
     import torch
 
@@ -85,13 +87,25 @@ def environment_for_kernels() -> dict[str, str]:
 
     kept = dict(os.environ)
     without_gpu = os.environ.get("LABUTILS_DEVICE", "").strip().lower() == "cpu" or not torch.cuda.is_available()
-    if runtime.interpreted and without_gpu:  # else it was the user who set the switch
+    if runtime.interpreted and without_gpu:  # else the user has set the switch
         kept.pop("TRITON_INTERPRET", None)
     return kept
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Replaces this process by JupyterLab; returns only when it could not be started."""
+def parser() -> ArgumentParser:
+    """The parser of the command's only argument, --help. `run` hands all others on."""
+    return new_parser(
+        "python -m labutils lab",
+        f"Start JupyterLab in the repository, with {FIRST_NOTEBOOK} open. Without a screen or a browser, the command "
+        "prints the address to open. Root is allowed, as containers need it.",
+        epilog="All other arguments go to JupyterLab. In a container with port 9999 published: "
+        "python -m labutils lab --ip=0.0.0.0 --port=9999",
+    )
+
+
+def run(words: Sequence[str]) -> int:
+    """Replaces this process by JupyterLab. Returns, with 2, only if JupyterLab cannot be started."""
+    parser().parse_args([word for word in words if word in ("-h", "--help")])
     try:
         folder = checkout()
     except FileNotFoundError as error:
@@ -104,26 +118,8 @@ def run(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
-    command = lab_command(folder, arguments.extra)
+    command = lab_command(folder, [word for word in words if word != "--"])
     how = "Open the address below in a browser" if "--no-browser" in command else "It opens in your browser"
     print(f"Starting JupyterLab. {how}; Control-C, twice, stops it.", flush=True)
-    # No process stays in between: signals and the exit status are JupyterLab's own.
+    # No process stays in between, so signals reach JupyterLab, and the exit status is its own.
     os.execve(command[0], command, environment_for_kernels())
-
-
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the command's parser."""
-    parser = commands.add_parser(
-        "lab",
-        help="open the notebooks in JupyterLab",
-        description=(
-            f"Start JupyterLab in the repository, with {FIRST_NOTEBOOK} open. Without a screen or a browser, "
-            "the address to open is printed instead. Root is allowed, as containers need it."
-        ),
-        epilog=(
-            "Whatever else is given goes to JupyterLab. In a container with port 9999 published: "
-            "python -m labutils lab --ip=0.0.0.0 --port=9999"
-        ),
-        allow_abbrev=False,
-    )
-    parser.set_defaults(run=run, takes_extra=True)

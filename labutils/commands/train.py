@@ -1,4 +1,4 @@
-"""`python -m labutils train`: the training loop of notebook 03, from a YAML file and dotted flags."""
+"""`python -m labutils train`: trains a GPT-2 as notebook 03 does, from a YAML file and flags."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,12 +16,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, TemporaryFile
 from typing import TYPE_CHECKING, Any, Literal
 
-from labutils.commands.arguments import INTERRUPTED
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+
+from labutils.attention.backends import BACKENDS
+from labutils.commands.arguments import INTERRUPTED, new_parser
 
 if TYPE_CHECKING:
     import torch
-    from jsonargparse import ArgumentParser, Namespace
     from transformers import GPT2LMHeadModel
+
+CONFIGS = Path(__file__).resolve().parent.parent / "training" / "configs"
+"""The folder of the configurations that `--config` finds by their names."""
 
 SMOKE_TEST = {
     "model.size": "tiny",
@@ -36,50 +42,43 @@ SMOKE_TEST = {
     "run.save_every": 10,
     "run.log_every": 1,
 }
-"""What --smoke-test sets; everything else stays as it was given. It keeps nothing: its folder is a temporary one."""
-
-FLASH = ("sdpa_flash", "sdpa_cudnn", "flash_attn", "triton_v2")
-"""What counts as a flash kernel, of the names that `labutils.training.attention_used` gives."""
-
-WHAT_RAN = {
-    "sdpa_flash": "PyTorch's flash kernel",
-    "sdpa_cudnn": "cuDNN's flash kernel",
-    "sdpa_efficient": "PyTorch's memory-efficient kernel",
-    "sdpa_math": "PyTorch's math backend, which stores the N x N matrix",
-    "flash_attn": "the flash-attn package's kernel",
-    "triton_v2": "this lab's Triton kernel",
-    "naive": "standard attention, which stores the N x N matrix",
-}
-"""What stands behind each of these names."""
+"""The options that --smoke-test sets. All others stay as given. The folder of the run is a temporary one."""
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the command's parser; its own arguments are jsonargparse's, see `arguments_parser`."""
-    parser = commands.add_parser(
-        "train",
-        help="train a GPT-2 on long texts, from a YAML file and flags",
-        add_help=False,
-        allow_abbrev=False,
+def shipped_configs() -> dict[str, Path]:
+    """The configurations that the package has: name -> file."""
+    return {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
+
+
+class _Config(ActionConfigFile):
+    """The action of --config: jsonargparse's own, which takes the name of a shipped configuration as well as a path."""
+
+    def __call__(self, parser: ArgumentParser, cfg: Namespace, values: str, option_string: str | None = None) -> None:
+        if re.fullmatch(r"\w[\w.-]*", values) and not Path(values).is_file():
+            shipped = shipped_configs()
+            if values not in shipped:
+                raise argparse.ArgumentError(
+                    self, f"{values} is neither a file nor a configuration of the lab: {', '.join(shipped)}."
+                )
+            values = str(shipped[values])
+        super().__call__(parser, cfg, values, option_string)
+
+
+def parser() -> ArgumentParser:
+    """The parser of the command's arguments. Each name is also a key of the YAML file."""
+    parser = new_parser(
+        "python -m labutils train",
+        "Train a GPT-2 on long texts, as notebook 03 does, and report which attention really ran. A flag has the name "
+        "of its key in the YAML file. Later flags win over earlier ones.",
+        epilog="In a minute, on any machine: python -m labutils train --smoke-test. On a GPU with 16 GB: python -m "
+        "labutils train --config gpt2-124m-8k. After Control-C, the same command with --resume goes on.",
     )
-    parser.set_defaults(run=run, takes_extra=True)
-
-
-def arguments_parser() -> ArgumentParser:
-    """All arguments of the command; each name is a key of the YAML file, too."""
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(
-        prog="python -m labutils train",
-        description=(
-            "Train a GPT-2 on long texts, as notebook 03 does, and say which attention really ran. A flag has the name "
-            "of its key in the YAML file; later ones win over earlier ones."
-        ),
-        epilog=(
-            "In a minute, on any machine: python -m labutils train --smoke-test. On a GPU with 16 GB: python -m "
-            "labutils train --config train.yaml. After Control-C, the same command with --resume goes on."
-        ),
+    parser.add_argument(
+        "--config",
+        action=_Config,
+        metavar="FILE|NAME",
+        help=f"a YAML file with these keys, or the name of a configuration of the lab: {', '.join(shipped_configs())}",
     )
-    parser.add_argument("--config", action="config", help="a YAML file with these keys, such as train.yaml")
     parser.add_argument(
         "--smoke-test",
         action="store_true",
@@ -89,95 +88,213 @@ def arguments_parser() -> ArgumentParser:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the checkpoint in run.folder, with the same settings. Another machine is named; "
-        "where auto means another implementation or precision on it, the run does not go on",
+        help="go on from the checkpoint in run.folder, with the same settings. Another machine is named. If auto means "
+        "another implementation or precision there, the run does not go on",
     )
-    for group, described, options in _OPTIONS:
-        part = parser.add_argument_group(group, described)
-        for name, kind, default, text in options:
-            part.add_argument(f"--{group}.{name}", type=kind, default=default, help=text)
+    _add_model(parser.add_argument_group("model", "a GPT-2 with random weights"))
+    _add_data(parser.add_argument_group("data", "texts that are on every machine, or your own; nothing is downloaded"))
+    _add_optimization(parser.add_argument_group("optimization", "how a step is made"))
+    _add_run(parser.add_argument_group("run", "what is kept"))
     return parser
 
 
-_OPTIONS: tuple[tuple[str, str, tuple[tuple[str, Any, Any, str], ...]], ...] = (
-    (
-        "model",
-        "a GPT-2 with random weights",
-        (
-            ("size", Literal["124M", "355M", "774M", "1558M", "tiny", "nano"], "124M", "parameters"),
-            ("seqlen", int, 8192, "tokens in a sequence, N"),
-            ("dropout", float, 0.0, "of attention weights; PyTorch's flash kernel for the CPU has none"),
-            ("rotary", bool, False, "rotary positions in place of a learned table"),
-            ("one_gelu", bool, False, "GELU as one operation, which keeps its input alone; GPT-2's are several"),
-        ),
-    ),
-    (
-        "data",
-        "texts that are on every machine, or your own; nothing is downloaded",
-        (
-            ("text", str, "sources", "reference, sources (of Python's own library), or a folder of .txt files"),
-            ("vocab_size", int, 4096, "entries of the tokenizer that is trained on them"),
-            ("batch_size", int, 1, "sequences in a step"),
-            ("documents_apart", bool, False, "attention and positions begin anew in each document of a sequence"),
-            ("held_out", int, 8, "sequences of other texts on which the loss is measured before and after; 0: none"),
-            ("seed", int, 0, "of the split and of the order"),
-        ),
-    ),
-    (
-        "optimization",
-        "how a step is made",
-        (
-            ("flash_attention", bool, True, "true: a flash kernel; false: standard attention"),
-            ("flash_attention_force", bool, False, "raise an error unless a flash kernel runs"),
-            ("disable_math_fallback", bool, False, "forbid the math backend, which stores the N x N matrix"),
-            (
-                "implementation",
-                Literal["auto", "labutils", "sdpa"],
-                "auto",
-                "of flash attention: this lab's kernels, PyTorch's, or the first on a GPU of compute capability 8.0 or "
-                "higher and else the second",
-            ),
-            ("steps", int, 100, "optimizer steps, those before --resume included"),
-            ("lr", float, 6e-4, "learning rate of AdamW"),
-            ("warmup", int, 10, "steps until it is reached"),
-            ("weight_decay", float, 0.1, "of matrices"),
-            ("clip", float, 1.0, "largest gradient norm"),
-            ("precision", Literal["auto", "float32", "bfloat16", "float16"], "auto", "autocast; auto: the GPU's"),
-            (
-                "checkpointing",
-                bool | Literal["offloaded"],
-                False,
-                "recompute activations in the backward instead of keeping them; offloaded: keep the blocks' inputs on "
-                "the CPU, too",
-            ),
-            ("chunked_loss", int | None, None, "positions for which logits exist at a time; null: all"),
-            (
-                "optimizer",
-                Literal["adamw", "offloaded"],
-                "adamw",
-                "AdamW beside the model, in one kernel on a GPU; offloaded: with its state and its work on the CPU",
-            ),
-            ("memory_cap_gib", float | None, None, "imitate a GPU with so many GiB; null: no cap"),
-        ),
-    ),
-    (
-        "run",
-        "what is kept",
-        (
-            ("folder", str | None, None, "for checkpoint.pt, history.csv, config.yaml and run.json; null: nothing"),
-            ("save_every", int, 50, "steps between checkpoints"),
-            ("log_every", int, 1, "steps between rows of the history"),
-            ("seed", int, 0, "of the weights"),
-            ("deterministic", bool, True, "the same losses in each run, with slower kernels where they are needed"),
-        ),
-    ),
-)
+def _add_model(model: Any) -> None:
+    model.add_argument(
+        "--model.size",
+        type=Literal["124M", "355M", "774M", "1558M", "tiny", "nano"],
+        default="124M",
+        help="parameters (default: %(default)s)",
+    )
+    model.add_argument(
+        "--model.seqlen", type=int, metavar="N", default=8192, help="tokens in a sequence, N (default: %(default)s)"
+    )
+    model.add_argument(
+        "--model.dropout",
+        type=float,
+        metavar="P",
+        default=0.0,
+        help="of attention weights; PyTorch's flash kernel for the CPU has none (default: %(default)s)",
+    )
+    model.add_argument(
+        "--model.rotary", type=bool, default=False, help="rotary positions, not a learned table (default: false)"
+    )
+    model.add_argument(
+        "--model.one_gelu",
+        type=bool,
+        default=False,
+        help="GELU as one operation, which keeps only its input; GPT-2's GELU is several operations (default: false)",
+    )
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Trains. Returns 0, 130 after an interrupt, 1 where training or the smoke test failed, 2 for bad arguments."""
-    parser = arguments_parser()
-    options = parser.parse_args(arguments.extra)
+def _add_data(data: Any) -> None:
+    data.add_argument(
+        "--data.text",
+        type=str,
+        metavar="TEXT",
+        default="sources",
+        help="reference, sources (of Python's own library), or a folder of .txt files (default: %(default)s)",
+    )
+    data.add_argument(
+        "--data.vocab_size",
+        type=int,
+        metavar="ENTRIES",
+        default=4096,
+        help="entries of the tokenizer that is trained on them (default: %(default)s)",
+    )
+    data.add_argument(
+        "--data.batch_size", type=int, metavar="B", default=1, help="sequences in a step (default: %(default)s)"
+    )
+    data.add_argument(
+        "--data.documents_apart",
+        type=bool,
+        default=False,
+        help="attention and positions begin anew in each document of a sequence (default: false)",
+    )
+    data.add_argument(
+        "--data.held_out",
+        type=int,
+        metavar="SEQUENCES",
+        default=8,
+        help="sequences of other texts on which the loss is measured before and after; 0: none (default: %(default)s)",
+    )
+    data.add_argument(
+        "--data.seed", type=int, metavar="SEED", default=0, help="of the split and of the order (default: %(default)s)"
+    )
+
+
+def _add_optimization(how: Any) -> None:
+    how.add_argument(
+        "--optimization.flash_attention",
+        type=bool,
+        default=True,
+        help="true: a flash kernel; false: standard attention (default: true)",
+    )
+    how.add_argument(
+        "--optimization.flash_attention_force",
+        type=bool,
+        default=False,
+        help="raise an error unless a flash kernel runs (default: false)",
+    )
+    how.add_argument(
+        "--optimization.disable_math_fallback",
+        type=bool,
+        default=False,
+        help="forbid the math backend, which stores the N x N matrix (default: false)",
+    )
+    how.add_argument(
+        "--optimization.implementation",
+        type=Literal["auto", "labutils", "sdpa"],
+        default="auto",
+        help="of flash attention: this lab's kernels, PyTorch's, or auto: this lab's on a GPU of compute capability "
+        "8.0 or higher, else PyTorch's (default: %(default)s)",
+    )
+    how.add_argument(
+        "--optimization.steps",
+        type=int,
+        metavar="STEPS",
+        default=100,
+        help="optimizer steps, with those before --resume (default: %(default)s)",
+    )
+    how.add_argument(
+        "--optimization.lr",
+        type=float,
+        metavar="RATE",
+        default=6e-4,
+        help="learning rate of AdamW (default: %(default)s)",
+    )
+    how.add_argument(
+        "--optimization.warmup",
+        type=int,
+        metavar="STEPS",
+        default=10,
+        help="steps until the learning rate is reached (default: %(default)s)",
+    )
+    how.add_argument(
+        "--optimization.weight_decay",
+        type=float,
+        metavar="RATE",
+        default=0.1,
+        help="of matrices (default: %(default)s)",
+    )
+    how.add_argument(
+        "--optimization.clip",
+        type=float,
+        metavar="NORM",
+        default=1.0,
+        help="largest gradient norm (default: %(default)s)",
+    )
+    how.add_argument(
+        "--optimization.precision",
+        type=Literal["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="of autocast; auto: what suits the GPU (default: %(default)s)",
+    )
+    how.add_argument(
+        "--optimization.checkpointing",
+        type=bool | Literal["offloaded"],
+        default=False,
+        metavar="{true,false,offloaded}",
+        help="recompute activations in the backward instead of keeping them; offloaded: also keep the blocks' inputs "
+        "on the CPU (default: false)",
+    )
+    how.add_argument(
+        "--optimization.chunked_loss",
+        type=int | None,
+        default=None,
+        metavar="POSITIONS",
+        help="positions for which logits exist at a time; null: all (default: null)",
+    )
+    how.add_argument(
+        "--optimization.optimizer",
+        type=Literal["adamw", "offloaded"],
+        default="adamw",
+        help="AdamW beside the model, in one kernel on a GPU; offloaded: its state and its work are on the CPU "
+        "(default: %(default)s)",
+    )
+    how.add_argument(
+        "--optimization.memory_cap_gib",
+        type=float | None,
+        default=None,
+        metavar="GIB",
+        help="imitate a GPU with so many GiB; null: no cap (default: null)",
+    )
+
+
+def _add_run(kept: Any) -> None:
+    kept.add_argument(
+        "--run.folder",
+        type=str | None,
+        default=None,
+        metavar="FOLDER",
+        help="for checkpoint.pt, history.csv, config.yaml and run.json; null: nothing is kept (default: null)",
+    )
+    kept.add_argument(
+        "--run.save_every",
+        type=int,
+        metavar="STEPS",
+        default=50,
+        help="steps between checkpoints (default: %(default)s)",
+    )
+    kept.add_argument(
+        "--run.log_every",
+        type=int,
+        metavar="STEPS",
+        default=1,
+        help="steps between rows of the history (default: %(default)s)",
+    )
+    kept.add_argument("--run.seed", type=int, metavar="SEED", default=0, help="of the weights (default: %(default)s)")
+    kept.add_argument(
+        "--run.deterministic",
+        type=bool,
+        default=True,
+        help="the same losses in each run; some kernels are slower (default: true)",
+    )
+
+
+def run(words: Sequence[str]) -> int:
+    """Trains. Returns 0, 130 after an interrupt, 1 if training or the smoke test failed, 2 for bad arguments."""
+    command_line = parser()
+    options = command_line.parse_args(words)
     if options.smoke_test:
         for name, value in SMOKE_TEST.items():
             options[name] = value
@@ -192,7 +309,7 @@ def run(arguments: argparse.Namespace) -> int:
         with _polite_interrupts() as asked_to_stop, TemporaryDirectory() as temporary:
             if options.smoke_test:
                 options.run.folder = temporary
-            return _train(options, parser, asked_to_stop)
+            return _train(options, command_line, asked_to_stop)
     except KeyboardInterrupt:
         print("\nInterrupted.")
         return INTERRUPTED
@@ -206,13 +323,13 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _complain(error: object, status: int) -> int:
-    """Says on one line of stderr what was wrong; returns the status."""
+    """Prints the error on one line of stderr; returns the status."""
     print(f"labutils train: {' '.join(str(error).split())}", file=sys.stderr)
     return status
 
 
 def _check(options: Namespace) -> None:
-    """Raises ValueError where options contradict each other; what others check is left to them."""
+    """Raises ValueError if options contradict each other, or if a number is too small."""
     how = options.optimization
     for name, on in {
         "flash_attention_force": how.flash_attention_force,
@@ -244,8 +361,8 @@ def _check(options: Namespace) -> None:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _train(options: Namespace, parser: ArgumentParser, asked_to_stop: Callable[[], bool]) -> int:
-    """The run from its texts to what is kept of it; returns the exit status."""
+def _train(options: Namespace, command_line: ArgumentParser, asked_to_stop: Callable[[], bool]) -> int:
+    """The whole run, from its texts to the files that it keeps; returns the exit status."""
     import torch
 
     from labutils import training
@@ -296,7 +413,7 @@ def _train(options: Namespace, parser: ArgumentParser, asked_to_stop: Callable[[
             print(f"Held-out loss after: {after:.3f} nats a token")
     if folder is not None:
         outcome = {"attention": used, "held_out_before": before, "held_out_after": after, "status": history.status}
-        _keep(folder, outcome | {"steps": history.steps}, options, parser)
+        _keep(folder, outcome | {"steps": history.steps}, options, command_line)
     if history.interrupted:
         goes_on = folder is not None and (folder / "checkpoint.pt").exists() and not options.smoke_test
         kept = "The same command with --resume goes on." if goes_on else "There is no checkpoint to go on from."
@@ -309,22 +426,22 @@ def _train(options: Namespace, parser: ArgumentParser, asked_to_stop: Callable[[
     return 0
 
 
-def _keep(folder: Path, outcome: dict[str, Any], options: Namespace, parser: ArgumentParser) -> None:
-    """Writes run.json and config.yaml, and says what is in the folder, unless it goes away with the smoke test."""
+def _keep(folder: Path, outcome: dict[str, Any], options: Namespace, command_line: ArgumentParser) -> None:
+    """Writes run.json and config.yaml. Prints which files are in the folder, unless this is the smoke test."""
     from labutils.benchmark import environment
     from labutils.machine import files
 
     outcome = outcome | {"environment": environment.environment().as_dict()}
     files.replace(folder / "run.json", json.dumps(outcome, indent=2) + "\n")
-    options.resume = False  # how this run came about is no setting of it
-    files.replace(folder / "config.yaml", parser.dump(options))
+    options.resume = False  # it says how this run began, and is not a setting
+    files.replace(folder / "config.yaml", command_line.dump(options))
     if not options.smoke_test:
         names = ("checkpoint.pt", "history.csv", "config.yaml", "run.json")
         print(f"Kept in {folder}: {', '.join(name for name in names if (folder / name).exists())}")
 
 
 def _model(options: Namespace, vocab_size: int, attention: str) -> GPT2LMHeadModel:
-    """The model that is asked for, with random weights, on the lab's device."""
+    """The model of the options, with random weights, on the lab's device."""
     from labutils.gpt2 import models, rope
     from labutils.machine import runtime
 
@@ -337,7 +454,7 @@ def _model(options: Namespace, vocab_size: int, attention: str) -> GPT2LMHeadMod
 
 
 def _texts(options: Namespace) -> tuple[torch.Tensor, Sequence[torch.Tensor], int]:
-    """Sequences to train on (S, N), batches of others to evaluate on, and the vocabulary's size."""
+    """Sequences to train on (S, N), batches of other sequences to evaluate on, and the size of the vocabulary."""
     from labutils.gpt2 import packing, texts
 
     what, n = options.data.text, options.model.seqlen
@@ -361,7 +478,7 @@ def _texts(options: Namespace) -> tuple[torch.Tensor, Sequence[torch.Tensor], in
 
 
 def _writable(folder: Path) -> None:
-    """Makes the folder of the run; raises ValueError where it cannot be made, or not written to."""
+    """Makes the folder of the run. Raises ValueError if it cannot be made or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
@@ -373,7 +490,7 @@ def _writable(folder: Path) -> None:
 def _checkpoint(
     options: Namespace, folder: Path | None, sequences: torch.Tensor, attention: str, autocast: torch.dtype | None
 ) -> Any:
-    """The run's checkpoint; its settings are what the losses depend on, with what `auto` means on this machine.
+    """The run's checkpoint. Its settings are those that the losses depend on, with `auto` resolved for this machine.
 
     Raises:
         ValueError: the checkpoint to go on from has other settings, or more steps than are asked for.
@@ -415,7 +532,7 @@ def _checkpoint(
 
 
 def _attention(options: Namespace) -> str:
-    """The name under which transformers finds the attention that was asked for."""
+    """The name under which transformers finds the attention of the options."""
     from labutils.machine import runtime
     from labutils.training import choice
 
@@ -428,24 +545,27 @@ def _attention(options: Namespace) -> str:
 
 
 def _allowed_backends(options: Namespace) -> Any:
-    """Which of SDPA's backends may run; it raises where it may use none of them."""
+    """A context in which only the allowed backends of SDPA run. SDPA raises RuntimeError if none of them can."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     how = options.optimization
-    if how.flash_attention_force:
-        return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION])
-    if how.disable_math_fallback:
-        return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION])
-    return nullcontext()
+    if not (how.flash_attention_force or how.disable_math_fallback):
+        return nullcontext()
+    of_sdpa = [backend for backend in BACKENDS.values() if backend.sdp_backend]
+    allowed = [backend for backend in of_sdpa if (backend.flash if how.flash_attention_force else backend.fused)]
+    return sdpa_kernel([getattr(SDPBackend, backend.sdp_backend) for backend in allowed])
 
 
 def _find_out(
     model: GPT2LMHeadModel, tokens: torch.Tensor, options: Namespace, attention: str, shared: dict
 ) -> dict[str, int]:
-    """Profiles one step, prints which attention ran in it, and raises where that may not be.
+    """Profiles one step, and prints which attention ran in it.
+
+    Returns:
+        Name of the attention -> how often it ran.
 
     Raises:
-        RuntimeError: no backend that is allowed can run, or what ran is none of them.
+        RuntimeError: no allowed attention can run, or one that is not allowed ran.
     """
     from labutils import training
     from labutils.machine import runtime
@@ -466,21 +586,30 @@ def _find_out(
     where = {"cpu": "the CPU", "cuda": "the GPU"}[runtime.device.type]
     if "triton_v2" in used and runtime.interpreted:
         where = "the CPU, in Triton's interpreter"
-    ran = "; ".join(f"{WHAT_RAN[name]} ({name}), {calls} times" for name, calls in used.items())
+    ran = "; ".join(f"{_described(name)} ({name}), {calls} times" for name, calls in used.items())
     print(f"Attention that ran in a profiled step, on {where}: {ran or 'none that is known'}. Asked for: {attention}.")
-    slow = [name for name in used if name not in FLASH]
+    slow = [name for name in used if not BACKENDS[name].flash]
     if how.flash_attention_force and (slow or not used):
         raise RuntimeError(
-            f"optimization.flash_attention_force=true, but {', '.join(WHAT_RAN[name] for name in slow) or 'nothing'} "
+            f"optimization.flash_attention_force=true, but {'; '.join(map(_described, slow)) or 'nothing'} "
             "ran: `python -m labutils check` says what runs on this machine and why the rest does not."
         )
-    if how.disable_math_fallback and {"sdpa_math", "naive"} & set(used):
-        ran = " and ".join(WHAT_RAN[name] for name in used if name in ("sdpa_math", "naive"))
+    if how.disable_math_fallback and (stored := [name for name in used if _stores_the_matrix(name)]):
+        ran = " and ".join(map(_described, stored))
         raise RuntimeError(
             f"optimization.disable_math_fallback=true, but {ran}, ran: `python -m labutils check` says what runs "
             "on this machine and why the rest does not."
         )
     return used
+
+
+def _stores_the_matrix(name: str) -> bool:
+    return BACKENDS[name].io_model == "naive"
+
+
+def _described(name: str) -> str:
+    """What ran, in words, for a name that `labutils.training.attention_used` gives."""
+    return BACKENDS[name].title + (", which stores the N x N matrix" if _stores_the_matrix(name) else "")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -490,7 +619,7 @@ def _find_out(
 
 @contextmanager
 def _polite_interrupts() -> Iterator[Callable[[], bool]]:
-    """The first SIGINT or SIGTERM asks the loop to stop between two steps; the second interrupts where it is."""
+    """The first SIGINT or SIGTERM asks the loop to stop after its step. The second one interrupts at once."""
     asked = False
 
     def note(number: int, frame: Any) -> None:
@@ -498,7 +627,7 @@ def _polite_interrupts() -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        # Not print: where the signal comes in the middle of another print, Python forbids a second one.
+        # Not print: if the signal comes in the middle of a print, Python forbids a second one.
         os.write(2, b"\nStopping after this step; once more stops at once.\n")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -511,7 +640,7 @@ def _polite_interrupts() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
-    """PyTorch's deterministic kernels where it has them; where it has none it warns."""
+    """Uses PyTorch's deterministic kernels, with a warning if an operation has none."""
     import torch
 
     was, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
@@ -527,7 +656,7 @@ def _deterministic() -> Iterator[None]:
 
 @contextmanager
 def _history_file(folder: Path | None, checkpoint: Any) -> Iterator[Callable[[dict], None]]:
-    """history.csv, a row at a time. Rows after the checkpoint that is gone on from are made anew."""
+    """Writes history.csv, a row at a time. After --resume it begins with the rows up to the checkpoint."""
     if folder is None:
         yield lambda row: None
         return

@@ -8,42 +8,41 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from labutils.commands.arguments import INTERRUPTED, listed, some_seconds, whole_number
+from jsonargparse import ArgumentParser, Namespace
+
+from labutils.commands.arguments import INTERRUPTED, argument_type, listed, new_parser, some_seconds, whole_number
+from labutils.machine import chips
 
 if TYPE_CHECKING:
-    from labutils.attention.kernels.launch_table import Place
+    from labutils.attention.kernels.launch_config import Place
 
 KERNELS = ("v1", "forward", "dkdv", "dq", "decode")
 HEAD_DIMS = (64, 128, 256)
 DTYPES = {"16-bit": "16 bit", "float32": "float32"}
 
 
+@argument_type
 def _capability(text: str) -> tuple[int, int]:
+    """A type of arguments: a compute capability. Raises argparse.ArgumentTypeError for anything else."""
     major, dot, minor = text.partition(".")
     if not (dot and major.isdecimal() and minor.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r}: give a compute capability such as 8.6")
     return int(major), int(minor)
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the command's parser."""
-    parser = commands.add_parser(
-        "tune",
-        help="time launch configurations of the kernels on this GPU and keep the fastest",
-        description=(
-            "Time launch configurations (block sizes, warps, pipeline stages) of each kernel on this GPU. Candidates "
-            "that do not fit or spill registers are sorted out by compiling them; each other one is checked against "
-            "the reference before it is timed. What is faster than the shipped configuration by more than the spread "
-            "of the measurement is written to a table outside of this repository, which labutils uses from then on, "
-            "on this GPU with this version of Triton. All of it compiles and times some hundreds of "
-            "candidates; each result is on disk as it comes, and after an interrupt --resume measures the rest."
-        ),
-        epilog=(
-            "The table is ~/.local/state/labutils/launch_table.json, or in XDG_STATE_HOME, or the file that "
-            "LABUTILS_LAUNCH_TABLE names; LABUTILS_LAUNCH_TABLE=none uses the shipped configurations alone. "
-            "A part of it: python -m labutils tune --kernels forward --head-dims 64,128"
-        ),
-        allow_abbrev=False,
+def parser() -> ArgumentParser:
+    """The parser of the command's arguments."""
+    parser = new_parser(
+        "python -m labutils tune",
+        "Time launch configurations (block sizes, warps, pipeline stages) of each kernel on this GPU. Candidates that "
+        "do not fit or spill registers are sorted out by compiling them. Each other candidate is checked against the "
+        "reference before it is timed. If it is faster than the shipped configuration by more than the spread of the "
+        "measurement, it is written to a table outside of this repository. labutils uses that table from then on, on "
+        "this GPU with this version of Triton. There are some hundreds of candidates. Each result is on disk as it "
+        "comes, and after an interrupt --resume measures the rest.",
+        epilog="The table is ~/.local/state/labutils/launch_table.json, or in XDG_STATE_HOME, or the file that "
+        "LABUTILS_LAUNCH_TABLE names. LABUTILS_LAUNCH_TABLE=none uses only the shipped configurations. To tune only a "
+        "part: python -m labutils tune --kernels forward --head-dims 64,128",
     )
     what = parser.add_argument_group("what is tuned")
     what.add_argument(
@@ -51,14 +50,14 @@ def add(commands: argparse._SubParsersAction) -> None:
         type=listed(str, KERNELS),
         metavar="K,K",
         default=list(KERNELS),
-        help=f"of {', '.join(KERNELS)} (all)",
+        help=f"of {', '.join(KERNELS)} (default: all)",
     )
     what.add_argument(
         "--head-dims",
         type=listed(int, HEAD_DIMS),
         metavar="D,D",
         default=list(HEAD_DIMS),
-        help="of 64, 128, 256; each is for all up to it (all)",
+        help="of 64, 128, 256; each serves all up to it (default: all)",
     )
     what.add_argument(
         "--dtypes",
@@ -68,7 +67,9 @@ def add(commands: argparse._SubParsersAction) -> None:
         help=f"of {', '.join(DTYPES)} (default: 16-bit, which is float16 and bfloat16)",
     )
     how = parser.add_argument_group("how long")
-    how.add_argument("--rounds", type=whole_number, default=3, help="for those near the best (default: %(default)s)")
+    how.add_argument(
+        "--rounds", type=whole_number, default=3, help="for candidates near the best (default: %(default)s)"
+    )
     how.add_argument(
         "--seconds",
         type=some_seconds,
@@ -78,10 +79,14 @@ def add(commands: argparse._SubParsersAction) -> None:
     how.add_argument(
         "--processes", type=whole_number, help="how many compile at once (default: one for two CPU cores, at most 8)"
     )
-    how.add_argument("--resume", action="store_true", help="go on with what an interrupted run has measured")
+    how.add_argument("--resume", action="store_true", help="continue an interrupted run")
     instead = parser.add_argument_group("instead of tuning").add_mutually_exclusive_group()
-    instead.add_argument("--show", action="store_true", help="print which configurations are in force, and from where")
-    instead.add_argument("--reset", action="store_true", help="remove the table; the shipped configurations are left")
+    instead.add_argument(
+        "--show", action="store_true", help="print the configurations in force, and whether each is shipped or tuned"
+    )
+    instead.add_argument(
+        "--reset", action="store_true", help="remove the table, and go back to the shipped configurations"
+    )
     instead.add_argument(
         "--compile-only",
         action="store_true",
@@ -93,25 +98,25 @@ def add(commands: argparse._SubParsersAction) -> None:
         metavar="X.Y",
         help="for --compile-only and --show: of this compute capability, such as 8.6, instead of the GPU here",
     )
-    parser.set_defaults(run=run)
+    return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Tunes. Returns 130 after an interrupt, 1 where there is no GPU or nothing runs, 2 for bad arguments."""
+def run(words: Sequence[str]) -> int:
+    """Tunes. Returns 130 after an interrupt, 1 if there is no GPU or nothing runs, 2 for bad arguments."""
+    arguments = parser().parse_args(words)
     if arguments.capability is not None and not (arguments.show or arguments.compile_only):
-        return _complain("--capability is for --compile-only and --show: what is not here cannot be timed.", 2)
-    from labutils.attention.kernels import launch_table
-    from labutils.attention.tuning import compiled
+        return _complain("--capability is for --compile-only and --show: only the GPU here can be timed.", 2)
+    from labutils.attention.kernels import tuned_table
     from labutils.benchmark import environment
     from labutils.machine import runtime
 
     capability = arguments.capability or runtime.capability
-    if capability is not None and capability not in compiled.GPUS:
-        known = ", ".join(f"{major}.{minor}" for major, minor in compiled.GPUS)
-        return _complain(f"of compute capability {'.'.join(map(str, capability))} nothing is known: {known}.", 2)
-    file = launch_table.path()
+    if capability is not None and capability not in chips.GPUS:
+        known = ", ".join(map(chips.dotted, chips.GPUS))
+        return _complain(f"of compute capability {chips.dotted(capability)} nothing is known: {known}.", 2)
+    file = tuned_table.path()
     if file is None and not (arguments.compile_only or arguments.show or arguments.reset):
-        return _complain(f"{launch_table.VARIABLE}=none says that no table is used: unset it, or name a file.", 2)
+        return _complain(f"{tuned_table.VARIABLE}=none says that no table is used: unset it, or name a file.", 2)
     if capability is None and not (arguments.show or arguments.reset):
         cause, remedy = environment.why_no_gpu()
         hint = " The compiler needs none: --compile-only --capability 8.6." if arguments.compile_only else ""
@@ -136,15 +141,15 @@ def _complain(error: object, status: int) -> int:
     return status
 
 
-def _places(arguments: argparse.Namespace, capability: tuple[int, int]) -> list[Place]:
-    """What the arguments ask for; some kernels do not fit some GPUs."""
+def _places(arguments: Namespace, capability: tuple[int, int]) -> list[Place]:
+    """The places that the arguments ask for, without those that do not fit the GPU."""
     from labutils.attention.tuning import candidates
 
     dtypes = [DTYPES[name] for name in arguments.dtypes]
     return candidates.places(arguments.kernels, arguments.head_dims, dtypes, capability)
 
 
-def _processes(arguments: argparse.Namespace) -> int:
+def _processes(arguments: Namespace) -> int:
     import os
 
     return arguments.processes or max(1, min(8, len(os.sched_getaffinity(0)) // 2))
@@ -155,18 +160,18 @@ def _processes(arguments: argparse.Namespace) -> int:
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _tune(arguments: argparse.Namespace, places: Sequence[Place], file: Path, capability: tuple[int, int]) -> int:
-    from labutils.attention.kernels import launch_table
-    from labutils.attention.tuning import candidates
-    from labutils.benchmark import environment, sweeping, tuning
+def _tune(arguments: Namespace, places: Sequence[Place], file: Path, capability: tuple[int, int]) -> int:
+    from labutils.attention.kernels import tuned_table
+    from labutils.attention.tuning import candidates, search
+    from labutils.benchmark import environment, launches, sweeping
 
-    gpu = launch_table.Gpu.here()
+    gpu = tuned_table.TunedFor.here()
     try:
-        tables = launch_table.read(file)
+        tables = tuned_table.read(file)
     except FileNotFoundError:
         tables = {}
     made_by = environment.environment(launch_table=False).as_dict()
-    tuned = tables.setdefault(gpu, launch_table.Tuned(environment=made_by, finished=True))
+    tuned = tables.setdefault(gpu, tuned_table.Tuned(environment=made_by, finished=True))
     if arguments.resume:
         if changes := environment.differences(tuned.environment, made_by):
             return _complain(
@@ -181,23 +186,23 @@ def _tune(arguments: argparse.Namespace, places: Sequence[Place], file: Path, ca
             2,
         )
     else:
-        tuned.measured = [stored for stored in tuned.measured if tuning.Row.of(stored).place not in places]
+        tuned.measured = [stored for stored in tuned.measured if search.Row.of(stored).place not in places]
         tuned.environment = made_by
     print(f"{gpu}: {len(places)} entries of the launch table, kept in {file}")
     steps = sum(len(candidates.candidates(place, capability)) for place in places)
     processes = _processes(arguments)
     with sweeping.progress_bar(steps) as bar:
         try:
-            tuning.tune(
+            search.tune(
                 places, tuned,
-                lambda place: tuning.OnGpu(place, seconds=arguments.seconds),
+                lambda place: launches.OnGpu(place, seconds=arguments.seconds),
                 lambda place: candidates.compile_candidates(place, capability, processes=processes),
-                rounds=arguments.rounds, save=lambda: launch_table.write(file, tables),
+                rounds=arguments.rounds, save=lambda: tuned_table.write(file, tables),
                 describe=bar.set_description_str, advance=bar.update,
                 decided=lambda decision: bar.write(f"{decision.best.place}: {decision}", file=sys.stdout),
             )  # fmt: skip
         except KeyboardInterrupt:
-            launch_table.write(file, tables)
+            tuned_table.write(file, tables)
             bar.close()
             print(f"Interrupted. What was measured is in {file}; the same command with --resume measures the rest.")
             return INTERRUPTED
@@ -221,13 +226,13 @@ def _reset(file: Path | None) -> int:
     return 0
 
 
-def _show(arguments: argparse.Namespace, file: Path | None, capability: tuple[int, int] | None) -> int:
-    from labutils.attention.kernels import launch_table
+def _show(arguments: Namespace, file: Path | None, capability: tuple[int, int] | None) -> int:
+    from labutils.attention.kernels import tuned_table
     from labutils.attention.tuning import candidates
 
     tables = {}
     if file is not None and file.exists():
-        tables = launch_table.read(file)
+        tables = tuned_table.read(file)
         for gpu, tuned in tables.items():
             state = "" if tuned.finished else ", interrupted: --resume measures the rest"
             print(f"{file}: {len(tuned.entries)} entries for {gpu}, {tuned.environment.get('date', 'no date')}{state}")
@@ -238,10 +243,10 @@ def _show(arguments: argparse.Namespace, file: Path | None, capability: tuple[in
               "shows the shipped entries of such a GPU.")  # fmt: skip
         return 0
     index = 0 if arguments.capability is None else None
-    shipped_for = f"compute capability {capability[0]}.{capability[1]}"
-    print(f"\nIn force for {launch_table.Gpu.here() if index == 0 else shipped_for}:")
+    shipped_for = f"compute capability {chips.dotted(capability)}"
+    print(f"\nIn force for {tuned_table.TunedFor.here() if index == 0 else shipped_for}:")
     for place in candidates.places(capability=capability):
-        config = launch_table.in_force(place, capability, index)
+        config = tuned_table.in_force(place, capability, index)
         print(f"  {place!s:<38}{_config(config):<44}{'tuned' if config.source else 'shipped'}")
     return 0
 
@@ -252,8 +257,8 @@ def _config(config: Any) -> str:
 
 
 def _list(places: Sequence[Place], capability: tuple[int, int], processes: int) -> int:
-    """Candidates of each place with what the compiler says, the one marked that it would choose."""
-    from labutils.attention.kernels import launch_table
+    """Prints the candidates of each place with what the compiler says. Marks the shipped entry and the best."""
+    from labutils.attention.kernels import tuned_table
     from labutils.attention.tuning import candidates
     from labutils.benchmark import sweeping
 
@@ -263,19 +268,19 @@ def _list(places: Sequence[Place], capability: tuple[int, int], processes: int) 
             bar.set_description_str(f"compiling {place}")
             found = candidates.compile_candidates(place, capability, configs, processes=processes, done=bar.update)
             bar.write(_block(place, capability, found), file=sys.stdout)
-    print("* the shipped entry. > the one to choose from these figures alone: see labutils.attention.tuning.candidates."
-          f" Nothing was timed; {launch_table.VARIABLE} was not read.")  # fmt: skip
+    print("* the shipped entry. > the best by only these figures: see labutils.attention.tuning.candidates."
+          f" Nothing was timed; {tuned_table.VARIABLE} was not read.")  # fmt: skip
     return 0
 
 
 def _block(place: Place, capability: tuple[int, int], found: Sequence[Any]) -> str:
     from labutils.attention.kernels import launch_table
-    from labutils.attention.tuning import candidates, compiled
+    from labutils.attention.tuning import candidates
 
     shipped, best = launch_table.shipped(place, capability), candidates.best_by_resources(found)
-    gpu = compiled.GPUS[capability]
+    gpu = chips.GPUS[capability]
     lines = [
-        f"{place}, compute capability {capability[0]}.{capability[1]} ({gpu.names})",
+        f"{place}, compute capability {chips.dotted(capability)} ({gpu.names})",
         f"    {'blocks, warps, stages':<42}{'registers':>10}{'spilled':>9}{'KiB':>7}{'blocks/SM':>11}{'occupancy':>11}",
     ]
     for one in found:

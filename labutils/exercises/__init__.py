@@ -1,18 +1,22 @@
-"""Exercises of the four notebooks: a check, hints and a solution for each, and a report of what is done.
+"""Exercises of the four notebooks: a check, hints and a solution for each, and a report of what is solved.
 
     from labutils.exercises import check, hint, report, solution
 
-    check.safe_softmax(safe_softmax)      # says what is right, what is wrong, and where
+    check.safe_softmax(safe_softmax)      # says whether the function is right, and if not, what is wrong and where
     hint("safe_softmax")                  # the next of two or three hints; hint("safe_softmax", 1): the first
     solution("safe_softmax")              # the lab's own answer
     report()                              # what is solved in all notebooks
 
-A check never raises because of the function it is given: a stub is "not yet", and an exception inside the function is
-reported with its line. What has been solved is kept in a small file, see `labutils.exercises.progress`.
+A check never raises because of the student's function. A stub is "not yet", and an exception inside the function is
+reported with its line.
 
-The parts: `core` says what an exercise is and how it is judged, `notebook01` to `notebook04` have the checks and
-`solutions` the answers, `grading` runs returned notebooks with `worker` in a process of its own and `wire` between the
-two.
+    core                      what an exercise is, its random inputs, and the outcome of its check
+    calls                     calls a student's function in this process, and explains an exception
+    judging                   judges what the function returned
+    notebook01 .. notebook04  the checks and hints of each notebook
+    solutions                 the lab's own answers
+    progress                  a small file with what a student has solved
+    grading                   runs returned notebooks in processes of their own, and marks their exercises
 """
 
 from __future__ import annotations
@@ -24,9 +28,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from labutils.exercises import notebook01, notebook02, notebook03, notebook04, progress
-from labutils.exercises.core import EXERCISES, NOT_YET, PASSED, Exercise, LocalCall, Outcome, run
-
-__all__ = ["check", "hint", "report", "solution", "solution_source", "names", "evaluate", "Outcome"]
+from labutils.exercises.calls import LocalCall
+from labutils.exercises.core import EXERCISES, NOT_YET, PASSED, Exercise, Outcome, outcome_of
 
 _SOLUTIONS = Path(__file__).parent / "solutions"
 _hints_given: dict[str, int] = {}
@@ -39,7 +42,7 @@ _NOTEBOOKS = {
 
 
 def names(notebook: str | None = None) -> list[str]:
-    """Names of all exercises, or of those of one notebook ("01" to "04"), in the order in which they stand there."""
+    """Names of all exercises, or of the exercises of one notebook ("01" to "04"), in the order of the notebook."""
     return [name for name, exercise in EXERCISES.items() if notebook in (None, exercise.notebook)]
 
 
@@ -47,7 +50,7 @@ def _find(name: str) -> Exercise:
     if name not in EXERCISES:
         near = difflib.get_close_matches(str(name), EXERCISES, n=1)
         raise ValueError(
-            f"There is no exercise {name!r}. {f'Did you mean {near[0]!r}? ' if near else ''}There are:"
+            f"There is no exercise {name!r}. {f'Did you mean {near[0]!r}? ' if near else ''}The exercises are"
             f" {', '.join(EXERCISES)}."
         )
     return EXERCISES[name]
@@ -57,13 +60,15 @@ def evaluate(name: str, function: Callable, seed: int = 0) -> Outcome:
     """Checks a function without printing or recording anything.
 
     Args:
-        name: of the exercise. function: the student's. seed: of the inputs.
+        name: the exercise.
+        function: the student's function.
+        seed: the seed of the random inputs.
 
     Raises:
-        ValueError: no exercise of this name.
+        ValueError: there is no exercise of this name.
     """
     _find(name)
-    return run(name, LocalCall(function), seed)
+    return outcome_of(name, LocalCall(function), seed)
 
 
 class _Check:
@@ -77,16 +82,16 @@ class _Check:
         except ValueError as error:
             raise AttributeError(str(error)) from None
 
-        def check_one(function: Callable) -> None:
+        def print_outcome(function: Callable) -> None:
             outcome = evaluate(name, function)
-            print(_told(exercise, outcome))
+            print(_text_of(exercise, outcome))
             note = progress.record(outcome)
             if note:
                 print(note)
 
-        check_one.__name__ = check_one.__qualname__ = name
-        check_one.__doc__ = f"Checks your function for the exercise {exercise.title!r}, and says what it found."
-        return check_one
+        print_outcome.__name__ = print_outcome.__qualname__ = name
+        print_outcome.__doc__ = f"Checks your function for the exercise {exercise.title!r}, and says what it found."
+        return print_outcome
 
     def __dir__(self) -> list[str]:
         return list(EXERCISES)
@@ -96,7 +101,7 @@ check = _Check()
 """`check.<name>(function)` prints whether a function solves the exercise, and what is wrong and where if not."""
 
 
-def _told(exercise: Exercise, outcome: Outcome) -> str:
+def _text_of(exercise: Exercise, outcome: Outcome) -> str:
     if outcome.status == PASSED:
         return f"{exercise.name}: passed. Right in every case that was tried."
     if outcome.status == NOT_YET:
@@ -108,14 +113,14 @@ def _told(exercise: Exercise, outcome: Outcome) -> str:
 
 
 def hint(name: str, step: int | None = None) -> None:
-    """Prints the next hint for an exercise, or the one asked for.
+    """Prints the next hint for an exercise, or the hint of a given number.
 
     Args:
-        name: of the exercise.
-        step: 1 for the first; without it each call prints the next one.
+        name: the exercise.
+        step: the number of the hint, from 1. Without it, each call prints the next hint.
 
     Raises:
-        ValueError: no exercise of this name, or no hint of this number.
+        ValueError: there is no exercise of this name, or no hint of this number.
     """
     exercise = _find(name)
     count = len(exercise.hints)
@@ -125,16 +130,16 @@ def hint(name: str, step: int | None = None) -> None:
             print(f'There are {count} hints, and you have seen them all. solution("{name}") shows the answer.')
             return
     if not 1 <= step <= count:
-        raise ValueError(f"{name} has hints 1 to {count}; step={step} is not among them.")
+        raise ValueError(f"{name} has hints 1 to {count}; there is no hint {step}.")
     _hints_given[name] = max(step, _hints_given.get(name, 0))
     print(textwrap.fill(f"Hint {step} of {count}: {exercise.hints[step - 1]}", 110, subsequent_indent="  "))
 
 
 def solution_source(name: str) -> str:
-    """The source of the lab's own answer, as it could stand in the stub's cell.
+    """The source of the lab's own answer, ready for the stub's cell.
 
     Raises:
-        ValueError: no exercise of this name.
+        ValueError: there is no exercise of this name.
     """
     exercise = _find(name)
     text = (_SOLUTIONS / f"notebook{exercise.notebook}.py").read_text(encoding="utf-8")
@@ -148,12 +153,12 @@ def solution_source(name: str) -> str:
 
 
 def solution(name: str) -> None:
-    """Prints the lab's own answer to an exercise; ValueError where there is none of this name."""
+    """Prints the lab's own answer to an exercise; raises ValueError if there is no exercise of this name."""
     print(solution_source(name))
 
 
 def report() -> None:
-    """Prints what is solved and what is not, over all notebooks."""
+    """Prints which exercises of all notebooks are solved."""
     states, note = progress.load()
     solved = [name for name in EXERCISES if states.get(name, {}).get("passed")]
     print(f"{len(solved)} of {len(EXERCISES)} exercises solved")
@@ -169,5 +174,5 @@ def report() -> None:
         print(f"\n{note}")
 
 
-# Imported for the checks that they register: `check`, `hint` and the others are what this package has to offer.
+# These were imported only for the checks that they register.
 del notebook01, notebook02, notebook03, notebook04

@@ -1,8 +1,8 @@
-"""What a student has solved, kept in a small file of their own.
+"""What a student has solved, kept in a small file.
 
-The file is `LABUTILS_STATE` where that is set, else `labutils/progress.json` under `XDG_STATE_HOME` (`~/.local/state`
-where that is not set). It belongs to the student: grading never reads it. Where it cannot be written, as with a
-read-only home, the exercises work all the same, and say once that nothing is kept.
+The file is `LABUTILS_STATE` if that is set, otherwise `labutils/progress.json` under `XDG_STATE_HOME` (by default
+`~/.local/state`). It belongs to the student: grading never reads it. If it cannot be written, as in a read-only home,
+the exercises still work, and say once that the progress is not kept.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from labutils.exercises.core import PASSED, Outcome
 from labutils.machine import files
 
 _DAMAGED = "The file with the progress of earlier sessions is damaged; it begins anew."
-_told = False
-_session: dict[str, dict[str, Any]] = {}  # what this process has recorded, for where no file can hold it
+_warned = False  # whether this process has said that nothing can be kept
+_session: dict[str, dict[str, Any]] = {}  # what this process has recorded: all that counts if there is no file
 
 
 def state_file() -> Path:
@@ -31,10 +31,10 @@ def state_file() -> Path:
 
 
 def load() -> tuple[dict[str, dict[str, Any]], str]:
-    """The state of each exercise that was tried, and a sentence about the file where it cannot be used.
+    """The state of each exercise that was tried, and a sentence if the file cannot be used.
 
     Returns:
-        {"safe_softmax": {"last": "wrong", "passed": None or the date}, ...} and "" or the sentence.
+        {"safe_softmax": {"last": "wrong", "passed": None or the date}, ...}, and the sentence or "".
     """
     try:
         stored = json.loads(state_file().read_text(encoding="utf-8"))
@@ -50,13 +50,14 @@ def load() -> tuple[dict[str, dict[str, Any]], str]:
 
 
 def record(outcome: Outcome) -> str:
-    """Keeps an outcome; an exercise once passed stays so.
+    """Records an outcome. An exercise that has passed once stays passed.
+
+    A file that cannot be read is left as it is.
 
     Returns:
-        "", or a sentence: that a damaged file begins anew, or, the first time alone, that nothing can be kept. A file
-        that cannot be read is left as it is.
+        "", or a sentence for the student: a damaged file begins anew, or nothing can be kept (said only once).
     """
-    global _told
+    global _warned
     states, note = load()
     passed = states.get(outcome.exercise, {}).get("passed")
     if outcome.status == PASSED:
@@ -69,17 +70,17 @@ def record(outcome: Outcome) -> str:
             return note
         except (OSError, RuntimeError) as error:
             reason = f"{_reason(error)}."
-    if _told:
+    if _warned:
         return ""
-    _told = True
+    _warned = True
     return (
-        f"Your progress is kept in this session alone: {reason} To keep it, set LABUTILS_STATE to a file that you may "
+        f"Your progress is kept only for this session: {reason} To keep it, set LABUTILS_STATE to a file that you may "
         "read and write, before you start JupyterLab."
     )
 
 
 def _write(states: dict[str, dict[str, Any]]) -> None:
-    """Replaces the file as a whole, so that an interrupt, or a second notebook, leaves no half of it."""
+    """Replaces the whole file in one step, so that an interrupt or a second notebook cannot leave half of it."""
     files.replace(state_file(), json.dumps({"exercises": states}, indent=1))
 
 

@@ -13,22 +13,10 @@ import torch
 
 from labutils.attention.interface import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from labutils.attention.kernels import flash_v1, flash_v2_backward
-from labutils.attention.kernels.flash_v2 import Options
+from labutils.attention.kernels.options import Options
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-_NAMES_IN_TABLES = {
-    "eager": "naive",
-    "flash_attention_2": "flash_attn",
-    "labutils": "triton_v2",
-    "labutils_v1": "triton_v1",
-}
-
-
-def name_in_tables(attention: str) -> str:
-    """The name that our tables give an attention of transformers: "naive" for "eager". Others keep their name."""
-    return _NAMES_IN_TABLES.get(attention, attention)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -284,7 +272,7 @@ class _FirstVersion(torch.autograd.Function):
     def forward(ctx: Any, q: Any, k: Any, v: Any, softmax_scale: float, causal: bool) -> Any:
         out, lse = flash_v1.forward(q, k, v, softmax_scale, causal)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.options = Options(softmax_scale, (None, 0 if causal else None))
+        ctx.options = Options(softmax_scale, window_right=0 if causal else None)
         return out
 
     @staticmethod

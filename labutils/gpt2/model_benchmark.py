@@ -20,13 +20,14 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
+from labutils.attention.backends import name_in_tables
 from labutils.benchmark import SCHEMAS, Recorder, Unsupported, watch_interpreter
 from labutils.benchmark.environment import environment
 from labutils.benchmark.points import NOT_REACHED, is_out_of_memory
 from labutils.benchmark.tables import KEYS
 from labutils.benchmark.timing import INTERPRETED
 from labutils.gpt2 import models
-from labutils.gpt2.attention import name_in_tables, register_attention, register_first_version
+from labutils.gpt2.attention import register_attention, register_first_version
 from labutils.machine import runtime
 from labutils.machine.memory import free_memory, peaks_gib
 
@@ -78,7 +79,7 @@ def measure_models(
         A row for each model, work, attention, batch and length, with the columns `benchmark.SCHEMAS["models"]`, among
         them
 
-        - impl: the attention, by `attention.name_in_tables`;
+        - impl: the attention, by `backends.name_in_tables`;
         - ms: the median; for "decode", of one token;
         - tokens_per_s: of all sequences together;
         - peak_gib: allocated memory, with the weights; NaN on a CPU;

@@ -1,4 +1,4 @@
-"""Writing files so that a full disk, a read-only folder or an interrupt costs nothing that was there before."""
+"""Writes files so that a full disk, a read-only folder or an interrupt destroys no file that existed before."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from pathlib import Path
 
 
 def replace(path: str | Path, content: str | bytes) -> None:
-    """Writes a file so that whoever reads it, at any moment, finds all of the old content or all of the new.
+    """Writes a file. A reader finds, at any moment, all of the old content or all of the new.
 
     Args:
-        path: the file; its folder is made where it is not there.
+        path: the file; its folder is made if it does not exist.
         content: text is written in UTF-8.
 
     Raises:
-        OSError: it could not be written. The message names the file (the folder, where that could not be made), which
-            is as it was, and nothing is left beside it.
+        OSError: the file could not be written. The message names the file, or the folder that could not be made. The
+            file is as it was, and no other file is left beside it.
     """
     replace_together({Path(path): content})
 
 
 def replace_together(contents: Mapping[Path, str | bytes]) -> None:
-    """`replace` for files of which one says what another holds: none changes before there is room for all.
+    """`replace` for files that describe each other: no file changes before there is room for all of them.
 
     Args:
-        contents: file -> content, in the order in which the files take their places.
+        contents: file -> content; the files are replaced in this order.
 
     Raises:
         OSError: as for `replace`.
@@ -39,9 +39,9 @@ def replace_together(contents: Mapping[Path, str | bytes]) -> None:
             new[path].write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         for path in new:
             os.replace(new[path], path)
-    except OSError as error:  # that of a full disk names no file
+    except OSError as error:  # the error of a full disk names no file
         raise OSError(error.errno, f"{error.strerror} (nothing was written)", str(path)) from error
     finally:
         for path in new.values():
-            with contextlib.suppress(OSError):  # a read-only file system refuses, also where there is nothing
-                path.unlink(missing_ok=True)  # what a full disk cut short is of no use, and takes room
+            with contextlib.suppress(OSError):  # a read-only file system refuses even if there is nothing
+                path.unlink(missing_ok=True)  # a file that a full disk cut short only takes room

@@ -1,13 +1,13 @@
-"""Puts right what Triton's interpreter gets wrong, and tests what our kernels need of it.
+"""Repairs Triton's interpreter, and tests that it computes what our kernels need.
 
 Triton's interpreter (TRITON_INTERPRET=1) runs a kernel block by block in NumPy. NumPy has no bfloat16, so the
-interpreter keeps such values as uint16 bit patterns, and in Triton 3.6 and 3.7 it multiplies, adds and compares these
-patterns as if they were integers, and truncates where a GPU rounds to nearest. No error is raised; the numbers are
-just wrong. Runtime loop bounds fail in 3.6 with NumPy 2.4 and later, and each call of a device function patches the
-whole language anew, which more than doubles the time.
+interpreter keeps such values as uint16 bit patterns. In Triton 3.6 and 3.7 it multiplies, adds and compares these
+patterns as if they were integers, and it truncates although a GPU rounds to nearest. It raises no error; the numbers
+are wrong. Loop bounds that are known only at run time fail in 3.6 with NumPy 2.4 and later. And each call of a device
+function patches the whole language again, which more than doubles the time.
 
-`install` mends all of it; `self_test` runs small kernels against PyTorch and raises where a Triton version behaves in
-yet another way. `labutils.machine.runtime` calls both; nothing else needs to.
+`install` repairs all of it. `self_test` runs small kernels against PyTorch, and raises an error if a Triton version
+behaves in yet another way. Only `labutils.machine.runtime` calls the two.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _widen(handle: TensorHandle) -> TensorHandle:
 def _narrow(values: np.ndarray) -> TensorHandle:
     """float32 values to bfloat16 bit patterns, rounded to nearest, ties to even, as the hardware does."""
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
-    # uint32 wraps around for NaN patterns alone, which the next line replaces
+    # uint32 wraps around only for the patterns of NaN, which the last line replaces
     rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
     quiet_nan = np.uint16(0x7FC0)
     return TensorHandle(np.where(np.isnan(values), quiet_nan, rounded), tl.bfloat16)
@@ -105,7 +105,7 @@ def _mend_reductions() -> None:
 
     def as_bf16(tensor):
         if tensor.dtype.scalar != tl.float32:
-            return tensor  # the index of an argmax
+            return tensor  # the index that argmax returns
         kind = tl.block_type(tl.bfloat16, list(tensor.shape)) if tensor.type.is_block() else tl.bfloat16
         return tl.core.tensor(_narrow(tensor.handle.data), kind)
 
@@ -133,9 +133,9 @@ def _mend_loop_bounds() -> None:
 
 
 def _patch_language_once_per_launch() -> None:
-    """Device functions (tl.max, tl.zeros, the kernel's own helpers) find the language patched by their launch."""
+    """Patches the language once for a launch, and not again for each device function (tl.max, helpers) in it."""
     plain = triton_interpreter._patch_lang
-    # `_patch_lang` patches the modules it finds among the globals of a function: this one sees both
+    # `_patch_lang` patches the modules that it finds among the globals of a function: this function has both.
     sees_both = types.FunctionType((lambda: None).__code__, {"tl": tl, "core": tl.core})
     depth = 0
 
@@ -161,7 +161,7 @@ def _patch_language_once_per_launch() -> None:
 
 
 def install() -> None:
-    """Mends the interpreter of this process. A second call changes nothing."""
+    """Repairs the interpreter of this process. A second call changes nothing."""
     global _installed
     if _installed:
         return
@@ -176,7 +176,7 @@ def install() -> None:
 
 @triton.jit
 def _probe_block(x_ptr, y_ptr, dot_ptr, sum_ptr, N, BLOCK: tl.constexpr):
-    # What our kernels are made of: a runtime bound, a product of blocks, elementwise arithmetic, a cast, a reduction.
+    # The parts of our kernels: a runtime bound, a product of blocks, elementwise arithmetic, a cast, a reduction.
     offs = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK, BLOCK], tl.float32)
     for start in tl.range(0, N, BLOCK):
@@ -194,7 +194,7 @@ def self_test() -> None:
     """Runs a small kernel in float32, float16 and bfloat16 and compares it with PyTorch.
 
     Raises:
-        RuntimeError: this Triton version behaves in a way that `install` does not mend.
+        RuntimeError: this Triton version behaves in a way that `install` does not repair.
     """
     block, length = 16, 32
     generator = torch.Generator().manual_seed(0)
@@ -209,8 +209,8 @@ def self_test() -> None:
         z = torch.where(x > y, x * 0.5 - y, -x + y)
         expected = sum(x[s : s + block].double() @ z[s : s + block].double().T for s in range(0, length, block))
         expected_sums = x[:block].amax(1).double() + y[:block].double().sum(1)
-        # One rounding of the result (half a unit in the last place, relative) and float32 accumulation before it;
-        # the sums are rounded twice, and the summation order of float16 is NumPy's own.
+        # The product is summed in float32, then rounded once (half a unit in the last place, relative). The sums are
+        # rounded twice, and NumPy chooses the order in which it sums float16.
         unit = torch.finfo(dtype).eps
         for name, got, want, units in (("dot", product, expected, 0.51), ("sum", sums, expected_sums, 8.0)):
             off = ((got.double() - want).abs() / want.abs().clamp(min=1.0)).max().item()
@@ -225,5 +225,5 @@ def self_test() -> None:
 def _broken(what: str) -> RuntimeError:
     return RuntimeError(
         f"Triton {triton.__version__} with NumPy {np.__version__}: the interpreter does not compute what it should "
-        f"({what}). labutils mends the interpreters of Triton 3.6 and 3.7: install `triton>=3.6,<3.8`, or run on a GPU."
+        f"({what}). labutils repairs the interpreters of Triton 3.6 to 3.9: install `triton>=3.6,<3.10`, or use a GPU."
     )

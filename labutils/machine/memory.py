@@ -1,4 +1,4 @@
-"""A GPU's memory: the cap that makes a large one behave like a smaller one, its peaks, and what is given back."""
+"""A GPU's memory: a cap that imitates a smaller card, the peaks of a run, and giving memory back."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Cap:
-    """What `memory_cap` enforces, all in GiB.
+    """The limit that `memory_cap` enforces, and its parts, in GiB.
 
     Attributes:
-        cap_gib: the size of the imitated card: the smaller of what was asked for and what this card has.
+        cap_gib: the size of the imitated card: as asked for, but at most the memory of this card.
         context_gib: memory of this GPU that is in use, but not by PyTorch's allocator.
-        allocator_gib: what is left for PyTorch's allocator, `cap_gib - context_gib`: the enforced limit.
+        allocator_gib: what remains for PyTorch's allocator, `cap_gib - context_gib`: the enforced limit.
     """
 
     cap_gib: float
@@ -39,31 +39,31 @@ class Cap:
 
 @contextmanager
 def memory_cap(gib: float) -> Iterator[Cap]:
-    """Within this context, the GPU has `gib` GiB: what does not fit raises torch.OutOfMemoryError.
+    """Within this context, the GPU has `gib` GiB: a tensor that does not fit raises torch.OutOfMemoryError.
 
-    The limit is set with `torch.cuda.set_per_process_memory_fraction`, which counts what PyTorch's allocator reserves
-    and nothing else. A real card of that size also holds the CUDA context: the driver's own data, loaded kernels,
-    cuBLAS. So the context is measured first, as the memory in use on the device (`torch.cuda.mem_get_info`) minus what
-    the allocator holds, and taken off the limit. Other programs' memory on the same GPU is counted with it, which errs
-    to the strict side. Kernels loaded later make the context grow: it is measured again at the end, and a warning says
-    so if the sum went over the cap.
+    The limit is set with `torch.cuda.set_per_process_memory_fraction`, which counts only the memory that PyTorch's
+    allocator reserves. A real card of that size also holds the CUDA context: the driver's own data, loaded kernels,
+    cuBLAS. So the context is measured first, and subtracted from the limit: it is the memory in use on the device
+    (`torch.cuda.mem_get_info`) without the memory that the allocator holds. Memory of other programs on this GPU counts
+    as context, too, so that the cap is rather too strict. Kernels that are loaded later make the context grow. It is
+    measured again at the end, and a warning says if the sum went over the cap.
 
     A "16 GB" card has between 14.6 and 16.0 GiB (16e9 bytes are 14.9 GiB).
 
     Args:
-        gib: size of the card to imitate. A card that is smaller than that is its own limit.
+        gib: size of the card to imitate; a smaller card is its own limit.
 
     Yields:
-        The cap, its parts measured.
+        The cap, with its measured parts.
 
     Raises:
         RuntimeError: there is no CUDA GPU; a CPU's memory cannot be capped this way.
-        ValueError: the context alone takes as much, or it and what is allocated now do.
+        ValueError: the context, with or without the tensors that exist now, takes as much as the cap.
     """
     if runtime.device.type != "cuda":
         raise RuntimeError(
             "memory_cap imitates a smaller GPU with PyTorch's CUDA allocator, and the lab runs on the CPU "
-            "here. Ask for it where runtime.device.type == 'cuda' only"
+            "here. Use it only if runtime.device.type == 'cuda'"
         )
     free_memory()
     _load_libraries()
@@ -93,21 +93,21 @@ def memory_cap(gib: float) -> Iterator[Cap]:
 
 
 def free_memory() -> None:
-    """Collects what nothing refers to any more, and gives the memory that PyTorch keeps for later back to the GPU."""
+    """Deletes objects that nothing refers to any more, and gives the memory that PyTorch keeps back to the GPU."""
     gc.collect()
     if runtime.device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 def peaks_gib(device: torch.device) -> tuple[float, float]:
-    """Peak allocated and reserved memory in GiB; NaN on a CPU, where nobody counts it."""
+    """Peak allocated and reserved memory in GiB; NaN on a CPU, where PyTorch does not count it."""
     if device.type != "cuda":
         return float("nan"), float("nan")
     return torch.cuda.max_memory_allocated(device) / GIB, torch.cuda.max_memory_reserved(device) / GIB
 
 
 def _plan_cap(gib: float, *, total_bytes: int, context_bytes: int) -> Cap:
-    """The parts of a cap of so many GiB on a GPU with `total_bytes`, of which `context_bytes` are not PyTorch's."""
+    """The parts of a cap on a GPU with `total_bytes`, of which PyTorch's allocator does not hold `context_bytes`."""
     cap, context = min(gib, total_bytes / GIB), context_bytes / GIB
     if cap <= context:
         raise ValueError(
@@ -118,13 +118,13 @@ def _plan_cap(gib: float, *, total_bytes: int, context_bytes: int) -> Cap:
 
 
 def _load_libraries() -> None:
-    """Make the CUDA context as large as training makes it: cuBLAS loads its kernels at the first product."""
+    """Makes the CUDA context as large as training makes it: cuBLAS loads its kernels at the first product."""
     for dtype in {torch.float32, runtime.dtype}:
         square = torch.ones(256, 256, dtype=dtype, device=runtime.device)
         square @ square
     torch.cuda.synchronize()
     del square
-    torch.cuda.empty_cache()  # no more: collecting garbage takes a tenth of a second or more
+    torch.cuda.empty_cache()  # not `free_memory`: collecting garbage takes a tenth of a second or more
 
 
 def _context_bytes() -> int:

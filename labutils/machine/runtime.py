@@ -1,13 +1,13 @@
 """Decides, before anything else is imported, how this machine runs the lab: device, dtype, interpreter, problem sizes.
 
 With a CUDA GPU of compute capability 7.5 or higher, Triton kernels are compiled. Without one they run in Triton's
-interpreter, on the CPU. The decision is made once, at import, and every other module and notebook asks here:
+interpreter, on the CPU. The decision is made once, at import. Every other module and notebook reads it here:
 
     from labutils import runtime
     q = torch.randn(1, runtime.choose(cpu=256, gpu=4096), 8, 64, device=runtime.device, dtype=runtime.dtype)
 
-Environment: `LABUTILS_DEVICE=cpu` (or `TRITON_INTERPRET=1`) asks for the interpreter on a machine that has a GPU, and
-`LABUTILS_DEVICE=cuda` for the GPU: where none can be used, the import ends in a RuntimeError that says why.
+Environment variables: `LABUTILS_DEVICE=cpu` (or `TRITON_INTERPRET=1`) asks for the interpreter on a machine that has a
+GPU. `LABUTILS_DEVICE=cuda` asks for the GPU: if no GPU can be used, the import raises a RuntimeError that says why.
 """
 
 from __future__ import annotations
@@ -20,26 +20,27 @@ from typing import TypeVar
 
 import torch
 
+from labutils.machine import chips
+
 _T = TypeVar("_T")
 
-OLDEST_CAPABILITY = (7, 5)  # Turing: the oldest architecture that Triton 3.6 and 3.7 emit code for
-LARGE_GPU_GIB = 40  # from here on a GPU gets the sizes of a data-centre card
+LARGE_GPU_GIB = 40  # from this much memory on, a GPU gets the problem sizes of a data-centre card
 
-# Order-of-magnitude costs from which `sizes` judges what ends in seconds. They choose a problem size and are never
-# shown as a measurement.
+# Costs, right to an order of magnitude, by which `sizes` chooses problems that end in seconds. They are never shown as
+# a measurement.
 _INTERPRETER_SECONDS_PER_TILE = 0.006  # a 128 x 128 tile of scores, any head dimension
 _SCORE_BYTES_MOVED = 24  # per score by naive attention: write and read S, S * scale, P in 4 bytes
 _BYTES_PER_SECOND = {"cpu": 4e9, "gpu": 150e9, "large_gpu": 1500e9}
-_CPU_SCORE_LIMIT_GIB = 1.0  # one copy of the scores; the rest of a laptop's memory belongs to its owner
+_CPU_SCORE_LIMIT_GIB = 1.0  # of one copy of the scores: the owner of a laptop needs the rest of its memory
 
 
 def _asked_to_interpret() -> bool:
-    """Whether TRITON_INTERPRET is set, in any of the words that Triton takes for yes."""
+    """Whether TRITON_INTERPRET is set to a word that Triton takes for yes."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 def _cuda_capability() -> tuple[int, int] | None:
-    """Compute capability of the GPU to use, or None where kernels cannot be compiled for one."""
+    """Compute capability of the GPU to use; None if kernels cannot be compiled for a GPU here."""
     wanted = os.environ.get("LABUTILS_DEVICE", "").strip().lower()
     if wanted not in ("", "cpu", "cuda"):
         raise ValueError(f"LABUTILS_DEVICE={wanted!r} is not known: unset it, or set it to 'cpu' or 'cuda'.")
@@ -49,25 +50,25 @@ def _cuda_capability() -> tuple[int, int] | None:
         if wanted == "cuda":
             raise RuntimeError(
                 "LABUTILS_DEVICE=cuda was asked for, but torch.cuda.is_available() is False: "
-                f"torch {torch.__version__} was built for {torch.version.cuda or 'the CPU alone'}. Install a CUDA "
+                f"torch {torch.__version__} was built for {torch.version.cuda or 'the CPU only'}. Install a CUDA "
                 "build of PyTorch and a driver that it supports, or unset LABUTILS_DEVICE."
             )
         return None
     if torch.version.hip is not None:
         raise RuntimeError(
-            "This PyTorch is a ROCm build. The lab is tested on NVIDIA GPUs alone: set LABUTILS_DEVICE=cpu to run "
+            "This PyTorch is a ROCm build. The lab is tested only on NVIDIA GPUs: set LABUTILS_DEVICE=cpu to run "
             "it in Triton's interpreter."
         )
     capability = torch.cuda.get_device_capability()
-    if capability < OLDEST_CAPABILITY:
+    if capability < chips.OLDEST:
         why = (
-            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, and Triton "
-            f"compiles for {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]} or higher"
+            f"{torch.cuda.get_device_name()} has compute capability {chips.dotted(capability)}, and Triton compiles "
+            f"for {chips.dotted(chips.OLDEST)} or higher"
         )
         if wanted == "cuda":
             raise RuntimeError(f"LABUTILS_DEVICE=cuda was asked for, but {why}. Unset it to run on the CPU.")
         warnings.warn(
-            f"{why}: the lab runs on the CPU, in Triton's interpreter. Set LABUTILS_DEVICE=cpu to say that you know.",
+            f"{why}: the lab runs on the CPU, in Triton's interpreter. Set LABUTILS_DEVICE=cpu to be told no more.",
             stacklevel=3,
         )
         return None
@@ -75,9 +76,9 @@ def _cuda_capability() -> tuple[int, int] | None:
 
 
 def _switch_interpreter_on() -> None:
-    """Sets TRITON_INTERPRET for the import of triton that follows, mends the interpreter and tests the result."""
+    """Sets TRITON_INTERPRET before triton is imported, repairs the interpreter and tests the result."""
     if "triton" in sys.modules:
-        # Triton wraps its own library (tl.max, tl.sum, ...) while it is imported; afterwards the switch is half-dead.
+        # Triton wraps its own library (tl.max, tl.sum, ...) while it is imported; set later, the switch works by half.
         standard = sys.modules.get("triton.language.standard")
         if not _asked_to_interpret() or type(getattr(standard, "max", None)).__name__ != "InterpretedFunction":
             raise RuntimeError(
@@ -96,7 +97,7 @@ capability: tuple[int, int] | None = _cuda_capability()
 """Compute capability of the GPU in use, (9, 0) on an H200; None without a GPU."""
 
 interpreted: bool = capability is None
-"""True where Triton kernels run in the interpreter: right, but thousands of times slower, so never timed."""
+"""True if Triton kernels run in the interpreter: right, but thousands of times slower, so never timed."""
 
 device: torch.device = torch.device("cpu" if interpreted else "cuda")
 """Where the lab puts its tensors."""
@@ -106,14 +107,14 @@ memory_gib: float | None = None if interpreted else torch.cuda.get_device_proper
 
 
 def default_dtype(capability: tuple[int, int] | None) -> torch.dtype:
-    """The dtype the lab computes in on a GPU of this compute capability.
+    """The dtype that the lab computes in on a GPU of this compute capability.
 
-    Ampere (8.0) and later: bfloat16. Turing (7.5) has no bfloat16 arithmetic: float16. No GPU (None): float32, which
-    the CPU computes fastest.
+    bfloat16 on Ampere (8.0) and later; float16 on Turing (7.5), which has no bfloat16 arithmetic; float32 without a GPU
+    (None), since a CPU computes fastest in it.
     """
     if capability is None:
         return torch.float32
-    return torch.bfloat16 if capability >= (8, 0) else torch.float16
+    return torch.bfloat16 if capability >= chips.BFLOAT16 else torch.float16
 
 
 dtype: torch.dtype = default_dtype(capability)
@@ -145,9 +146,9 @@ def choose(*, cpu: _T, gpu: _T, large_gpu: _T | None = None) -> _T:
     """The value meant for this machine.
 
     Args:
-        cpu: without a GPU; where kernels run in the interpreter.
-        gpu: any GPU.
-        large_gpu: a GPU with 40 GiB or more; `gpu`'s value where it is not given.
+        cpu: without a GPU, when kernels run in the interpreter.
+        gpu: with any GPU.
+        large_gpu: with a GPU of 40 GiB or more; None: as `gpu`.
     """
     tier = _tier()
     if tier == "large_gpu" and large_gpu is not None:
@@ -165,17 +166,17 @@ def sizes(
     repeats: int = 10,
     seconds: float = 5.0,
 ) -> list[int]:
-    """Of the wanted sequence lengths, those that this machine finishes, all together, in about `seconds`.
+    """The wanted sequence lengths that this machine finishes, all together, in about `seconds`.
 
-    A sweep asks for every length that it would like and gets what fits; the estimate is of naive attention's N x N
-    work. It knows orders of magnitude alone, and it leaves GPU memory out of account on purpose: running out of memory
-    there is a result worth a row.
+    A sweep asks for every length that it would like, and gets the lengths that fit. The estimate counts the N x N work
+    of naive attention, and is right only to an order of magnitude. GPU memory does not count, on purpose: running out
+    of it is a result worth a row.
 
     Args:
         wanted: sequence lengths N.
         batch, heads, head_dim: B, H and D of the problem.
-        through: "torch" for PyTorch operations, "triton" for our kernels (in the interpreter, where there is no GPU).
-        repeats: how often each length is run.
+        through: "torch" for PyTorch operations, "triton" for our kernels (without a GPU, in the interpreter).
+        repeats: how often each length runs.
         seconds: the budget for all lengths together.
 
     Returns:
@@ -213,7 +214,7 @@ def seed(value: int = 0) -> torch.Generator:
 
 
 def summary() -> str:
-    """One line: the machine, the dtype the lab uses on it, and how Triton kernels run there."""
+    """One line: the machine, the dtype that the lab uses on it, and how Triton kernels run there."""
     how = "in Triton's interpreter (right, but slow: never timed)" if interpreted else "compiled"
     memory = "" if memory_gib is None else f" with {memory_gib:.0f} GiB"
     return f"{machine}{memory}: {str(dtype).removeprefix('torch.')}, Triton kernels run {how}"
@@ -222,7 +223,7 @@ def summary() -> str:
 def _wake_autograd() -> None:
     """Runs one backward pass on the GPU, so that autograd's own thread has a CUDA context.
 
-    Without it, a backward pass that begins with a matmul finds none there, and PyTorch prints a warning about cuBLAS.
+    Else a backward pass that begins with a matmul finds no context, and PyTorch prints a warning about cuBLAS.
     """
     torch.ones(1, device=device, requires_grad=True).sum().backward()
 

@@ -1,4 +1,4 @@
-"""Figures of the algorithm: online softmax, tile orders, masks, the memory hierarchy."""
+"""Figures of how attention is computed: online softmax, tiles, masks, errors row by row, the two memories of a GPU."""
 
 from __future__ import annotations
 
@@ -14,16 +14,31 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from labutils.plotting.style import BLACK, BLUE, ORANGE, SKY, VERMILLION, WIDE, WIDTH, footnote, styled
+from labutils.plotting.style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+    VERMILLION,
+    WIDE,
+    WIDTH,
+    footnote,
+    styled,
+)
+
+_NOT_VISITED = {"facecolor": "#EEEEEE", "edgecolor": "#BBBBBB", "hatch": "////"}  # a tile that no program visits
 
 
 @styled
 def plot_online_softmax(trace: Sequence[Mapping[str, Any]], x: torch.Tensor) -> Figure:
-    """The running maximum m and sum l of the online softmax, block after block, under the scores they come from.
+    """Draws the running maximum m and sum l of the online softmax, block after block, under the row's scores.
 
     Args:
-        trace: of `reference.online_softmax_trace(x, block)`.
-        x: (N,) scores; of more dimensions the first row is drawn.
+        trace: the steps that `reference.online_softmax_trace(x, block)` returns.
+        x: (..., N), scores; only the first row is drawn.
     """
     row = x.detach().double().reshape(-1, x.shape[-1])[0].cpu()
     starts = [step["start"] for step in trace]
@@ -74,23 +89,24 @@ def plot_online_softmax(trace: Sequence[Mapping[str, Any]], x: torch.Tensor) -> 
 def plot_tile_order(
     n_q: int, n_k: int, block_m: int, block_n: int, order: str = "both", causal: bool = False
 ) -> Figure:
-    """The tiles of the score matrix in the order in which FlashAttention-1 and -2 visit them.
+    """Draws the tiles of the score matrix in the order in which FlashAttention-1 and -2 visit them.
 
     Args:
-        n_q, n_k: N_q and N_k. block_m, block_n: rows and columns of a tile.
-        order: "v1" (K/V blocks outside: column by column, by one program), "v2" (Q blocks outside: each row of tiles is
-            a program of its own) or "both".
-        causal: tiles above the diagonal are left out.
+        n_q, n_k: N_q and N_k.
+        block_m, block_n: rows and columns of a tile.
+        order: "v1", "v2" or "both". In v1 the outer loop runs over blocks of K and V: one program, column by column. In
+            v2 it runs over blocks of Q: each row of tiles is a program.
+        causal: leave out the tiles above the diagonal.
 
     Raises:
-        ValueError: an unknown order.
+        ValueError: `order` is not one of the three.
     """
     if order not in ("v1", "v2", "both"):
         raise ValueError(f"order={order!r} is not known: 'v1', 'v2' or 'both'.")
     orders = ("v1", "v2") if order == "both" else (order,)
     rows, columns = math.ceil(n_q / block_m), math.ceil(n_k / block_n)
     panel = min(5.0, max(3.9, 0.62 * max(rows, columns)))
-    tiles = panel * (1.0 if len(orders) == 1 else 0.86)  # inches: the side of a square of tiles, at most
+    tiles = panel * (1.0 if len(orders) == 1 else 0.86)  # inches: the largest side that the square of tiles may have
     fig, axes = plt.subplots(1, len(orders), figsize=(panel * len(orders) + 0.6, tiles + 2.1), squeeze=False)
     for ax, version in zip(axes[0], orders, strict=True):
         _draw_tiles(ax, version, n_q, n_k, block_m, block_n, causal)
@@ -98,6 +114,7 @@ def plot_tile_order(
 
 
 def _draw_tiles(ax: Axes, version: str, n_q: int, n_k: int, block_m: int, block_n: int, causal: bool) -> None:
+    """One panel of `plot_tile_order`: the tiles of "v1" or "v2", numbered in the order of the visits."""
     rows, columns = math.ceil(n_q / block_m), math.ceil(n_k / block_n)
 
     def visible(i: int, j: int) -> bool:
@@ -132,9 +149,7 @@ def _draw_tiles(ax: Axes, version: str, n_q: int, n_k: int, block_m: int, block_
                     color="black" if bright > 0.5 else "white",
                 )
             else:
-                ax.add_patch(
-                    Rectangle((j, i), 1, 1, facecolor="#EEEEEE", edgecolor="#BBBBBB", hatch="////", linewidth=0.5)
-                )
+                ax.add_patch(Rectangle((j, i), 1, 1, linewidth=0.5, **_NOT_VISITED))
     ax.set(xlim=(0, columns), ylim=(rows, 0), aspect="equal")
     ax.set_xticks([j + 0.5 for j in range(columns)], [str(j) for j in range(columns)])
     ax.set_yticks([i + 0.5 for i in range(rows)], [str(i) for i in range(rows)])
@@ -144,28 +159,28 @@ def _draw_tiles(ax: Axes, version: str, n_q: int, n_k: int, block_m: int, block_
     meaning = "colour and number: its turn" if version == "v1" else "colour: program; number: its turn there"
     handles = [Patch(facecolor=colormap(0.5), edgecolor="white", label=meaning)]
     if len(number) < rows * columns:
-        handles.append(Patch(facecolor="#EEEEEE", edgecolor="#BBBBBB", hatch="////", label="masked, never visited"))
+        handles.append(Patch(label="masked, never visited", **_NOT_VISITED))
     ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=1)
 
 
 def _sizes(n: int, block: int, what: str) -> str:
+    """ "64 keys each, the last 16": the sizes of the blocks of `n` rows or columns."""
     last = n % block
     return f"{block} {what} each" + (f", the last {last}" if last else "")
 
 
 @styled
 def plot_mask(mask: torch.Tensor, title: str | None = None) -> Figure:
-    """A mask as a picture: which query sees which key.
+    """Draws which query sees which key.
 
     Args:
-        mask: bool (N_q, N_k), True = visible, as `reference.causal_mask` returns it.
-        title: instead of the one that counts what is visible.
+        mask: (N_q, N_k), bool, True where a query sees a key, as `reference.causal_mask` returns it.
+        title: replaces the default title, which says how many scores are visible.
 
     Raises:
-        ValueError: not two-dimensional.
+        ValueError: the mask is not two-dimensional.
     """
-    if mask.dim() != 2:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}: pass one of (N_q, N_k).")
+    _require_matrix(mask)
     n_q, n_k = mask.shape
     shape = min(max(n_k / n_q, 0.4), 3.0)
     width = min(WIDTH, 1.2 + 3.6 * shape)
@@ -188,11 +203,94 @@ def plot_mask(mask: torch.Tensor, title: str | None = None) -> Figure:
     return fig
 
 
+def _require_matrix(mask: torch.Tensor) -> None:
+    if mask.dim() != 2:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}: pass a mask of shape (N_q, N_k).")
+
+
+_TILE_LOOKS = {
+    "plain": {"facecolor": BLUE, "edgecolor": "white"},
+    "masked": {"facecolor": ORANGE, "edgecolor": "white", "hatch": "...."},
+    "skipped": _NOT_VISITED,
+}
+
+
+@styled
+def plot_tile_kinds(mask: torch.Tensor, block_m: int, block_n: int) -> Figure:
+    """Draws a mask in tiles, each skipped, masked or plain, and how many tiles each program visits.
+
+    Args:
+        mask: (N_q, N_k), bool, True where a query sees a key.
+        block_m, block_n: rows and columns of a tile. A program works on one row of tiles.
+
+    Raises:
+        ValueError: the mask is not two-dimensional.
+    """
+    _require_matrix(mask)
+    mask = mask.cpu()
+    rows, columns = math.ceil(mask.shape[0] / block_m), math.ceil(mask.shape[1] / block_n)
+    panel = min(4.6, 1.6 + 0.4 * max(rows, columns))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(WIDE, panel), width_ratios=[columns, 1 + columns])
+    visits = []
+    for i in range(rows):
+        visited = 0
+        for j in range(columns):
+            tile = mask[i * block_m : (i + 1) * block_m, j * block_n : (j + 1) * block_n]
+            whole = tile.all() and (j + 1) * block_n <= mask.shape[1]
+            kind = "plain" if whole else "masked" if tile.any() else "skipped"
+            visited += kind != "skipped"
+            left.add_patch(Rectangle((j, i), 1, 1, linewidth=0.8, **_TILE_LOOKS[kind]))
+        visits.append(visited)
+    left.set(xlim=(0, columns), ylim=(rows, 0), aspect="equal")
+    left.set(xlabel=f"block j of K and V ({block_n} keys each)", ylabel=f"block i of Q ({block_m} queries each)")
+    left.set_title(f"{sum(visits)} of {rows * columns} tiles are visited")
+    left.grid(visible=False)
+    for axis in (left.xaxis, left.yaxis, right.xaxis, right.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+    right.barh(range(rows), visits, color=BLUE, edgecolor="white")
+    right.axvline(sum(visits) / rows, color="black", linestyle=":", label=f"mean: {sum(visits) / rows:.1f} tiles")
+    right.set(ylim=(rows - 0.5, -0.5), xlabel="tiles that it visits", ylabel="program")
+    right.set_title(f"A program visits {min(visits)} to {max(visits)} tiles")
+    handles = [Patch(label=kind, **look) for kind, look in _TILE_LOOKS.items()]
+    fig.legend(handles=[*handles, *right.get_legend_handles_labels()[0]], loc="outside lower center", ncols=4)
+    return fig
+
+
+@styled
+def plot_row_errors(errors: dict[str, torch.Tensor], allowed: float, machine: str = "") -> Figure:
+    """Draws the largest error of each row of several results, to tell rounding from bugs.
+
+    Args:
+        errors: label -> (N,), max |out - exact| over heads and dimensions; at most five results.
+        allowed: the largest error that the 2 x rule allows, see `labutils.attention.reference.judge`.
+        machine: the text with which the footnote begins.
+
+    Raises:
+        ValueError: there are more results than colours.
+    """
+    colors, markers = (BLACK, BLUE, VERMILLION, GREEN, PURPLE), "oDX^s"
+    if len(errors) > len(colors):
+        raise ValueError(f"{len(errors)} results, but colours for only {len(colors)}: draw fewer in one figure.")
+    fig, ax = plt.subplots(figsize=(WIDE, 3.9))
+    floor = allowed / 1e5
+    for (label, values), color, marker in zip(errors.items(), colors, markers, strict=False):
+        y = values.double().cpu().clamp(min=floor)
+        ax.plot(range(len(y)), y, label=label, color=color, marker=marker, markersize=4.5, linestyle="none", alpha=0.85)
+    ax.axhline(allowed, color=RED, linestyle="--", linewidth=1.4, label="what the 2 × rule allows")
+    ax.set_yscale("log")
+    ax.set_xlabel("row (query) i")
+    ax.set_ylabel("max |out − exact| of the row")
+    ax.set_title("Rounding stays below the line in every row; a bug leaves a pattern")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper left", ncols=3)
+    footnote(fig, f"{machine} At the bottom edge: rows whose error is zero, or too small for this axis.")
+    return fig
+
+
 @styled
 def plot_memory_hierarchy() -> Figure:
-    """A sketch of the two memories of a GPU, and of what standard attention and FlashAttention send between them.
+    """Sketches the two memories of a GPU, and what standard attention and FlashAttention send between them.
 
-    The sizes and speeds are those of an A100 in figure 1 of arXiv 2205.14135.
+    The sizes and bandwidths of an A100 come from figure 1 of arXiv 2205.14135.
     """
     fig, axes = plt.subplots(1, 2, figsize=(WIDE, 4.5))
     panels = (
@@ -222,11 +320,11 @@ def plot_memory_hierarchy() -> Figure:
         span = 6.0 / len(arrows)
         for i, what in enumerate(arrows):
             x = 2.0 + span * (i + 0.5)
-            up = i % 2 == 0  # a load, then a store, and so on
+            up = i % 2 == 0  # loads and stores alternate
             ends = ((x, 3.25), (x, 7.05)) if up else ((x, 7.05), (x, 3.25))
             color = BLUE if up else VERMILLION
             ax.add_patch(FancyArrowPatch(*ends, arrowstyle="-|>", mutation_scale=15, color=color, linewidth=2))
-            ax.text(x + 0.12, 5.9 if i % 2 else 4.4, what, fontsize=9, color=color, va="center")
+            ax.text(x + 0.12, 4.4 if up else 5.9, what, fontsize=9, color=color, va="center")
     handles = [Patch(color=BLUE, label="load"), Patch(color=VERMILLION, label="store")]
     fig.legend(handles=handles, loc="outside lower center", ncols=2)
     footnote(fig, "Sizes and bandwidths of an A100 (40 GB), figure 1 of arXiv 2205.14135.")

@@ -1,8 +1,9 @@
-"""Figures of costs: bytes per tensor, the roofline, profiles."""
+"""Figures of where bytes and time go: traffic by tensor and by level of memory, the roofline, profiles, a timeline."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -16,11 +17,19 @@ from labutils.plotting.style import (
     BLACK,
     BLUE,
     COLORS,
+    GREEN,
+    GREY,
     LABELS,
+    ORANGE,
     OTHER_COLORS,
+    PURPLE,
+    SKY,
     TENSOR_COLORS,
     TENSOR_LABELS,
+    VERMILLION,
+    WIDE,
     WIDTH,
+    YELLOW,
     footnote,
     legend_above,
     look_of,
@@ -32,12 +41,12 @@ from labutils.plotting.style import (
 
 @styled
 def plot_traffic(model: Mapping[str, Bytes], counted: Mapping[str, Bytes] | None = None, title: str = "") -> Figure:
-    """Bytes moved to and from HBM, stacked by tensor; the IO model's beside the counted ones.
+    """Draws the bytes moved to and from HBM, stacked by tensor: what the IO model says beside what was counted.
 
     Args:
-        model: by algorithm, of `analysis.io_bytes`: {"naive": ..., "v1": ..., "v2": ...}.
-        counted: by algorithm, of `analysis.counted_traffic`, for those that were counted.
-        title: the shape, as it should stand in the title.
+        model: algorithm ("naive", "v1", "v2") -> what `analysis.io_bytes` returns for it.
+        counted: algorithm -> what `analysis.counted_traffic` returns for it; may lack some algorithms.
+        title: the shape, for the title.
     """
     bars = []
     for name, moved in model.items():
@@ -93,6 +102,45 @@ def plot_traffic(model: Mapping[str, Bytes], counted: Mapping[str, Bytes] | None
 
 
 @styled
+def plot_counters(traffic: pd.DataFrame) -> Figure:
+    """Draws the bytes of the forward pass over the sequence length: compulsory, at DRAM, L2 and SMs, by the IO model.
+
+    Args:
+        traffic: the stored table "traffic", see `benchmark.SCHEMAS`.
+    """
+    forward = traffic[traffic["pass"] == "fwd"]
+    impls = list(dict.fromkeys(forward["impl"]))
+    fig, axes = plt.subplots(1, len(impls), figsize=(WIDE, 3.8), sharey=True, squeeze=False)
+    series = [
+        ("compulsory_bytes", "compulsory", GREY, "--", "o"),
+        ("measured_bytes", "DRAM, measured", VERMILLION, "-", "s"),
+        ("l2_bytes", "L2, measured", SKY, "-", "^"),
+        ("sm_bytes", "SMs, measured", ORANGE, "-", "v"),
+        ("model_bytes", "IO model", BLUE, ":", "D"),
+    ]
+    for ax, impl in zip(axes[0], impls, strict=True):
+        rows = forward[forward["impl"] == impl].sort_values("seqlen")
+        rows = rows.assign(l2_bytes=rows["l2_read_bytes"] + rows["l2_write_bytes"])
+        rows = rows.assign(sm_bytes=rows["l1_filled_bytes"] + rows["l2_write_bytes"])
+        for column, label, color, line, marker in series:
+            if rows[column].notna().any():
+                ax.plot(rows["seqlen"], rows[column] / 2**20, color=color, linestyle=line, marker=marker, label=label)
+        ax.set(xscale="log", yscale="log", xlabel="sequence length N")
+        ax.set_xticks(list(rows["seqlen"]), [short_size(n) for n in rows["seqlen"]])
+        ax.minorticks_off()
+        ax.set_title(LABELS.get(impl, impl))
+    axes[0][0].set_ylabel("bytes moved (MiB)")
+    legend_above(fig, *axes[0], ncols=5)
+    row = forward.iloc[0]
+    footnote(
+        fig,
+        f"{machine_of(traffic)}, by Nsight Compute: B = {row['batch']}, H = {row['heads']}, D = {row['head_dim']}, "
+        f"{row['dtype']}, caches empty before each kernel. SMs: what came into L1 and shared memory, and was stored.",
+    )
+    return fig
+
+
+@styled
 def plot_roofline(
     points: pd.DataFrame,
     ceilings: Ceilings,
@@ -100,16 +148,16 @@ def plot_roofline(
     lower: Mapping[str, float] | None = None,
     decoding: pd.DataFrame | None = None,
 ) -> Figure:
-    """Attained TFLOP/s over arithmetic intensity, under the two ceilings measured on this machine.
+    """Draws attained TFLOP/s over arithmetic intensity, under the two measured ceilings of the machine.
 
-    A marker stands at the intensity of the IO model. The line to its right ends at the intensity with every tensor
-    moved once: caches serve repeated loads, so the truth lies in between.
+    A marker stands at the intensity that the IO model gives. The line to its right ends at the intensity if every
+    tensor moved only once. Caches serve repeated loads, so the truth lies in between.
 
     Args:
-        points: of `analysis.roofline_points`.
-        ceilings: of `analysis.measure_ceilings`.
-        lower: further ceilings in TFLOP/s, by what they are called, such as that of the exponentials.
-        decoding: of `analysis.decode_points`: reading a cache for one token.
+        points: the table that `analysis.roofline_points` returns.
+        ceilings: the machine's ceilings, from `analysis.measure_ceilings`.
+        lower: name -> TFLOP/s of further ceilings, such as the throughput of exponentials.
+        decoding: the table that `analysis.decode_points` returns, for reading a cache for one token.
     """
     fig, ax = plt.subplots(figsize=(WIDTH, 4.9))
     lowest = [ceilings.ridge, *points["intensity"], *(() if decoding is None else decoding["intensity"])]
@@ -144,7 +192,7 @@ def plot_roofline(
 
 
 def _draw_ceilings(ax: Axes, ceilings: Ceilings, lower: Mapping[str, float], low: float, high: float) -> None:
-    """The roof from intensity `low` to `high` (FLOP/byte), its ridge, and further ceilings (TFLOP/s), each labelled."""
+    """Draws the roof from intensity `low` to `high` (FLOP/byte), its ridge, and further ceilings (TFLOP/s)."""
     ax.plot(
         [low, ceilings.ridge, high],
         [ceilings.roof(low), ceilings.tflops, ceilings.tflops],
@@ -164,7 +212,7 @@ def _draw_ceilings(ax: Axes, ceilings: Ceilings, lower: Mapping[str, float], low
     )
     ax.annotate(
         f"matmul, {ceilings.dtype}: {ceilings.tflops:.3g} TFLOP/s",
-        (ceilings.ridge if lower else high, ceilings.tflops),  # beside its end where other ceilings run close to it
+        (ceilings.ridge if lower else high, ceilings.tflops),  # other ceilings are close to the end of the roof
         ha="right",
         va="center" if lower else "bottom",
         xytext=(-6, 0) if lower else (0, 4),
@@ -196,7 +244,7 @@ def _draw_ceilings(ax: Axes, ceilings: Ceilings, lower: Mapping[str, float], low
 
 
 def _draw_points(ax: Axes, points: pd.DataFrame, lengths: list[int]) -> None:
-    """A marker for each row of `analysis.roofline_points`, larger for longer sequences, and its line to the right."""
+    """Draws a marker and its line for each row of `analysis.roofline_points`; longer sequences get larger markers."""
     for i, (name, group) in enumerate(points.groupby("impl", sort=False)):
         look = look_of(name, i)
         for row in group.itertuples():
@@ -211,25 +259,26 @@ def _draw_points(ax: Axes, points: pd.DataFrame, lengths: list[int]) -> None:
         for row in group.sort_values("seqlen", ascending=False).itertuples():
             size = 5 + 6 * (lengths.index(row.seqlen) + 1) / len(lengths)
             ax.plot([row.intensity], [row.tflops], **marker | {"markersize": size})
-            marker["label"] = None  # one entry in the legend, of the largest
+            marker["label"] = None  # only the largest marker gets an entry in the legend
 
 
-def _shorten(name: str, width: int = 44) -> str:
-    """An operation's or kernel's name, cut to a width."""
-    name = short_operation(name)
+def _shorten(name: str, width: int) -> str:
+    """A name cut to `width` characters."""
     return name if len(name) <= width else name[: width - 1] + "…"
 
 
 @styled
 def plot_profile(profiles: pd.DataFrame | Mapping[str, pd.DataFrame], top: int = 8) -> Figure:
-    """Where the time goes, operation by operation: bars of self time.
+    """Draws the self time of the longest operations as bars.
 
     Args:
-        profiles: a table of `analysis.profile`, or several by name, drawn below each other on one scale.
-        top: the longest operations of each.
+        profiles: the table that `analysis.profile` returns, or name -> table. Several tables are drawn below each other
+            on one scale.
+        top: operations that are drawn of each table. An operation with less than half a percent of the time is left
+            out.
     """
     named = dict(profiles) if isinstance(profiles, Mapping) else {"": profiles}
-    # what takes less than half a percent would be a row without a bar
+    # the bar of half a percent could not be seen
     named = {name: df[df["share"] >= 0.005].head(top) for name, df in named.items()}
     counts = [len(df) for df in named.values()]
     size = (WIDTH, 0.9 + sum(0.3 * n + 0.75 for n in counts))
@@ -249,7 +298,7 @@ def plot_profile(profiles: pd.DataFrame | Mapping[str, pd.DataFrame], top: int =
                 va="center",
                 fontsize=8,
             )
-        ax.set_yticks(range(len(shown)), [_shorten(op) for op in shown["op"]], fontsize=9)
+        ax.set_yticks(range(len(shown)), [_shorten(short_operation(op), 44) for op in shown["op"]], fontsize=9)
         ax.set(ylim=(len(shown) - 0.4, -0.6), xlim=(0, longest * 1.25))
         ax.grid(visible=False, axis="y")
         device = shown.attrs.get("device", "CPU")
@@ -258,4 +307,44 @@ def plot_profile(profiles: pd.DataFrame | Mapping[str, pd.DataFrame], top: int =
         ax.legend(loc="lower right")
         if i == len(named) - 1:
             ax.set_xlabel(f"self time on the {device} (ms per call of the function)")
+    return fig
+
+
+@styled
+def plot_timeline(events: pd.DataFrame, depth: int = 3, title: str = "") -> Figure:
+    """Draws operations over time, each call below its caller, and the kernels of a GPU in a track of their own.
+
+    Args:
+        events: the table that `analysis.timeline` returns.
+        depth: levels of calls that are drawn.
+        title: what was called.
+    """
+    shown = events[events["depth"] < depth]
+    tracks = [track for track in ("CPU", "GPU") if (shown["track"] == track).any()]
+    levels = {track: int(shown.loc[shown["track"] == track, "depth"].max()) + 1 for track in tracks}
+    fig, axes = plt.subplots(
+        len(tracks), 1, figsize=(WIDE, 1.3 + 0.6 * sum(levels.values())), sharex=True, squeeze=False,
+        height_ratios=list(levels.values()),
+    )  # fmt: skip
+    palette = (BLUE, ORANGE, GREEN, SKY, VERMILLION, PURPLE, YELLOW)
+    total = shown["end_us"].max()
+    took = (shown["end_us"] - shown["start_us"]).groupby([shown["track"], shown["op"].map(short_operation)]).max()
+    for ax, track in zip(axes[:, 0], tracks, strict=True):
+        longest = took[track].nlargest(len(palette))
+        colors = dict(zip(longest.index[longest > 0.01 * total], palette, strict=False))
+        entries: dict[str, Any] = {}
+        for row in shown[shown["track"] == track].itertuples():
+            name, width = short_operation(row.op), row.end_us - row.start_us
+            bar = ax.barh(
+                row.depth, width, left=row.start_us, height=0.8, color=colors.get(name, GREY), edgecolor="white",
+                linewidth=0.3,
+            )  # fmt: skip
+            entries.setdefault(name if name in colors else "shorter ones", bar)
+        ax.set(ylim=(levels[track] - 0.5, -0.5), yticks=[], ylabel=track)
+        ax.grid(visible=False, axis="y")
+        names = [name for name in [*colors, "shorter ones"] if name in entries]
+        labels = [_shorten(name, 34) for name in names]
+        ax.legend([entries[name] for name in names], labels, loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8)
+    axes[-1, 0].set_xlabel("time since the first operation (µs)")
+    axes[0, 0].set_title(f"{title or 'One call'}: {machine_of(events)}")
     return fig

@@ -1,8 +1,7 @@
-"""One block of rows on its way through the tiles of K and V: the running m, l and O, step by step, and row by row.
+"""A block of rows on its way through the tiles of K and V: the running m, l and a after each tile.
 
-`steps` computes them, `plot_steps` draws all of them, and `step_through` shows one at a time in a notebook, with a
-slider. Both draw with the same functions, so that a page without Python says the same as the widget.
-`plot_row_errors` shows in which rows such a loop went wrong.
+`steps` computes the states, `plot_steps` draws all of them, and `step_through` is a widget that shows one at a time.
+Both draw with the same functions, so a page without Python shows the same as the widget.
 """
 
 from __future__ import annotations
@@ -19,20 +18,21 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from labutils.attention.reference import online_softmax_trace
-from labutils.plotting.style import BLACK, BLUE, GREEN, ORANGE, PURPLE, RED, VERMILLION, WIDE, footnote, styled
+from labutils.plotting.style import BLUE, ORANGE, VERMILLION, WIDE, footnote, styled
 
 _SEEN, _NOW, _LATER = "#D8EAF6", "#FFE9C7", "#F4F4F4"
 
 
 @dataclass(frozen=True)
 class Step:
-    """The state of R rows after one tile; tensors in float64.
+    """The state of R rows after one tile; tensors are float64.
 
     Attributes:
-        start, stop: columns of the tile.
-        scores: (R, N), all of them, for the drawing. p: (R, stop - start), exp(S - m).
-        m, l, rescale: (R,) as in `reference.online_softmax_trace`.
-        acc: (R, D), the sum of p V that is not yet divided.
+        start, stop: columns of the tile, from start to stop - 1.
+        scores: (R, N), the scores of all tiles, for the drawing.
+        p: (R, stop - start), exp(S - m).
+        m, l, rescale: (R,), as in `reference.online_softmax_trace`.
+        acc: (R, D), the sum of p V, not yet divided by l.
     """
 
     start: int
@@ -46,13 +46,15 @@ class Step:
 
 
 def steps(scores: torch.Tensor, values: torch.Tensor, block: int) -> list[Step]:
-    """The states of a block of rows after each tile.
+    """The state of a block of rows after each tile.
 
     Args:
-        scores: (R, N), already scaled. values: (N, D). block: columns of a tile.
+        scores: (R, N), already scaled.
+        values: (N, D).
+        block: columns of a tile.
 
     Returns:
-        A state for each tile, from left to right.
+        One state for each tile, from left to right.
 
     Raises:
         ValueError: the shapes do not fit, or `block` is below 1.
@@ -73,11 +75,12 @@ def steps(scores: torch.Tensor, values: torch.Tensor, block: int) -> list[Step]:
 
 
 def _number(value: float, digits: int = 2) -> str:
+    """A number with a real minus sign."""
     return f"{value:.{digits}f}".replace("-", "−")
 
 
 def _draw_scores(ax: Axes, step: Step) -> None:
-    """The scores as squares, coloured by whether the tile has been there, with their numbers in the tile at hand."""
+    """Draws the scores as squares, coloured by whether their tile was visited; the current tile shows its numbers."""
     rows, columns = step.scores.shape
     for i in range(rows):
         for j in range(columns):
@@ -99,7 +102,7 @@ def _draw_scores(ax: Axes, step: Step) -> None:
 
 
 def _draw_state(ax: Axes, step: Step) -> None:
-    """A table: what the step did to m, l and O of each row."""
+    """Draws a table of m, α, l, a and a / l of each row after the step."""
     rows = step.m.shape[0]
     header = ["", "m", "α", "l", "a", "a / l"]
     widths = [0.10, 0.12, 0.12, 0.12, 0.27, 0.27]
@@ -130,7 +133,7 @@ def _draw_state(ax: Axes, step: Step) -> None:
 
 
 def _draw_step(left: Axes, right: Axes, states: Sequence[Step], number: int) -> None:
-    """One step, with its titles: the scores on the left, the state of the rows on the right."""
+    """Draws one step and its titles: the scores on the left, the state of the rows on the right."""
     step = states[number]
     _draw_scores(left, step)
     _draw_state(right, step)
@@ -139,7 +142,7 @@ def _draw_step(left: Axes, right: Axes, states: Sequence[Step], number: int) -> 
 
 
 def _explain(fig: Figure) -> None:
-    """What the colours and letters are, below the figure."""
+    """Explains colours and letters below the figure."""
     footnote(
         fig,
         "Orange: the tile at hand. Blue: seen, and forgotten. Grey: not yet seen. α = exp(m_old − m), 0 at the first "
@@ -150,10 +153,10 @@ def _explain(fig: Figure) -> None:
 
 @styled
 def plot_steps(states: Sequence[Step]) -> Figure:
-    """Every step, one below the other: the scores on the left, the state of the rows on the right.
+    """Draws every step, one below the other: the scores on the left, the state of the rows on the right.
 
     Args:
-        states: of `steps`.
+        states: what `steps` returns.
     """
     rows = states[0].m.shape[0]
     height = 0.45 + len(states) * (0.55 + 0.3 * (rows + 1))
@@ -166,11 +169,11 @@ def plot_steps(states: Sequence[Step]) -> Figure:
 
 @styled
 def plot_step(states: Sequence[Step], number: int) -> Figure:
-    """One step of `plot_steps`.
+    """Draws one step, as `plot_steps` does.
 
     Args:
-        states: of `steps`.
-        number: which one, from 0.
+        states: what `steps` returns.
+        number: the index of the step, from 0.
     """
     rows = states[number].m.shape[0]
     fig, (left, right) = plt.subplots(1, 2, figsize=(WIDE, 1.15 + 0.3 * (rows + 1)), width_ratios=[5, 6])
@@ -180,11 +183,12 @@ def plot_step(states: Sequence[Step], number: int) -> Figure:
 
 
 def step_through(states: Sequence[Step]) -> Any:
-    """A widget with a slider and a play button that walks through the steps, counted from 1 as in their titles; show
-    `plot_steps` beside it.
+    """A widget with a slider and a play button that walks through the steps.
+
+    Steps count from 1 here, as in their titles. Show `plot_steps` beside the widget, for a page without Python.
 
     Args:
-        states: of `steps`.
+        states: what `steps` returns.
     """
     import ipywidgets as widgets
 
@@ -199,35 +203,5 @@ def step_through(states: Sequence[Step]) -> Any:
     slider = widgets.IntSlider(**numbers, description="tile", readout_format="d")
     widgets.jslink((play, "value"), (slider, "value"))
     slider.observe(lambda change: setattr(image, "value", pictures[change["new"] - 1]), names="value")
-    # Not stretched: the picture keeps the size of those in the static figure.
+    # Without flex-start the picture would be stretched, and larger than in the static figure.
     return widgets.VBox([widgets.HBox([play, slider]), image], layout=widgets.Layout(align_items="flex-start"))
-
-
-@styled
-def plot_row_errors(errors: dict[str, torch.Tensor], allowed: float, machine: str = "") -> Figure:
-    """Largest error of each row of a result, for several results: rounding against bugs.
-
-    Args:
-        errors: label -> (N,), max |out - exact| over heads and dimensions; up to five of them.
-        allowed: what the 2 x rule allows (`labutils.attention.reference.judge`).
-        machine: for the footnote.
-
-    Raises:
-        ValueError: more results than there are colours.
-    """
-    colors, markers = (BLACK, BLUE, VERMILLION, GREEN, PURPLE), "oDX^s"
-    if len(errors) > len(colors):
-        raise ValueError(f"{len(errors)} results, and colours for {len(colors)}: draw fewer in one figure")
-    fig, ax = plt.subplots(figsize=(WIDE, 3.9))
-    floor = allowed / 1e5
-    for (label, values), color, marker in zip(errors.items(), colors, markers, strict=False):
-        y = values.double().cpu().clamp(min=floor)
-        ax.plot(range(len(y)), y, label=label, color=color, marker=marker, markersize=4.5, linestyle="none", alpha=0.85)
-    ax.axhline(allowed, color=RED, linestyle="--", linewidth=1.4, label="what the 2 × rule allows")
-    ax.set_yscale("log")
-    ax.set_xlabel("row (query) i")
-    ax.set_ylabel("max |out − exact| of the row")
-    ax.set_title("Rounding stays below the line in every row; a bug leaves a pattern")
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper left", ncols=3)
-    footnote(fig, f"{machine} At the bottom edge: rows whose error is zero, or too small for this axis.")
-    return fig

@@ -1,4 +1,4 @@
-"""What all figures share: colours, markers and labels of implementations, sizes, legends, notes under a figure."""
+"""What all figures share: colours, markers and labels of implementations, sizes, axes, legends, footnotes."""
 
 from __future__ import annotations
 
@@ -15,70 +15,23 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from labutils.attention.backends import Column
 from labutils.machine import runtime
 
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILLION, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
 GREY = "#8C8C8C"
-RED = "#B00020"  # limits, and what failed or says little: no implementation has it
+RED = "#B00020"  # limits, failures and doubtful points; not the colour of any implementation
 
-COLORS: dict[str, str] = {
-    "naive": BLACK,
-    "sdpa_math": GREY,
-    "sdpa_efficient": YELLOW,
-    "sdpa_flash": BLUE,
-    "sdpa_cudnn": SKY,
-    "flash_attn": GREEN,
-    "flex": PURPLE,
-    "triton_v1": ORANGE,
-    "triton_v2": VERMILLION,
-    "tiled_v1": "#8A5F00",
-    "tiled_v2": "#7A3300",
-    "notebook_v1": "#FFD48A",  # lighter shades of ORANGE and VERMILLION: the kernels that notebook 02 writes
-    "notebook_v2": "#F4A582",
-    "eager": BLACK,  # transformers' name for naive attention
-    "sdpa": BLUE,
-}
-"""Colour of each implementation."""
+COLORS = Column("color")
+"""Colour of each backend."""
 
-LABELS: dict[str, str] = {
-    "naive": "naive",
-    "sdpa_math": "SDPA math",
-    "sdpa_efficient": "SDPA memory-efficient",
-    "sdpa_flash": "SDPA flash",
-    "sdpa_cudnn": "SDPA cuDNN",
-    "flash_attn": "flash-attn package",
-    "flex": "FlexAttention",
-    "triton_v1": "our Triton v1",
-    "triton_v2": "our Triton v2",
-    "tiled_v1": "v1 loops in PyTorch",
-    "tiled_v2": "v2 loops in PyTorch",
-    "notebook_v1": "v1 of this notebook",
-    "notebook_v2": "v2 of this notebook",
-    "eager": "eager",
-    "sdpa": "SDPA",
-}
-"""What an implementation is called in a legend."""
+LABELS = Column("label")
+"""What a backend is called in a legend."""
 
-MARKERS: dict[str, str] = {
-    "naive": "o",
-    "sdpa_math": "s",
-    "sdpa_efficient": "^",
-    "sdpa_flash": "D",
-    "sdpa_cudnn": "v",
-    "flash_attn": "P",
-    "flex": "X",
-    "triton_v1": "h",
-    "triton_v2": "*",
-    "tiled_v1": "<",
-    "tiled_v2": ">",
-    "notebook_v1": "p",
-    "notebook_v2": "d",
-    "eager": "o",
-    "sdpa": "D",
-}
-"""Marker of each implementation."""
+MARKERS = Column("marker")
+"""Marker of each backend."""
 
 TENSOR_COLORS: dict[str, str] = {
     "q": BLUE,
@@ -102,7 +55,7 @@ TENSOR_LABELS = {
 }
 
 STYLE = {
-    "figure.facecolor": "white",  # in a dark JupyterLab a transparent figure would lose its black text
+    "figure.facecolor": "white",  # black text on a transparent figure could not be read in a dark JupyterLab
     "savefig.facecolor": "white",
     "figure.dpi": 100,
     "savefig.dpi": 100,
@@ -123,15 +76,15 @@ STYLE = {
 
 WIDTH = 7.2  # inches: one panel at the width of a notebook's page
 WIDE = 10.5  # two or three panels
-OTHER_COLORS = (GREEN, PURPLE, ORANGE, SKY, GREY)  # for names that are no implementation
+OTHER_COLORS = (GREEN, PURPLE, ORANGE, SKY, GREY)  # for series that are not implementations
 OTHER_MARKERS = "dp8H<"
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draws in the lab's style, whatever style the notebook has set, and lets pyplot forget the figure.
+    """Decorates a function to draw in the lab's style, whatever style the notebook has set.
 
-    Jupyter shows what pyplot still holds at the end of a cell, and the value of the cell's last line too: a
-    figure that stayed with pyplot would show twice.
+    pyplot forgets the figure. Jupyter shows the value of a cell's last line, and all figures that pyplot still holds: a
+    figure that pyplot kept would show twice.
     """
 
     @functools.wraps(draw)
@@ -140,7 +93,7 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
         with plt.style.context(["default", STYLE]):
             try:
                 return draw(*args, **kwargs)
-            finally:  # also when it fails: half a figure helps nobody
+            finally:  # after an error too: nobody needs half a figure
                 for number in set(plt.get_fignums()) - set(others):
                     plt.close(number)
 
@@ -148,11 +101,11 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def look_of(name: str, index: int = 0) -> dict[str, Any]:
-    """Colour, marker and label of an implementation, as `Axes.plot` takes them, or of some other series.
+    """Colour, marker and label of an implementation or of another series, as arguments of `Axes.plot`.
 
     Args:
-        name: of `COLORS`, or any other.
-        index: the position of a series that is no implementation, which decides how it looks.
+        name: an implementation's name in `COLORS`, or the label of another series.
+        index: the position among the series; it chooses the look of a series that is not an implementation.
     """
     color = COLORS.get(name, OTHER_COLORS[index % len(OTHER_COLORS)])
     look = {
@@ -162,7 +115,7 @@ def look_of(name: str, index: int = 0) -> dict[str, Any]:
         "markeredgecolor": "#333333",
         "markeredgewidth": 0.6,
     }
-    if color == YELLOW:  # a thin dark edge: bare yellow is lost on white
+    if color == YELLOW:  # a thin dark edge makes it visible on white
         look["path_effects"] = [patheffects.Stroke(linewidth=3.0, foreground="#6B6400"), patheffects.Normal()]
     return look
 
@@ -177,7 +130,7 @@ def short_size(n: float) -> str:
 
 
 def length_axis(ax: Axes, lengths: Sequence[int]) -> None:
-    """A logarithmic axis of sequence lengths, with a tick at each."""
+    """Makes the x axis logarithmic, with a tick and a short label at each sequence length."""
     ax.set_xscale("log", base=2)
     ax.xaxis.set_major_locator(FixedLocator(sorted(set(lengths))))
     ax.xaxis.set_minor_locator(NullLocator())
@@ -186,30 +139,32 @@ def length_axis(ax: Axes, lengths: Sequence[int]) -> None:
 
 
 def machine_of(df: pd.DataFrame) -> str:
-    """The machine on which a table was measured: its own where it is a stored one."""
+    """The machine on which a table was measured: the machine that a stored table names, otherwise this one."""
     return df.attrs.get("machine") or runtime.machine
 
 
 def footnote(fig: Figure, text: str) -> None:
-    """Small text under the figure."""
+    """Puts small text under the figure, wrapped at its width."""
     if text:
-        characters = int(fig.get_figwidth() * 15.5)  # of 8 points
+        characters = int(fig.get_figwidth() * 15.5)  # 15.5 characters of 8 points in an inch
         fig.supxlabel("\n".join(textwrap.wrap(text, characters)), fontsize=8, color="#444444", x=0.01, ha="left")
 
 
 def legend_above(fig: Figure, *axes: Axes, ncols: int = 3) -> None:
-    """One legend for all panels, over them, where it covers no data.
+    """Puts one legend for all panels above them, where it covers no data.
 
     Args:
-        axes: whose entries it has, each once.
-        ncols: columns, at most: fewer where their texts are too wide for the figure.
+        fig: the figure.
+        axes: the panels; an entry that several of them have is shown once.
+        ncols: the most columns. There are fewer if their texts are too wide for the figure.
     """
     entries: dict[str, Any] = {}
     for ax in axes:
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
     longest = max(map(len, entries), default=0)
-    fitting = int((fig.get_figwidth() + 0.25) // (0.068 * longest + 0.7))  # inches: a character of 9 points, a handle
+    # in inches: 0.068 for a character of 9 points, 0.7 for a handle
+    fitting = int((fig.get_figwidth() + 0.25) // (0.068 * longest + 0.7))
     ncols = max(1, min(ncols, fitting, len(entries)))
     rows = math.ceil(len(entries) / ncols)
     fig.set_figheight(fig.get_figheight() + 0.19 * max(0, rows - 3))  # the axes keep their size

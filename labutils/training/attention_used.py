@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from labutils.attention.backends import BACKENDS
 from labutils.training.step import as_in_training, device_of, loss_of, resolved_autocast
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ def attention_used(
         tokens: int64 (B, N), on any device.
 
     Returns:
-        The number of calls of each attention that ran, by name: "sdpa_flash", "sdpa_cudnn", "sdpa_efficient",
-        "sdpa_math", "flash_attn", "triton_v2" and "naive" (a softmax outside of all the others). Recomputation counts.
+        The number of calls of each attention that ran, by name: of the backends that name their operators in
+        `attention.backends`, and of "naive" (a softmax outside of all the others). Recomputation counts.
 
     Raises:
         TypeError: the model is None.
@@ -54,28 +55,13 @@ def attention_used(
     return _attention_of(calls)
 
 
-# The operator, or the autograd function, that each attention is, by the name that the profiler records: the one that
-# ran, not the one that was asked for.
-_OPERATORS = {
-    "aten::_scaled_dot_product_flash_attention": "sdpa_flash",
-    "aten::_scaled_dot_product_flash_attention_for_cpu": "sdpa_flash",
-    "aten::_scaled_dot_product_cudnn_attention": "sdpa_cudnn",
-    "aten::_scaled_dot_product_efficient_attention": "sdpa_efficient",
-    "aten::_scaled_dot_product_attention_math": "sdpa_math",
-    "flash_attn::_flash_attn_forward": "flash_attn",
-    "flash_attn::_flash_attn_varlen_forward": "flash_attn",
-    "labutils::flash_attention": "triton_v2",
-    "_FlashAttention": "triton_v2",  # the autograd function of `kernels.prepared`, which is no operator
-}
-
-
 def _attention_of(calls: dict[str, int]) -> dict[str, int]:
-    """Calls of each attention, from those of each operator."""
+    """Calls of each attention, from the calls of each operator and autograd function that a profile shows."""
     used: dict[str, int] = {}
-    for operator, name in _OPERATORS.items():
-        if calls.get(operator):
-            used[name] = used.get(name, 0) + calls[operator]
-    outside = calls.get("aten::_softmax", 0) - used.get("sdpa_math", 0)  # that one is made of ordinary operations
+    for backend in BACKENDS.values():
+        if count := sum(calls.get(operator, 0) for operator in backend.operators):
+            used[backend.name] = count
+    outside = calls.get("aten::_softmax", 0) - used.get("sdpa_math", 0)  # the math backend calls softmax itself
     if outside > 0:
         used["naive"] = outside
     return used

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.attention import SDPBackend
 
-from labutils.machine import runtime
+from labutils.machine import chips
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,12 @@ def for_capability(capability: tuple[int, int] | None) -> Choice:
             "A CPU computes fastest in float32. Our kernels run in Triton's interpreter there, far too slow to train "
             "with; PyTorch has a flash kernel for the CPU.",
         )  # fmt: skip
-    if capability < runtime.OLDEST_CAPABILITY:
-        oldest = ".".join(map(str, runtime.OLDEST_CAPABILITY))
+    if capability < chips.OLDEST:
         raise ValueError(
-            f"compute capability {capability[0]}.{capability[1]}: the lab needs {oldest} or higher. Ask for None and "
-            "train on the CPU"
+            f"compute capability {chips.dotted(capability)}: the lab needs {chips.dotted(chips.OLDEST)} or higher. Ask "
+            "for None and train on the CPU"
         )
-    if capability < (8, 0):
+    if capability < chips.BFLOAT16:
         return Choice(
             torch.float16, True, "sdpa", (SDPBackend.EFFICIENT_ATTENTION,),
             "Tensor cores of this generation have no bfloat16. float16 has too few exponent bits for small gradients, "
@@ -63,10 +62,10 @@ def for_capability(capability: tuple[int, int] | None) -> Choice:
             "uses them.",
         )  # fmt: skip
     backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    if capability >= (9, 0):
+    if capability >= chips.HOPPER:
         backends.insert(0, SDPBackend.CUDNN_ATTENTION)
     return Choice(
         torch.bfloat16, False, "labutils", tuple(backends),
         "bfloat16 has float32's range of exponents, so that the loss needs no scaling. Our kernels use tensor cores "
-        "from 8.0 on" + ("; cuDNN has kernels for this generation besides." if capability >= (9, 0) else "."),
+        "from 8.0 on" + ("; cuDNN has kernels for this generation besides." if capability >= chips.HOPPER else "."),
     )  # fmt: skip

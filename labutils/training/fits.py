@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from labutils.gpt2.attention import name_in_tables
+from labutils.attention.backends import name_in_tables
 from labutils.machine import runtime
 from labutils.machine.memory import free_memory, memory_cap
 from labutils.training.loop import History, train
@@ -45,7 +45,7 @@ def try_step(
             time and memory as text (only their loss means nothing).
         steps: 2 or more for the peak, because the optimizer's state does not exist in the first step; 3 or more for the
             speed, because the first two steps are slower.
-        impl: the column `impl`; by default `labutils.gpt2.attention.name_in_tables` of the model's attention.
+        impl: the column `impl`; by default `backends.name_in_tables` of the model's attention.
         checkpointing, chunked_loss: as for `train`.
         train_options: further arguments of `train`.
 

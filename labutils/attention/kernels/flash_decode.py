@@ -1,60 +1,31 @@
-"""Decoding: few queries against a long KV cache, the cache split over programs, and the parts merged by their lse.
+"""Decoding: a few queries against a long KV cache, which is split over programs; a second kernel merges the parts.
 
-With one query per sequence there is a single row of scores a head, and the forward kernel would leave most of the GPU
-idle. Two things change. The query heads that share a key head become the rows of one tile, so that each key is read
-once for all of them; and the keys are split in `splits` parts (flash decoding), each giving an output and a
-log-sum-exp, of which a second kernel makes the whole.
+With one query per sequence each head has a single row of scores, and the forward kernel would leave most of the GPU
+idle. So two things change here. The query heads that share a key head become the rows of one tile, and each key is read
+once for all of them. The keys are split into `splits` parts (flash decoding): each part gives an output and a
+log-sum-exp, and the second kernel merges them. It can, because the online softmax is associative.
 
-Source: T. Dao, D. Haziza, F. Massa, G. Sizov, "Flash-Decoding for long-context inference" (PyTorch blog, 2023). The
-merge is the associativity of the online softmax.
+Source: T. Dao, D. Haziza, F. Massa, G. Sizov, "Flash-Decoding for long-context inference" (PyTorch blog, 2023).
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from labutils.attention.kernels.flash_v2 import Options, attend
-from labutils.attention.kernels.launch import SEQUENCE_LENGTHS, Launched, launch, pick_config
-from labutils.attention.kernels.launch_table import SMALLEST_BLOCK, LaunchConfig, cdiv, next_power_of_2
+from labutils.attention.kernels.flash_v2 import attend
+from labutils.attention.kernels.launch import SEQUENCE_LENGTHS, Launch, launch, pick_config
+from labutils.attention.kernels.launch_config import SMALLEST_BLOCK, LaunchConfig, cdiv, next_power_of_2
+from labutils.attention.kernels.options import Cache, Options
 from labutils.attention.kernels.scores import LN_2, LOG2_E, columns_of
 from labutils.attention.kernels.tiles import load_tile, row_pointers, source, store_tile
 
 MOST_SPLITS = 128  # the merge holds all parts of a row in one tile
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Where in a KV cache the keys of each sequence are.
-
-    Attributes:
-        seqlens: int32 (B,), keys of each sequence in the cache, or None where all have `seqlen`.
-        seqlen: that number; where `seqlens` is given, the most that any sequence can have.
-        batch_idx: int32 (B,), which row of the cache a sequence uses, or None for its own number.
-        leftpad: int32 (B,), the first key of each sequence, or None for 0.
-        block_table: int32 (B, blocks of a sequence) of a paged cache, or None.
-    """
-
-    seqlens: torch.Tensor | None
-    seqlen: int
-    batch_idx: torch.Tensor | None = None
-    leftpad: torch.Tensor | None = None
-    block_table: torch.Tensor | None = None
-
-    def arguments(self) -> tuple:
-        """What the kernels of the cache take, in their order: from `seqlens_ptr` to `stride_tb`."""
-        table = self.block_table
-        return self.seqlens, self.batch_idx, self.leftpad, table, None if table is None else table.stride(0)
-
-    def page(self, k_cache: torch.Tensor) -> int:
-        """Rows of a block; 0 where the cache has none."""
-        return 0 if self.block_table is None else k_cache.shape[1]
 
 
 @triton.jit(do_not_specialize=(*SEQUENCE_LENGTHS, "N_NEW", "SPLITS"))
@@ -70,7 +41,7 @@ def _decode_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, PAGE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One block of rows of one key head against one part of its keys; row r is query r // GROUP, head r % GROUP."""
+    """One block of rows of one key head against one part of its keys. Row r is query r // GROUP of head r % GROUP."""
     blocks_m = tl.cdiv(N_Q * GROUP, BLOCK_M)
     pid = tl.program_id(0)
     start_m = pid % blocks_m * BLOCK_M
@@ -116,7 +87,7 @@ def _decode_kernel(
 
     rows = token[:, None]
     offset = n_k - N_Q
-    TOKENS: tl.constexpr = (BLOCK_M + GROUP - 2) // GROUP + 1  # of how many queries this tile can hold rows
+    TOKENS: tl.constexpr = (BLOCK_M + GROUP - 2) // GROUP + 1  # the most queries with rows in one tile
     first, begin, end, last = columns_of(start_m // GROUP, N_Q, n_k, offset, window_left, window_right, TOKENS, BLOCK_N)
     part = tl.cdiv(tl.cdiv(last - first, BLOCK_N), SPLITS) * BLOCK_N
     first = tl.minimum(first + split * part, last)
@@ -141,7 +112,7 @@ def _merge_kernel(
     stride_ps, stride_pr, stride_ls, stride_lr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """O = Σ_s exp(L_s - L) O_s with L = log Σ_s exp(L_s): one row (sequence, query, head) of the output a program."""
+    """O = Σ_s exp(L_s - L) O_s with L = log Σ_s exp(L_s): one program per row (sequence, query, head) of the output."""
     row = tl.program_id(0).to(tl.int64)
     offs_s = tl.arange(0, BLOCK_S).to(tl.int64)
     offs_d = tl.arange(0, BLOCK_D)
@@ -167,21 +138,21 @@ def _multiprocessors(device_index: int) -> int:
 
 
 def cut_to_rows(config: LaunchConfig, rows: int) -> LaunchConfig:
-    """The same with no more rows in a tile than there are queries times heads that share a key head."""
+    """The configuration with tiles for no more than `rows` rows, the queries times the heads that share a key head."""
     return replace(config, block_m=min(config.block_m, max(SMALLEST_BLOCK, next_power_of_2(rows))))
 
 
 @functools.lru_cache(1024)  # every layer asks the same for every token, and trying all splits takes as long as a launch
 def choose_splits(programs: int, tiles: int, slots: int) -> int:
-    """In how many parts to split the keys: the number that ends first if all programs run in waves.
+    """How many parts to split the keys into: the number with which all programs end first, if they run in waves.
 
     Args:
-        programs: without a split. tiles: blocks of keys of the longest sequence.
-        slots: programs in a wave. One for each multiprocessor: with its tiles in flight, one reads as fast as two.
+        programs: how many there are without a split. tiles: blocks of keys of the longest sequence.
+        slots: programs in a wave. There is one for each multiprocessor, since two would read no faster.
 
-    A wave takes as long as its programs have tiles, and a little more to begin and end; splitting adds the merge.
+    A wave takes the time of the tiles of one program, and a little more to begin and end. A split adds the merge.
     """
-    begin_and_end, merge = 2, 2  # worth that many tiles
+    begin_and_end, merge = 2, 2  # each takes as long as so many tiles
 
     def cost(splits: int) -> float:
         waves = -(-programs * splits // slots)
@@ -191,11 +162,11 @@ def choose_splits(programs: int, tiles: int, slots: int) -> int:
 
 
 class Plan(NamedTuple):
-    """What of a decoding does not depend on how many keys there are.
+    """The part of a decoding launch that does not depend on the number of keys.
 
     Attributes:
-        right: the window's right bound, None where the last key is within reach of the first query already.
-        config: the launch configuration. programs: without a split. slots: as in `choose_splits`.
+        right: the window's right bound; None if already the first query sees the last key.
+        config: the launch configuration. programs: how many there are without a split. slots: as in `choose_splits`.
     """
 
     right: int | None
@@ -205,25 +176,25 @@ class Plan(NamedTuple):
 
     @staticmethod
     def of(q: torch.Tensor, heads_kv: int, right: int | None, n_k: int, config: LaunchConfig | None = None) -> Plan:
-        """For queries (B, N_q, H, D) against up to `n_k` keys, of which the interpreter alone takes note."""
+        """The plan for queries (B, N_q, H, D). Only in the interpreter does it depend on `n_k`, the most keys."""
         batch, n_q, heads, head_dim = q.shape
         rows = n_q * heads // heads_kv
         if right is not None and right >= n_q - 1:
             right = None  # causal decoding of one token
         if config is None:
-            kernel = "decode" if rows < 128 else "forward"  # a long prompt against the cache is no decoding
+            kernel = "decode" if rows < 128 else "forward"  # many rows: a prompt against the cache
             config = pick_config(kernel, head_dim, q.dtype, right is not None, q.device, longest=max(rows, n_k))
             config = cut_to_rows(config, rows)
         slots = _multiprocessors(q.device.index or 0) if q.is_cuda else 1
         return Plan(right, config, batch * heads_kv * cdiv(rows, config.block_m), slots)
 
     def splits(self, n_k: int) -> int:
-        """In how many parts to split so many keys."""
+        """How many parts to split `n_k` keys into."""
         return choose_splits(self.programs, cdiv(n_k, self.config.block_n), self.slots)
 
 
 def rows_of_merge(splits: int) -> int:
-    """The block in which the merge holds the parts of a row."""
+    """Rows of the tile in which `_merge_kernel` holds all parts of one row of the output."""
     return max(SMALLEST_BLOCK, next_power_of_2(splits))
 
 
@@ -243,25 +214,25 @@ def decode(
     Args:
         q: (B, N_q, H, D).
         k_cache, v_cache: (B_cache, N_cache, H_kv, D), or (blocks, rows of a block, H_kv, D) with a block table.
-        cache: which keys are whose.
+        cache: where each sequence has its keys.
         options: scale, window, softcap, ALiBi; no dropout, no packed sequences.
-        n_new: keys that stand in the cache behind those that `cache` counts.
-        splits: parts of the keys, 1 to 128; 0 to have it chosen.
-        config: block sizes and warps; the launch table's where not given, cut to the rows that there are.
+        n_new: keys in the cache that `cache` does not count, since they were just appended.
+        splits: parts of the keys, 1 to 128; 0 lets `choose_splits` decide.
+        config: block sizes and warps; by default those of the launch table, with no more rows than needed.
 
     Returns:
-        out (B, N_q, H, D) in the dtype of q, lse (B, H, N_q) float32, natural logarithm; zeros and -inf for rows that
-        see no key.
+        out (B, N_q, H, D) in the dtype of q, and lse (B, H, N_q) float32, natural logarithm. For rows that see no key
+        they are zero and -inf.
 
     Raises:
         RuntimeError: as `launch.pick_config` and `launch.launch`.
     """
     n_k = cache.seqlen + n_new  # of the longest sequence
-    plan = Plan.of(q, k_cache.shape[2], options.window[1], n_k, config)
-    return start(q, k_cache, v_cache, cache, options, plan, n_new, splits or plan.splits(n_k))[:2]
+    plan = Plan.of(q, k_cache.shape[2], options.window_right, n_k, config)
+    return launch_decode(q, k_cache, v_cache, cache, options, plan, n_new, splits or plan.splits(n_k))[:2]
 
 
-def start(
+def launch_decode(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -270,8 +241,8 @@ def start(
     plan: Plan,
     n_new: int,
     splits: int,
-) -> tuple[torch.Tensor, torch.Tensor, list[Callable[[], Launched] | None]]:
-    """`decode` by a plan in so many parts, and what it launched, to be launched again: decoding, and any merge."""
+) -> tuple[torch.Tensor, torch.Tensor, list[Launch | None]]:
+    """`decode` by a plan. Also returns its launches, for `replay.Replay`: the decoding, then the merge if any."""
     batch, n_q, heads, head_dim = q.shape
     heads_kv, config = k_cache.shape[2], plan.config
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -284,7 +255,7 @@ def start(
     launched = [launch(
         _decode_kernel, (plan.programs * splits,), config,
         q, k_cache, v_cache, parts, part_lse, *cache.arguments(),
-        *options.slopes(), options.softmax_scale, options.softcap, options.window[0], plan.right, heads_kv, splits,
+        *options.slopes(), options.softmax_scale, options.softcap, options.window_left, plan.right, heads_kv, splits,
         n_q, cache.seqlen, n_new, *q.stride(), *k_cache.stride(), *v_cache.stride(), *parts.stride(),
         part_lse.stride(0), part_lse.stride(1), part_lse.stride(3), part_lse.stride(2),
         D=head_dim, BLOCK_D=config.block_d(head_dim), GROUP=heads // heads_kv, PAGE=cache.page(k_cache),

@@ -1,7 +1,7 @@
-"""FlashAttention-1, forward, as its paper has it: K and V in the outer loop; O, l and m in HBM; one program per head.
+"""FlashAttention-1, forward, as in its paper: K and V in the outer loop; O, l and m in HBM; one program per head.
 
 It is here to be measured and understood, not to be used: `flash_v2` computes the same faster. Two things make it
-slow. Each inner step reads and writes a block of O, l and m in global memory, and only batch x heads programs run,
+slow. Each inner step reads and writes a block of O, l and m in global memory. And only batch x heads programs run,
 which leaves most of a large GPU idle at batch 1.
 
 Source: arXiv 2205.14135, Algorithm 1; line numbers below are that algorithm's.
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from labutils.attention.kernels.launch import SEQUENCE_LENGTHS, launch, pick_config
-from labutils.attention.kernels.launch_table import LaunchConfig
+from labutils.attention.kernels.launch_config import LaunchConfig
 from labutils.attention.kernels.tiles import load_tile, tile_pointers
 
 
@@ -26,7 +26,7 @@ def _forward_kernel(
     stride_ob, stride_on, stride_oh, stride_od,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    bh = tl.program_id(0)  # one program does a whole head; nothing else is parallel
+    bh = tl.program_id(0)  # one program computes a whole head; nothing else is parallel
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + (h // GROUP) * stride_kh
@@ -70,7 +70,7 @@ def _forward_kernel(
             pv = tl.dot(p.to(v.dtype), v, input_precision="ieee")
             o = ((alpha * l_old)[:, None] * o + pv) / divisor[:, None]
 
-            # Threads may hold copies of each other's l and m: all have read before any writes.
+            # Threads may hold copies of each other's l and m: all must have read before any of them writes.
             tl.debug_barrier()
             in_o = in_m[:, None] & (tl.arange(0, BLOCK_D)[None, :] < D)
             tl.store(o_ptrs, o, mask=in_o)  # lines 12, 13: back to HBM
@@ -93,19 +93,19 @@ def forward(
         q: (B, N_q, H, D). k, v: (B, N_k, H_kv, D).
         softmax_scale: positive factor on the scores.
         causal: aligned to the bottom right.
-        config: block sizes and warps; the launch table's where not given.
+        config: block sizes and warps; by default those of the launch table.
 
     Returns:
-        out (B, N_q, H, D) in the dtype of q, and lse (B, H, N_q) float32, natural logarithm; zeros and -inf for rows
-        that see no key.
+        out (B, N_q, H, D) in the dtype of q, and lse (B, H, N_q) float32, natural logarithm. For rows that see no key
+        they are zero and -inf.
 
     Raises:
         RuntimeError: as `launch.pick_config` and `launch.launch`.
     """
     batch, n_q, heads, head_dim = q.shape
     n_k, heads_kv = k.shape[1:3]
-    # O is rescaled once for every block of K: in 16 bits each of these roundings would add to the error, so the
-    # working copy in HBM is float32 (the authors' CUDA code kept such a copy too, once K had several blocks).
+    # O is rescaled once for every block of K. In 16 bits each rounding would add to the error, so the working copy in
+    # HBM is float32. The authors' CUDA code kept such a copy, too, if K had several blocks.
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     l = torch.zeros(batch, heads, n_q, dtype=torch.float32, device=q.device)
     m = torch.full_like(l, -torch.inf)

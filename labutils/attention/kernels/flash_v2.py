@@ -1,22 +1,20 @@
-"""FlashAttention-2, forward: Q in the grid, O, l and m on chip, one number per row kept for the backward.
+"""FlashAttention-2, forward: one program per block of queries; O, l and m on chip; log-sum-exp kept for the backward.
 
-Scores are kept in base 2: exp(x) = 2^(x log2 e), the GPU computes 2^x in one instruction, and log2 e is folded into
-the softmax scale, so that the change of base costs nothing.
+Scores are kept in base 2: exp(x) = 2^(x log2 e), and the GPU computes 2^x in one instruction. The softmax scale
+contains the factor log2 e, so the change of base costs nothing.
 
 Source: arXiv 2307.08691, Algorithm 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
-from labutils.attention.kernels.launch import SEQUENCE_LENGTHS, Launched, describe, descriptors_fit, launch, pick_config
-from labutils.attention.kernels.launch_table import LaunchConfig, cdiv
+from labutils.attention.kernels.launch import SEQUENCE_LENGTHS, Launch, describe, descriptors_fit, launch, pick_config
+from labutils.attention.kernels.launch_config import LaunchConfig, cdiv
+from labutils.attention.kernels.options import Options, with_batch
 from labutils.attention.kernels.scores import (
     LN_2,
     columns_of,
@@ -29,63 +27,6 @@ from labutils.attention.kernels.scores import (
 from labutils.attention.kernels.tiles import load_rows, load_tile, source, store_tile, tile_pointers
 
 
-@dataclass(frozen=True)
-class Options:
-    """What changes the attention, other than its tensors; shared by forward, backward and decoding.
-
-    Attributes:
-        softmax_scale: positive factor on the scores.
-        window: (left, right), keys that a query sees before and after its own place, None for no bound; causal is
-            (None, 0). Aligned to the bottom right.
-        softcap: c in c * tanh(score / c), or None.
-        alibi_slopes: float32 (H,) or (B, H), or None.
-        dropout_p: probability of dropping a weight; with a `seed`, int64 (1,) on the device.
-        cu_seqlens_q, cu_seqlens_k: int32 (B + 1,) for packed sequences, or None.
-        max_seqlen_q, max_seqlen_k: the longest of the packed sequences.
-        block_table: int32 (B, blocks of a sequence), for keys and values in pages, or None.
-    """
-
-    softmax_scale: float
-    window: tuple[int | None, int | None] = (None, None)
-    softcap: float | None = None
-    alibi_slopes: torch.Tensor | None = None
-    dropout_p: float = 0.0
-    seed: torch.Tensor | None = None
-    cu_seqlens_q: torch.Tensor | None = None
-    cu_seqlens_k: torch.Tensor | None = None
-    max_seqlen_q: int = 0
-    max_seqlen_k: int = 0
-    block_table: torch.Tensor | None = None
-
-    def sizes(self, q: torch.Tensor, k: torch.Tensor) -> tuple[int, int, int]:
-        """(B, longest N_q, longest N_k)."""
-        if self.cu_seqlens_q is None:
-            return q.shape[0], q.shape[1], k.shape[1]
-        return len(self.cu_seqlens_q) - 1, self.max_seqlen_q, self.max_seqlen_k
-
-    def arguments(self) -> tuple:
-        """What forward and backward kernels take, in their order: from `cu_seqlens_q_ptr` to `window_right`."""
-        return (
-            self.cu_seqlens_q, self.cu_seqlens_k, *self.slopes(),
-            self.seed, self.dropout_p if self.seed is not None else None,
-            self.softmax_scale, self.softcap, *self.window,
-        )  # fmt: skip
-
-    def slopes(self) -> tuple:
-        """`slopes_ptr` and `stride_sb`, which is 0 where all sequences have the same slopes."""
-        slopes = self.alibi_slopes
-        return slopes, None if slopes is None else slopes.stride(0) if slopes.dim() == 2 else 0
-
-    def paging(self) -> tuple:
-        """`table_ptr` and `stride_tb`, for kernels that read keys from pages."""
-        return (None, None) if self.block_table is None else (self.block_table, self.block_table.stride(0))
-
-
-def with_batch(t: torch.Tensor) -> torch.Tensor:
-    """(B, N, H, D) as it is; a packed (total, H, D) as a batch of one, which is how the kernels see it."""
-    return t if t.dim() == 4 else t[None]
-
-
 @triton.jit
 def attend(
     acc, l_i, m_i, q, k_src, v_src, b, h_kv, stride_kn, stride_kd, stride_vn, stride_vd,
@@ -94,11 +35,11 @@ def attend(
     window_left, window_right,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Takes the columns from `first` to `last` into acc, l and m of one block of rows.
+    """Adds the columns from `first` to `last` to acc, l and m of one block of rows.
 
-    From `begin` to `end` every row sees every column, and no mask is computed. All programs branch alike there, so the
-    branch costs next to nothing; two loops, one with mask and one without, would each fill its own pipeline and hold
-    the registers of both.
+    From `begin` to `end` every row sees every column, and no mask is computed. All threads of a program take the same
+    side of that branch, so it costs next to nothing. Two loops, one with the mask and one without, would fill two
+    pipelines and need more registers.
     """
     unit = score_unit(softmax_scale, softcap, slope)
     for start_n in tl.range(first, last, BLOCK_N):
@@ -108,14 +49,14 @@ def attend(
         )
         s = tl.dot(q, tl.trans(k), input_precision="ieee")  # S_ij = Q_i K_jᵀ
         s, _ = score_tile(s, rows, offs_n[None, :], offset, softmax_scale, softcap, slope)
-        if (start_n < begin) | (start_n >= end):  # the diagonal, the window's end or the sequence's runs through here
+        if (start_n < begin) | (start_n >= end):  # an edge of the mask or the end of the sequence
             s = mask_tile(s, rows, offs_n[None, :], n_k, offset, window_left, window_right)
         m_new = tl.maximum(m_i, tl.max(s, axis=1) * unit)
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # no key yet: 2^(-inf - 0) = 0, 2^(-inf + inf) = NaN
         p = tl.math.exp2(s * unit - m_safe[:, None])  # P_ij = exp(S_ij - m_new), one multiply-add and one exp2
-        alpha = tl.math.exp2(m_i - m_safe)  # what the old maximum is worth under the new one
+        alpha = tl.math.exp2(m_i - m_safe)  # rescales sums from the old maximum to the new one
         l_i = l_i * alpha + tl.sum(p, axis=1)
-        if seed_ptr is not None:  # the softmax is over all keys; what is dropped is missing from the sum over V alone
+        if seed_ptr is not None:  # the softmax is over all keys: l stays, and only the sum over V loses a weight
             p = tl.where(dropout_keep(seed_ptr, dropout_p, head, rows, offs_n[None, :]), p, 0.0)
         v = load_rows(
             v_src, stride_vn, b, h_kv, start_n, n_k, D, BLOCK_N, BLOCK_D, TMA, table_ptr, stride_vp, stride_vd, PAGE
@@ -142,20 +83,20 @@ def _forward_kernel(
     bh = tl.program_id(0) // blocks_m  # neighbours in the grid share a head, so its K and V stay in the L2 cache
     pid_m = tl.program_id(0) % blocks_m
     if window_right is not None:
-        pid_m = blocks_m - 1 - pid_m  # the lowest rows see the most keys: start them first, end together
+        pid_m = blocks_m - 1 - pid_m  # the last rows see the most keys: they start first, so that all end together
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
     start_q, n_q = sequence(cu_seqlens_q_ptr, b, N_Q)
     start_k, n_k = sequence(cu_seqlens_k_ptr, b, N_K)
     start_m = pid_m * BLOCK_M
     if start_m >= n_q:
-        return  # packed sequences: the grid has room for the longest
+        return  # packed sequences: the grid is made for the longest one
     batch = b
     if cu_seqlens_q_ptr is not None:
-        batch = b * 0  # packed sequences lie in one long one
+        batch = b * 0  # packed sequences are a batch of one
     q_ptr += batch * stride_qb + start_q * stride_qn + h * stride_qh
     o_ptr += batch * stride_ob + start_q * stride_on + h * stride_oh
     h_kv = (h // GROUP).to(tl.int32)
-    if not TMA:  # else k_ptr and v_ptr are tensor descriptors, which are told b and h_kv
+    if not TMA:  # with TMA k_ptr and v_ptr are tensor descriptors: a load from them names b and h_kv
         k_ptr += h_kv.to(tl.int64) * stride_kh
         v_ptr += h_kv.to(tl.int64) * stride_vh
         if table_ptr is not None:
@@ -170,7 +111,7 @@ def _forward_kernel(
         slope = tl.load(slopes_ptr + b * stride_sb + h)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     rows = offs_m[:, None]
-    offset = n_k - n_q  # bottom-right alignment: causal, row i sees the columns j <= i + offset
+    offset = n_k - n_q  # bottom-right alignment: a causal mask lets row i see the columns j <= i + offset
 
     q = load_tile(tile_pointers(q_ptr, stride_qn, stride_qd, start_m, BLOCK_M, BLOCK_D), offs_m, n_q, D, BLOCK_D)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -187,10 +128,10 @@ def _forward_kernel(
     l_safe = tl.where(l_i == 0.0, 1.0, l_i)
     divisor = l_safe
     if seed_ptr is not None:
-        divisor = l_safe * (1.0 - dropout_p)  # what is kept stands for what is dropped
+        divisor = l_safe * (1.0 - dropout_p)  # the weights that are kept stand for the dropped ones, too
     acc = acc / divisor[:, None]  # the one division; rows that saw nothing stay zero
     store_tile(tile_pointers(o_ptr, stride_on, stride_od, start_m, BLOCK_M, BLOCK_D), acc, offs_m, n_q, D, BLOCK_D)
-    lse = (m_i + tl.math.log2(l_safe)) * LN_2  # rows that saw nothing: m is -inf, and so is this
+    lse = (m_i + tl.math.log2(l_safe)) * LN_2  # rows that saw nothing: m is -inf, and so is lse
     lse_ptr += batch * stride_lb + h * stride_lh + start_q
     tl.store(lse_ptr + offs_m, lse, mask=offs_m < n_q)
 
@@ -202,10 +143,10 @@ def forward(
 
     Args:
         q: (B, N_q, H, D), or (total_q, H, D) of packed sequences.
-        k, v: (B, N_k, H_kv, D), or (total_k, H_kv, D); H_kv a divisor of H. Any strides. With a block table
-            (blocks, rows of a block, H_kv, D).
-        options: scale, masks, dropout, where packed sequences begin.
-        config: block sizes and warps; the launch table's where not given.
+        k, v: (B, N_k, H_kv, D), or (total_k, H_kv, D); with a block table (blocks, rows of a block, H_kv, D). H_kv
+            divides H. Any strides.
+        options: scale, masks, dropout, and where packed sequences begin.
+        config: block sizes and warps; by default those of the launch table.
 
     Returns:
         out in the shape and dtype of q, and lse (B, H, N_q), or (H, total_q) of packed sequences: float32, natural
@@ -214,13 +155,13 @@ def forward(
     Raises:
         RuntimeError: as `launch.pick_config` and `launch.launch`.
     """
-    return start(q, k, v, options, config)[:2]
+    return launch_forward(q, k, v, options, config)[:2]
 
 
-def start(
+def launch_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options, config: LaunchConfig | None = None
-) -> tuple[torch.Tensor, torch.Tensor, Callable[[], Launched] | None]:
-    """`forward`, and what it launched, to be launched again."""
+) -> tuple[torch.Tensor, torch.Tensor, Launch | None]:
+    """`forward`, which also returns its launch, for a `replay.Replay`."""
     batch, n_q, n_k = options.sizes(q, k)
     heads, head_dim = q.shape[-2:]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -228,7 +169,7 @@ def start(
     lse = torch.empty((heads, len(q)) if packed else (batch, heads, n_q), dtype=torch.float32, device=q.device)
     if config is None:
         config = pick_config(
-            "forward", head_dim, q.dtype, options.window[1] is not None, q.device, longest=max(n_q, n_k)
+            "forward", head_dim, q.dtype, options.window_right is not None, q.device, longest=max(n_q, n_k)
         )
     block_d = config.block_d(head_dim)
     tma = config.tma and not packed and descriptors_fit(k, v)

@@ -1,30 +1,28 @@
-"""FlashAttention-2, backward: the probabilities computed again from the log-sum-exp, and no two programs' writes meet.
+"""FlashAttention-2, backward: recomputes the probabilities from the log-sum-exp, in two kernels without atomics.
 
-Two kernels: `_dq_kernel` (one program per block of queries), which on its way computes Δ = rowsum(dO ∘ O), and
-`_dkdv_kernel` (one program per block of keys), which needs it. No atomics: the result has the same bits in every run.
+`_dq_kernel` has one program per block of queries, and also computes Δ = rowsum(dO ∘ O). `_dkdv_kernel` has one program
+per block of keys, and reads Δ. No two programs write to the same place, so the result has the same bits in every run.
 
-Source: arXiv 2307.08691, Algorithm 2; the split in two kernels is ours, it recomputes S and dP once more.
+Source: arXiv 2307.08691, Algorithm 2. The split into two kernels is ours; S and dP are computed in both.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 
-from labutils.attention.kernels.flash_v2 import Options, with_batch
 from labutils.attention.kernels.launch import (
     SEQUENCE_LENGTHS,
-    Launched,
+    Launch,
     describe,
     describe_vectors,
     descriptors_fit,
     launch,
     pick_config,
 )
-from labutils.attention.kernels.launch_table import LaunchConfig, cdiv
+from labutils.attention.kernels.launch_config import LaunchConfig, cdiv
+from labutils.attention.kernels.options import Options, with_batch
 from labutils.attention.kernels.scores import (
     LOG2_E,
     columns_of,
@@ -45,7 +43,7 @@ def _dq_inner(
     window_left, window_right,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the columns from `first` to `last` contribute to dQ of one block of rows; `begin`, `end`: `attend`."""
+    """Adds the columns from `first` to `last` to dQ of one block of rows; `begin` and `end` as in `flash_v2.attend`."""
     unit = score_unit(softmax_scale, softcap, slope)
     for start_n in tl.range(first, last, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
@@ -55,7 +53,7 @@ def _dq_inner(
         s, derivative = score_tile(s, rows, offs_n[None, :], offset, softmax_scale, softcap, slope)
         if (start_n < begin) | (start_n >= end):
             s = mask_tile(s, rows, offs_n[None, :], n_k, offset, window_left, window_right)
-        dp = tl.dot(do, tl.trans(v), input_precision="ieee")  # on the tensor cores while others compute the exponents
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")  # tensor cores compute it beside the exponentials below
         p = tl.math.exp2(s * unit - lse2[:, None])  # P_ij = exp(S_ij - L_i)
         if seed_ptr is not None:
             keep = dropout_keep(seed_ptr, dropout_p, head, rows, offs_n[None, :])
@@ -113,13 +111,13 @@ def _dq_kernel(
     q = load_tile(tile_pointers(q_ptr, stride_qn, stride_qd, start_m, BLOCK_M, BLOCK_D), offs_m, n_q, D, BLOCK_D)
     o = load_tile(tile_pointers(o_ptr, stride_on, stride_od, start_m, BLOCK_M, BLOCK_D), offs_m, n_q, D, BLOCK_D)
     do = load_tile(tile_pointers(do_ptr, stride_don, stride_dod, start_m, BLOCK_M, BLOCK_D), offs_m, n_q, D, BLOCK_D)
-    # Δ_i = Σ_d dO_id O_id is what the gradient of softmax subtracts from each dP_ij of row i. A gradient by the
-    # log-sum-exp comes in here: ∂L_i/∂S_ij = P_ij, so that dS_ij = P_ij (dP_ij - Δ_i + dL_i).
+    # The gradient of softmax subtracts Δ_i = Σ_d dO_id O_id from each dP_ij of row i. A gradient by the log-sum-exp
+    # is added here, too: ∂L_i/∂S_ij = P_ij, so that dS_ij = P_ij (dP_ij - Δ_i + dL_i).
     delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), axis=1)
     if dlse_ptr is not None:
         delta -= tl.load(dlse_ptr + per_row + offs_m, mask=offs_m < n_q, other=0.0)
     lse2 = tl.load(lse_ptr + per_row + offs_m, mask=offs_m < n_q, other=0.0) * LOG2_E
-    lse2 = tl.where(lse2 == float("-inf"), 0.0, lse2)  # a row that saw no key has no P
+    lse2 = tl.where(lse2 == float("-inf"), 0.0, lse2)  # a row that saw no key: P = 2^(-inf - 0) = 0
     per_row = batch * stride_rb + h * stride_rh + start_q
     tl.store(delta_ptr + per_row + offs_m, delta, mask=offs_m < n_q)
     tl.store(lse2_ptr + per_row + offs_m, lse2, mask=offs_m < n_q)
@@ -142,11 +140,10 @@ def _dkdv_inner(
     window_left, window_right,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Adds what the rows from `first` to `last` contribute to dK and dV of one block of keys; `begin`, `end`: `attend`.
+    """Adds the rows from `first` to `last` to dK and dV of a block of keys; `begin` and `end` as in `flash_v2.attend`.
 
-    Everything is transposed, keys down and queries across, so that Pᵀ and dSᵀ are already what the products for dV
-    and dK take on their left. Rows past n_q must have no P: with ALiBi it may be infinite, and times
-    a dO of zero that is NaN.
+    Every tile is transposed, keys down and queries across: Pᵀ and dSᵀ are then the left operands of the products for dV
+    and dK. Rows past n_q must have P = 0: with ALiBi it may be infinite, and infinity times a dO of zero is NaN.
     """
     unit = score_unit(softmax_scale, softcap, slope)
     for start_m in tl.range(first, last, BLOCK_M):
@@ -159,7 +156,7 @@ def _dkdv_inner(
         sT, derivative = score_tile(sT, offs_m[None, :], cols, offset, softmax_scale, softcap, slope)
         if (start_m < begin) | (start_m >= end):
             sT = mask_tile(sT, offs_m[None, :], cols, n_k, offset, window_left, window_right)
-            lse2 = tl.where(offs_m < n_q, lse2, float("inf"))  # past the end: no P, whatever memory holds there
+            lse2 = tl.where(offs_m < n_q, lse2, float("inf"))  # past the end P is 0, whatever memory holds there
             delta = tl.where(offs_m < n_q, delta, 0.0)
         dpT = tl.dot(v, tl.trans(do), input_precision="ieee")  # dP_ijᵀ = V_j dO_iᵀ
         pT = tl.math.exp2(sT * unit - lse2[None, :])
@@ -190,7 +187,7 @@ def _dkdv_kernel(
 ):  # fmt: skip
     blocks_n = tl.cdiv(N_K, BLOCK_N)
     bh = tl.program_id(0) // blocks_n
-    start_n = tl.program_id(0) % blocks_n * BLOCK_N  # causal: the first keys are seen by the most rows, and start first
+    start_n = tl.program_id(0) % blocks_n * BLOCK_N  # causal: the most rows see the first keys, which start first
     heads_kv = H // GROUP
     b, h_kv = (bh // heads_kv).to(tl.int64), (bh % heads_kv).to(tl.int64)
     start_q, n_q = sequence(cu_seqlens_q_ptr, b, N_Q)
@@ -257,7 +254,7 @@ def backward(
     Args:
         dout: gradient by the output, in its shape; any strides.
         q, k, v, options: as given to `forward`; with dropout, the same seed. out, lse: as returned by it.
-        configs: launch configurations by kernel ("dkdv", "dq"); the launch table's for those not given.
+        configs: launch configurations by kernel ("dkdv", "dq"); by default those of the launch table.
         dlse: gradient by lse, in its shape, or None.
 
     Returns:
@@ -266,15 +263,15 @@ def backward(
     Raises:
         RuntimeError: as `launch.pick_config` and `launch.launch`.
     """
-    return start(dout, q, k, v, out, lse, options, configs, dlse)[0]
+    return launch_backward(dout, q, k, v, out, lse, options, configs, dlse)[0]
 
 
-def start(
+def launch_backward(
     dout, q, k, v, out, lse, options: Options, configs: dict[str, LaunchConfig] | None = None, dlse=None
-) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, Callable[[], Launched] | None], torch.Tensor]:
-    """`backward`, by kernel ("dkdv", "dq") what it launched, to be launched again, and what the first left the second.
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], dict[str, Launch | None], torch.Tensor]:
+    """`backward`, which also returns its launches by kernel ("dq", "dkdv"), for `replay.Replay`, and a tensor (2, ...).
 
-    That last tensor, (2, ...), holds L log2 e and Δ of each row.
+    That tensor holds L log2 e and Δ of each row: the dQ kernel writes it, and the dK/dV kernel reads it.
     """
     batch, n_q, n_k = options.sizes(q, k)
     heads, head_dim = q.shape[-2:]
@@ -286,12 +283,12 @@ def start(
     strides = {t: with_batch(t).stride() for t in (q, k, v, out, dout, dq, dk, dv)}
 
     def config(kernel: str) -> LaunchConfig:
-        causal = options.window[1] is not None
+        causal = options.window_right is not None
         chosen = (configs or {}).get(kernel)
         return chosen or pick_config(kernel, head_dim, q.dtype, causal, q.device, longest=max(n_q, n_k))
 
-    # L log2 e and Δ, one number a row, for `_dkdv_kernel`: it reads whole blocks of rows, so each row of these tensors
-    # goes on for as much as a block past the last sequence, and starts where the copy engine can read it.
+    # L log2 e and Δ, one number for each query. `_dkdv_kernel` reads whole blocks of them, so there is room for a block
+    # behind the last one. The multiple of 16 makes each head begin where the copy engine can read.
     columns = cdiv((len(q) if packed else n_q) + config("dkdv").block_m, 16) * 16
     per_row = torch.empty(2, *lse.shape[:-1], columns, dtype=torch.float32, device=q.device)
     lse2, delta = per_row
@@ -311,8 +308,8 @@ def start(
         D=head_dim, BLOCK_D=block_d, TMA=tma,
     )  # fmt: skip
     c = config("dkdv")
-    # The copy engine writes to multiples of 128 bytes. Triton puts the buffers of a loop one behind the other, so that
-    # the second one of fewer than 32 numbers of L or Δ would begin elsewhere.
+    # The copy engine writes to addresses that are multiples of 128 bytes. Triton puts the buffers of a loop one behind
+    # the other: with fewer than 32 numbers of L or Δ in a buffer, the second one would begin elsewhere.
     tma = c.tma and not packed and c.block_m >= 32 and descriptors_fit(q, dout)
     launched["dkdv"] = launch(
         _dkdv_kernel, (cdiv(n_k, c.block_n) * batch * heads_kv,), c,

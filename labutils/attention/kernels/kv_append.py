@@ -1,4 +1,4 @@
-"""Writes new keys and values into a KV cache, in place, and turns keys and queries by the rotary embedding.
+"""Writes new keys and values into a KV cache, and rotates keys and queries by the rotary embedding.
 
 Source of the embedding: arXiv 2104.09864. Pairs (x1, x2) of a vector at position p become
 (x1 cos - x2 sin, x1 sin + x2 cos), cos and sin from row p of the caller's tables.
@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 
-from labutils.attention.kernels.flash_decode import Cache
 from labutils.attention.kernels.launch import SEQUENCE_LENGTHS, launch
-from labutils.attention.kernels.launch_table import SMALLEST_BLOCK, LaunchConfig, next_power_of_2
+from labutils.attention.kernels.launch_config import SMALLEST_BLOCK, LaunchConfig, next_power_of_2
+from labutils.attention.kernels.options import Cache
 
 
 @triton.jit(do_not_specialize=SEQUENCE_LENGTHS)
@@ -24,7 +24,7 @@ def _append_kernel(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, PAGE: tl.constexpr, ROTARY: tl.constexpr,
     INTERLEAVED: tl.constexpr, TO_CACHE: tl.constexpr, ONE_POSITION: tl.constexpr,
 ):  # fmt: skip
-    """One token of one sequence, all heads: x (B, N_Q, H, D), turned, to y, which is the cache or shaped like x."""
+    """One token of one sequence, all heads: rotates x (B, N_Q, H, D) and writes it to y, a cache or a tensor like x."""
     b = (tl.program_id(0) // N_Q).to(tl.int64)
     n = tl.program_id(0) % N_Q
     position = N_K
@@ -86,14 +86,14 @@ def append(
     sin: torch.Tensor | None = None,
     interleaved: bool = True,
 ) -> None:
-    """Writes new keys or values behind those that the cache holds, in place; keys turned where cos and sin are given.
+    """Writes new keys or values into the cache, behind those that it holds; with cos and sin it rotates them first.
 
     Args:
         new: (B, N_new, H_kv, D): row i of sequence b goes to place seqlens[b] + i of the cache.
         into: the cache, (B_cache, N_cache, H_kv, D), or (blocks, rows of a block, H_kv, D) with a block table.
-        cache: which keys are whose, before these.
+        cache: where each sequence has its keys, before these are appended.
         cos, sin: (positions, rotary_dim / 2), equal strides; rotary_dim at most D.
-        interleaved: pairs are neighbours; else the two halves of the rotary dimensions.
+        interleaved: True: a pair is two neighbours. False: one from each half of the rotary dimensions.
     """
     _run(new, into, cache, cos, sin, interleaved, to_cache=True)
 
@@ -101,7 +101,7 @@ def append(
 def rotate(
     q: torch.Tensor, cache: Cache, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool, *, one_position: bool
 ) -> torch.Tensor:
-    """Queries (B, N_q, H, D) turned to their positions: query i at seqlens[b] + i, or all at seqlens[b]."""
-    turned = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    _run(q, turned, cache, cos, sin, interleaved, to_cache=False, one_position=one_position)
-    return turned
+    """A rotated copy of queries (B, N_q, H, D): query i to position seqlens[b] + i, or all of them to seqlens[b]."""
+    rotated = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    _run(q, rotated, cache, cos, sin, interleaved, to_cache=False, one_position=one_position)
+    return rotated

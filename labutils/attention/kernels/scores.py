@@ -1,9 +1,9 @@
-"""From products to probabilities: scale, softcap, ALiBi, masks and dropout of one tile, shared by all kernels of v2.
+"""From the product Q Kᵀ to weights: scale, softcap, ALiBi, masks and dropout of one tile, for all kernels of v2.
 
-Features are switched by None: an argument that is None when the kernel is compiled leaves no instruction behind.
+None switches a feature off: an argument that is None when a kernel is compiled adds no instruction to it.
 
 Rows are queries and columns are keys; both come as index tensors that broadcast against the tile, (BLOCK_M, 1) and
-(1, BLOCK_N), or the other way round where a kernel keeps its tile transposed.
+(1, BLOCK_N), or the other way round if a kernel keeps its tile transposed.
 """
 
 import triton
@@ -15,7 +15,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def sequence(cu_seqlens_ptr, b, N):
-    """Where sequence `b` starts in a packed tensor, and its length; (0, N) in a tensor with a batch dimension."""
+    """(start, length) of sequence `b` in a packed tensor; (0, N) in a tensor with a batch dimension."""
     if cu_seqlens_ptr is not None:
         start = tl.load(cu_seqlens_ptr + b).to(tl.int64)
         length = (tl.load(cu_seqlens_ptr + b + 1) - start).to(tl.int32)
@@ -27,8 +27,10 @@ def sequence(cu_seqlens_ptr, b, N):
 
 @triton.jit
 def tanh(x):
-    """tanh(x) = 1 - 2 / (1 + e^2x), without overflow for any x; near 0, where that is right to float32's rounding of 1
-    alone, its series: a large softcap multiplies the error."""
+    """tanh(x) = 1 - 2 / (1 + e^2x), which never overflows; near 0 its series.
+
+    Near 0 the formula has the absolute error of a number near 1, and a large softcap multiplies it.
+    """
     x2 = x * x
     series = x * (1.0 + x2 * (-1.0 / 3.0 + x2 * (2.0 / 15.0 + x2 * (-17.0 / 315.0 + x2 * (62.0 / 2835.0)))))
     return tl.where(x2 < 0.0625, series, 1.0 - 2.0 / (1.0 + tl.math.exp2(x * (2.0 * LOG2_E))))
@@ -36,9 +38,9 @@ def tanh(x):
 
 @triton.jit
 def score_unit(softmax_scale, softcap, slope):
-    """What one unit of `score_tile` is worth in base 2: the plain kernel's scores stay unscaled until the exponent.
+    """The factor from the scores of `score_tile` to base 2. Without softcap and ALiBi it contains the scale.
 
-    There the scale and the change of base are one multiply-add with the subtraction of the maximum.
+    In that case one multiply-add applies scale and change of base, and subtracts the maximum.
     """
     if softcap is None and slope is None:
         return softmax_scale * LOG2_E
@@ -48,10 +50,10 @@ def score_unit(softmax_scale, softcap, slope):
 
 @triton.jit
 def score_tile(s, rows, cols, offset, softmax_scale, softcap, slope):
-    """Scores of a tile, in units of `score_unit`, from s = Q Kᵀ; with softcap also the derivative by s, else 1.
+    """Scores of a tile from s = Q Kᵀ, in units of `score_unit`, and the derivative of softcap, 1 without it.
 
-    In natural units: softcap * tanh(scale * s / softcap), minus slope * |i + offset - j|; `offset` is N_k - N_q (masks
-    and ALiBi are aligned to the bottom right).
+    In natural units a score is softcap * tanh(scale * s / softcap) - slope * |i + offset - j|. `offset` is N_k - N_q,
+    since ALiBi and masks are aligned to the bottom right.
     """
     derivative = 1.0
     if softcap is not None:
@@ -67,7 +69,7 @@ def score_tile(s, rows, cols, offset, softmax_scale, softcap, slope):
 
 @triton.jit
 def mask_tile(s, rows, cols, n_k, offset, window_left, window_right):
-    """s with -inf where j is past the end or outside of the window: for the tiles that an edge runs through."""
+    """s with -inf for keys past the end or outside of the window. Only tiles that contain an edge need it."""
     visible = cols < n_k
     if window_right is not None:
         visible = visible & (cols <= rows + offset + window_right)
@@ -78,10 +80,10 @@ def mask_tile(s, rows, cols, n_k, offset, window_left, window_right):
 
 @triton.jit
 def columns_of(start_m, n_q, n_k, offset, window_left, window_right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which columns a block of rows sees: first, begin and end of the part that needs no mask, last.
+    """Which columns a block of rows sees: (first, begin, end, last); between begin and end no tile needs a mask.
 
-    All multiples of BLOCK_N but `last`. Where every tile needs a mask, begin is no less than end; where the rows see no
-    column, first is no less than last, and the loop between them does not run.
+    All but `last` are multiples of BLOCK_N. If every tile needs a mask, begin >= end. If the rows see no column,
+    first >= last, and the loop between them does not run.
     """
     first = 0
     last = n_k
@@ -101,7 +103,7 @@ def columns_of(start_m, n_q, n_k, offset, window_left, window_right, BLOCK_M: tl
 
 @triton.jit
 def rows_of(start_n, n_q, n_k, offset, window_left, window_right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The transpose of `columns_of`: which rows see a block of columns. Multiples of BLOCK_M but `last`."""
+    """The transpose of `columns_of`: which rows see a block of columns. All but `last` are multiples of BLOCK_M."""
     first = 0
     last = n_q
     begin = 0
@@ -119,10 +121,10 @@ def rows_of(start_n, n_q, n_k, offset, window_left, window_right, BLOCK_M: tl.co
 
 @triton.jit
 def dropout_keep(seed_ptr, dropout_p, head, rows, cols):
-    """True where dropout keeps a probability: a function of seed, head, row and column alone.
+    """True where dropout keeps a weight; it depends only on seed, head, row and column.
 
-    Philox takes the position as its counter, so that forward and backward agree whatever their tiles are. `head`
-    numbers all heads of all sequences.
+    Philox takes the position as its counter, so forward and backward agree whatever their tiles are. `head` numbers all
+    heads of all sequences.
     """
     seed = tl.load(seed_ptr)
     bits, _, _, _ = tl.philox(seed, cols + rows * 0, rows + cols * 0, head + (rows + cols) * 0, (rows + cols) * 0)

@@ -1,4 +1,4 @@
-"""Where a tile of a (B, N, H, D) tensor or a paged cache lies, and how it is loaded and stored past the edges."""
+"""Loads and stores tiles of a (B, N, H, D) tensor or a paged cache, also at the tensor's edges."""
 
 import triton
 import triton.language as tl
@@ -17,16 +17,16 @@ def tile_pointers(ptr, stride_n, stride_d, start_n, BLOCK_N: tl.constexpr, BLOCK
 
 @triton.jit
 def row_pointers(ptr, stride_d, row_offsets, BLOCK_D: tl.constexpr):
-    """Pointers (rows, BLOCK_D) to rows that do not follow each other: `row_offsets`, 64-bit, counts from `ptr`."""
+    """Pointers (rows, BLOCK_D) to rows in any order: each entry of `row_offsets` (64-bit) counts from `ptr`."""
     cols = tl.arange(0, BLOCK_D)
     return ptr + row_offsets[:, None] + cols[None, :] * stride_d
 
 
 @triton.jit
 def paged_rows(table_ptr, offs_n, N, stride_page, stride_n, PAGE: tl.constexpr):
-    """Where the keys `offs_n` of one sequence lie in a paged cache: row j is in block table[j // PAGE], j % PAGE down.
+    """Offsets of the keys `offs_n` of one sequence in a paged cache: key j is row j % PAGE of block table[j // PAGE].
 
-    Keys from N on have no entry in the table, and get block 0: what is loaded from there must be masked.
+    Keys from N on have no entry in the table, and get block 0: a load from there must be masked.
     """
     block = tl.load(table_ptr + offs_n // PAGE, mask=offs_n < N, other=0).to(tl.int64)
     return block * stride_page + (offs_n % PAGE).to(tl.int64) * stride_n
@@ -36,7 +36,7 @@ def paged_rows(table_ptr, offs_n, N, stride_page, stride_n, PAGE: tl.constexpr):
 def load_tile(ptrs, offs_n, N, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """Loads a tile; rows from N on and columns from D on read as zero."""
     offs_d = tl.arange(0, BLOCK_D)
-    if D < BLOCK_D:  # a mask that cannot matter is left out at compile time: it costs a comparison per element
+    if D < BLOCK_D:  # decided when compiled: a full tile needs no mask of columns, a comparison per element
         return tl.load(ptrs, mask=(offs_n[:, None] < N) & (offs_d[None, :] < D), other=0.0)
     else:
         return tl.load(ptrs, mask=offs_n[:, None] < N, other=0.0)
@@ -44,9 +44,9 @@ def load_tile(ptrs, offs_n, N, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def source(ptr, stride_n, stride_d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr, table_ptr=None):
-    """What `load_rows` reads the tiles of one head from, whose first element is at `ptr`: pointers to the first tile.
+    """The `src` of `load_rows` for one head, whose first element is at `ptr`: pointers to its first tile.
 
-    With TMA `ptr` is a tensor descriptor and remains one; in a paged cache it remains a pointer.
+    With TMA it is the tensor descriptor `ptr`; in a paged cache it is the pointer `ptr`.
     """
     if TMA or table_ptr is not None:
         return ptr
@@ -60,10 +60,10 @@ def load_rows(
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
     table_ptr=None, stride_page=None, stride_d=None, PAGE: tl.constexpr = 0,
 ):  # fmt: skip
-    """The tile (BLOCK_N, BLOCK_D) from row `start` on, as in `load_tile`; with a table, from pages of PAGE rows.
+    """Loads the tile (BLOCK_N, BLOCK_D) from row `start` on, as `load_tile`; with a table, from pages of PAGE rows.
 
-    With TMA (Hopper and later) one thread asks for the tile by its place (b, h, start), and the copy engine computes
-    the addresses and fills with zeros what is past N or D.
+    With TMA (Hopper and later) one thread asks for the tile by its place (b, h, start). The copy engine computes the
+    addresses, and fills rows past N and columns past D with zeros.
     """
     offs_n = start + tl.arange(0, BLOCK_N)
     if TMA:
@@ -77,9 +77,9 @@ def load_rows(
 
 @triton.jit
 def load_vector(src, bh, start, BLOCK: tl.constexpr, TMA: tl.constexpr):
-    """One number a row from row `start` on, of head `bh`. No mask: the tensor has room for BLOCK numbers there.
+    """Loads one number for each row of head `bh` from row `start` on. The tensor must have room for BLOCK numbers.
 
-    With a mask here the dK/dV kernel took 17 % longer.
+    There is no mask, since the dK/dV kernel took 17 % longer with one.
     """
     if TMA:
         return src.load([bh, start]).reshape([BLOCK])
@@ -89,7 +89,7 @@ def load_vector(src, bh, start, BLOCK: tl.constexpr, TMA: tl.constexpr):
 
 @triton.jit
 def store_tile(ptrs, tile, offs_n, N, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Stores a tile in the dtype of its tensor; rows from N on and columns from D on are left alone."""
+    """Stores a tile in the dtype of its tensor; rows from N on and columns from D on are not written."""
     offs_d = tl.arange(0, BLOCK_D)
     mask = (offs_n[:, None] < N) & (offs_d[None, :] < D)
     tl.store(ptrs, tile.to(ptrs.dtype.element_ty), mask=mask)

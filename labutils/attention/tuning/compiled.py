@@ -1,12 +1,14 @@
-"""What each kernel costs on a chip: shared memory, registers, spills; compiled for any GPU, without having one.
+"""Compiles our kernels for any GPU, without having it, and says what they need: shared memory, registers, spills.
 
 A child process, in which Triton compiles and does not interpret, calls the host functions of the kernels with tensors
 that have no data. Triton derives types and specialisation from their arguments, as for any launch, and hands them to
-its `jit_cache_hook`; there the launch ends, and the kernel is compiled for the GPU that was asked for. So this sees the
-kernels that a user's call launches on that GPU, in the configuration that the launch table has for it.
+its `jit_cache_hook`. There the launch ends, and the kernel is compiled for the requested GPU. So the results are about
+the kernels that a user's call launches on that GPU, in the configuration that the launch table has for it.
 
     from labutils.attention.tuning import compiled
-    [[forward]] = compiled.resources_of([compiled.Request("forward", 64, torch.float16, (8, 6))], binaries=True)
+    from labutils.machine import chips
+    request = compiled.Request("forward", 64, torch.float16, chips.AMPERE_RTX)
+    [[forward]] = compiled.resources_of([request], binaries=True)
     forward.shared_bytes, forward.registers, forward.blocks_per_sm
 """
 
@@ -35,42 +37,11 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
 from labutils.attention.kernels import flash_decode, flash_v1, flash_v2, flash_v2_backward, kv_append, launch
-from labutils.attention.kernels.launch_table import LaunchConfig
-from labutils.attention.tuning import wgmma_races, without_features
-
-WARP_SIZE = 32
-REGISTERS_PER_SM = 65_536
-TENSOR_MEMORY_COLUMNS = 512  # of one SM of compute capability 10.0
-
-
-@dataclass(frozen=True)
-class Chip:
-    """Limits of one compute capability.
-
-    Attributes:
-        names: GPUs that have it, for example.
-        shared_kib: shared memory that a block may use, in KiB.
-        shared_kib_per_sm: shared memory of an SM, in KiB. From 8.0 on each block costs 1 KiB more than it uses.
-        warps_per_sm, blocks_per_sm: the most that an SM holds at once.
-    """
-
-    names: str
-    shared_kib: int
-    shared_kib_per_sm: int
-    warps_per_sm: int
-    blocks_per_sm: int
-
-
-# Source: `arch_traits` in NVIDIA's CCCL, libcudacxx/include/cuda/__device/arch_traits.h.
-GPUS = {
-    (7, 5): Chip("T4, RTX 2080", 64, 64, 32, 16),
-    (8, 0): Chip("A100, A30", 163, 164, 64, 32),
-    (8, 6): Chip("RTX 3060, A10", 99, 100, 48, 16),
-    (8, 9): Chip("RTX 4090, L4", 99, 100, 48, 24),
-    (9, 0): Chip("H100, H200", 227, 228, 64, 32),
-    (10, 0): Chip("B200", 227, 228, 64, 32),
-    (12, 0): Chip("RTX 5090", 99, 100, 48, 24),
-}
+from labutils.attention.kernels.launch_config import LaunchConfig
+from labutils.attention.kernels.options import Cache, Options
+from labutils.attention.tuning import wgmma_races
+from labutils.machine import chips
+from labutils.machine.chips import GPUS, REGISTERS_PER_SM, TENSOR_MEMORY_COLUMNS, WARP_SIZE
 
 
 @dataclass(frozen=True)
@@ -82,10 +53,9 @@ class Request:
         head_dim: D. dtype: of q, k and v.
         capability: a key of `GPUS`.
         causal: whether the causal mask is on.
-        features: of `PROGRAMS[program].features`, those to switch on.
-        config: for all kernels of the program that take one; the launch table's where not given.
-        only: of what the program launches, the one kernel to compile, as in `Resources.kernel`; all where not given.
-        plain: the kernels as they would be without their features (see `plain`), for "forward" and "backward".
+        features: those of `PROGRAMS[program].features` to switch on.
+        config: launch configuration for all kernels of the program that take one; None: from the launch table.
+        only: the kernel to compile, named as in `Resources.kernel`; None: all that the program launches.
 
     Raises:
         ValueError: the program does not exist or has no such feature, or the capability is not in the table.
@@ -94,12 +64,11 @@ class Request:
     program: str
     head_dim: int
     dtype: torch.dtype
-    capability: tuple[int, int]
+    capability: chips.Capability
     causal: bool = True
     features: tuple[str, ...] = ()
     config: LaunchConfig | None = None
     only: str | None = None
-    plain: bool = False
 
     def __post_init__(self) -> None:
         if self.program not in PROGRAMS:
@@ -108,29 +77,26 @@ class Request:
             raise ValueError(f"capability={self.capability} is not known: one of {', '.join(map(str, GPUS))}.")
         if unknown := set(self.features) - set(PROGRAMS[self.program].features):
             raise ValueError(f"{self.program!r} has no feature {', '.join(sorted(unknown))}.")
-        if self.plain and (self.features or self.program not in ("forward", "backward")):
-            raise ValueError("plain kernels have no features, and there are those of forward and backward alone.")
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one launch of a kernel takes.
+    """What one launch of a kernel needs of a GPU.
 
     Attributes:
-        kernel: module and name, as in "flash_v2._forward_kernel". capability: of the GPU compiled for.
-        constants: its compile-time constants by name, block sizes among them. num_warps, num_stages: as in
-            `LaunchConfig`.
+        kernel: module and name, as in "flash_v2._forward_kernel". capability: of the GPU that it was compiled for.
+        constants: compile-time constants by name, block sizes among them. num_warps, num_stages: as in `LaunchConfig`.
         shared_bytes: shared memory of a block.
-        tensor_columns: columns of tensor memory of a block; only 10.0 has any.
-        registers: of a thread. spilled_bytes: what a thread keeps in local memory, since registers did not suffice.
-            None unless `resources_of` was asked for binaries.
-        instructions: of its PTX, None likewise.
-        overwritten: how many instructions write a register that a product in flight may still read, for 9.0; anything
-            but 0 is a race (see `in_flight`). None likewise, and where a kernel has no such product.
+        tensor_columns: columns of tensor memory of a block; only 10.0 has tensor memory.
+        registers: of a thread; None without `binaries` in `resources_of`.
+        spilled_bytes: bytes that a thread keeps in local memory for lack of registers; None without `binaries`.
+        instructions: of the kernel's PTX; None without `binaries`.
+        overwritten: instructions that write a register which a product in flight may still read (see `wgmma_races`):
+            any such instruction is a race. None without `binaries`, and if the kernel has no wgmma.
     """
 
     kernel: str
-    capability: tuple[int, int]
+    capability: chips.Capability
     constants: dict[str, int]
     num_warps: int
     num_stages: int
@@ -149,7 +115,7 @@ class Resources:
 
     @property
     def blocks_per_sm(self) -> int | None:
-        """How many blocks an SM holds at once; None where registers are not known."""
+        """How many blocks an SM holds at once; None if `registers` is None."""
         if self.registers is None:
             return None
         gpu = GPUS[self.capability]
@@ -163,13 +129,13 @@ class Resources:
 
     @property
     def occupancy(self) -> float | None:
-        """Warps that an SM holds, of those that it could; None where registers are not known."""
+        """The warps that an SM holds as a share of the most that it can hold; None if `registers` is None."""
         blocks = self.blocks_per_sm
         return None if blocks is None else blocks * self.num_warps / GPUS[self.capability].warps_per_sm
 
 
-# Sizes of the problems. One matters: 32 query heads share a key head. Decoding of two tokens takes them as 64 rows of
-# a tile; with fewer it would cut the table's block_m, and with one token it would drop the causal mask.
+# Sizes of the problems. Only one of them matters: 32 query heads share a key head. Decoding of two tokens treats them
+# as 64 rows of a tile. With fewer rows it would reduce the table's block_m, and with one token it would drop the mask.
 _B, _N, _H, _H_KV, _PAGE = 2, 1024, 64, 2, 256
 
 
@@ -177,15 +143,16 @@ def _empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _call(r: Request, n_q: int = _N) -> tuple[torch.Tensor, torch.Tensor, flash_v2.Options]:
+def _call(r: Request, n_q: int = _N) -> tuple[torch.Tensor, torch.Tensor, Options]:
     """q, one tensor for k and v, and the options of a request."""
     on, packed = r.features, "packed" in r.features
     q = _empty(*((_B * n_q,) if packed else (_B, n_q)), _H, r.head_dim, dtype=r.dtype)
     keys = (_B * _N // _PAGE, _PAGE) if "paged" in on else (_B * _N,) if packed else (_B, _N)
     k = _empty(*keys, _H_KV, r.head_dim, dtype=r.dtype)
-    options = flash_v2.Options(
+    options = Options(
         softmax_scale=0.125,
-        window=(250 if "window" in on else None, 0 if r.causal else 250 if "window" in on else None),
+        window_left=250 if "window" in on else None,
+        window_right=0 if r.causal else 250 if "window" in on else None,
         softcap=30.0 if "softcap" in on else None,
         alibi_slopes=_empty(_B, _H, dtype=torch.float32) if "alibi" in on else None,
         dropout_p=0.1 if "dropout" in on else 0.0,
@@ -199,10 +166,10 @@ def _call(r: Request, n_q: int = _N) -> tuple[torch.Tensor, torch.Tensor, flash_
     return q, k, options
 
 
-def _cache(r: Request, table: torch.Tensor | None) -> flash_decode.Cache:
+def _cache(r: Request, table: torch.Tensor | None) -> Cache:
     lengths = _empty(_B) if "lengths" in r.features else None
-    rows = lengths if table is None else None  # a paged cache has no rows to name, nor padding
-    return flash_decode.Cache(lengths, _N, batch_idx=rows, leftpad=rows, block_table=table)
+    rows = lengths if table is None else None  # a paged cache has neither numbered rows nor padding
+    return Cache(lengths, _N, batch_idx=rows, leftpad=rows, block_table=table)
 
 
 def _v1(r: Request) -> None:
@@ -236,7 +203,7 @@ def _append(r: Request) -> None:
 
 @dataclass(frozen=True)
 class Program:
-    """A host function: how a request calls it, which entries of the launch table it reads, what it can do."""
+    """A host function: how a request calls it, which entries of the launch table it reads, which features it has."""
 
     run: Callable[[Request], None]
     kernels: tuple[str, ...] = ()
@@ -255,9 +222,9 @@ PROGRAMS = {
 
 
 def _allocate(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> tuple[int, int]:
-    """Bytes of shared memory, columns of tensor memory: known long before LLVM and ptxas, which take most of the time.
+    """Bytes of shared memory and columns of tensor memory, without LLVM and ptxas, which take most of the time.
 
-    The passes are those of Triton 3.6 and 3.7 up to there; the tests compare the result with a complete compilation.
+    The passes are Triton's own up to that point. The tests compare the result with a complete compilation.
     """
     from triton._C.libtriton import ir, nvidia, passes
     from triton.backends.nvidia.compiler import get_ptx_version_from_options
@@ -285,7 +252,7 @@ def _allocate(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> 
 
 
 def _build(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> tuple[int, int, int, int, int, int | None]:
-    """The same and what else `Resources` has, from a complete compilation."""
+    """Both numbers of `_allocate`, and registers, spills, instructions and races, from a complete compilation."""
     kernel = triton.compile(source, target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
@@ -296,16 +263,21 @@ def _build(source: ASTSource, target: GPUTarget, options: dict[str, int]) -> tup
         raise RuntimeError(f"{command[0]} names no registers and no stack: {usage.strip()[-500:]!r}")
     registers, stack = map(int, found.groups())
     instructions = len(re.findall(r"^\s+(?:@%?\S+ )?[a-z][\w.:]+[^;:]*;", kernel.asm["ptx"], re.M))
-    overwritten = wgmma_races.count(kernel.asm["cubin"]) if target.arch == 90 else None
+    overwritten = wgmma_races.count(kernel.asm["cubin"]) if target.arch == _arch(chips.HOPPER) else None
     return kernel.metadata.shared, kernel.metadata.tmem_size or 0, registers, stack, instructions, overwritten
 
 
-_known: dict[tuple, tuple] = {}  # what the child process has compiled
+def _arch(capability: chips.Capability) -> int:
+    """A compute capability as Triton's targets have it: (9, 0) is 90."""
+    return 10 * capability[0] + capability[1]
+
+
+_known: dict[tuple, tuple] = {}  # results of the child process, by kernel, target and options
 
 
 def _launches(request: Request, binaries: bool) -> list[Resources]:
-    """Calls the program of a request and compiles what it launches; in the child process alone."""
-    target = GPUTarget("cuda", 10 * request.capability[0] + request.capability[1], WARP_SIZE)
+    """Calls the program of a request and compiles what it launches; only the child process does."""
+    target = GPUTarget("cuda", _arch(request.capability), WARP_SIZE)
     found = []
 
     def compile_and_stop(*, fn: Any, compile: Any, **_: Any) -> bool:
@@ -320,7 +292,7 @@ def _launches(request: Request, binaries: bool) -> list[Resources]:
             _known[key] = (_build if binaries else _allocate)(source, target, options)
         constants = {kernel.arg_names[place]: compile["constants"][place,] for place in kernel.constexprs}
         found.append(Resources(name, request.capability, constants, *options.values(), *_known[key]))
-        return True  # tells Triton that there is nothing left to compile, and so nothing to start
+        return True  # tells Triton that nothing is left to compile, so that it launches nothing
 
     triton.knobs.runtime.jit_cache_hook = compile_and_stop
     triton.runtime.driver.set_active(
@@ -331,8 +303,7 @@ def _launches(request: Request, binaries: bool) -> list[Resources]:
         )
     )
     launch._capability = lambda device_index: request.capability  # type: ignore[assignment]  # this process is a GPU's
-    with without_features.plain_kernels() if request.plain else contextlib.nullcontext():
-        PROGRAMS[request.program].run(request)
+    PROGRAMS[request.program].run(request)
     if not found:
         raise RuntimeError("no kernel was compiled: Triton's interpreter may be on, or its hook has changed")
     return found
@@ -340,21 +311,22 @@ def _launches(request: Request, binaries: bool) -> list[Resources]:
 
 _CHILD = """
 import sys, types
-package = types.ModuleType("labutils")  # labutils itself would switch Triton's interpreter on
+package = types.ModuleType("labutils")  # the real labutils would switch Triton's interpreter on
 package.__path__ = [sys.argv[1]]
 sys.modules["labutils"] = package
 from labutils.attention.tuning import compiled
+exec(sys.argv[2])
 compiled._answer()
 """
 
 
 def _answer() -> None:
-    """What the child process does: requests from stdin, lists of `Resources` to stdout."""
+    """The child process: reads requests from stdin, and writes lists of `Resources` to stdout."""
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever else is printed must not get between them
-    torch.cuda.device = lambda device: contextlib.nullcontext()  # the tensors are on none
+    os.dup2(2, 1)  # other output must not mix with the answers
+    torch.cuda.device = lambda device: contextlib.nullcontext()  # the tensors are on no device
     run = JITFunction.run
-    # Triton returns None for a launch that its hook has ended; host functions expect a compiled kernel.
+    # Triton returns None if its hook has ended a launch. Host functions expect a compiled kernel.
     JITFunction.run = lambda *args, **kwargs: run(*args, **kwargs) or MagicMock()
     requests, binaries = pickle.load(sys.stdin.buffer)
     found = []
@@ -371,10 +343,10 @@ def _answer() -> None:
     pickle.dump(found, answers)
 
 
-def _ask_child(requests: list[Request], binaries: bool) -> list[list[Resources]]:
+def _ask_child(requests: list[Request], binaries: bool, setup: str) -> list[list[Resources]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     child = subprocess.run(
-        [sys.executable, "-c", _CHILD, str(Path(__file__).resolve().parents[2])],
+        [sys.executable, "-c", _CHILD, str(Path(__file__).resolve().parents[2]), setup],
         input=pickle.dumps((requests, binaries)),
         capture_output=True,
         env=environment,
@@ -387,14 +359,17 @@ def _ask_child(requests: list[Request], binaries: bool) -> list[list[Resources]]
     return pickle.loads(child.stdout)
 
 
-def resources_of(requests: Iterable[Request], *, binaries: bool = False, processes: int = 1) -> list[list[Resources]]:
+def resources_of(
+    requests: Iterable[Request], *, binaries: bool = False, processes: int = 1, setup: str = ""
+) -> list[list[Resources]]:
     """Compiles what each request launches.
 
     Args:
-        requests: what to compile; equal ones are compiled once.
-        binaries: compile to the end, for registers and spills. Else shared and tensor memory alone, in a third of the
-            time or less: 0.1 to 4 s a kernel.
+        requests: what to compile; equal requests are compiled once.
+        binaries: compile to the end, for registers and spills. Else only shared and tensor memory become known, in a
+            third of the time or less: 0.1 to 4 s a kernel.
         processes: how many compile at once; each takes a CPU core and half a GiB.
+        setup: Python statements that each process runs before it compiles, such as some that replace a kernel.
 
     Returns:
         For each request its launches, in their order.
@@ -407,6 +382,6 @@ def resources_of(requests: Iterable[Request], *, binaries: bool = False, process
     different = list(dict.fromkeys(requests))
     shares = [share for i in range(processes) if (share := different[i::processes])]
     with ThreadPoolExecutor(max_workers=processes) as pool:
-        answers = pool.map(_ask_child, shares, [binaries] * len(shares))
+        answers = pool.map(lambda share: _ask_child(share, binaries, setup), shares)
         found = {request: answer for share, part in zip(shares, answers) for request, answer in zip(share, part)}
     return [found[request] for request in requests]

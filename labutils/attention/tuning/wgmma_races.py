@@ -1,14 +1,15 @@
-"""Whether a kernel for Hopper writes registers that a product on the tensor cores still reads: a race in machine code.
+"""Finds a race in the machine code of a kernel for Hopper: a write to a register that a running product still reads.
 
-A product of Hopper's tensor cores (`wgmma`, HGMMA in machine code) is started and runs on. Until it is waited for, its
-accumulators and, where its left operand lies in registers, those as well, must not be written. Triton waits for a
-product's result before that is used; a loop that ends with a product whose left operand is in registers, and that
-computes the next such operand before it waits again, gets no wait for the operand. ptxas does not see it: it looks for
-such writes between a product and its wait, and here the loop begins anew in between. What comes out is right or NaN,
-as the registers fall.
+A product of Hopper's tensor cores (`wgmma`, HGMMA in machine code) is started, and the kernel goes on. Until the kernel
+waits for the product, it must not write the product's accumulators, nor a left operand that lies in registers. Triton
+waits for a product before its result is used. But a loop may end with a product whose left operand is in registers,
+and compute the next such operand before it waits again: then nothing waits for the operand. ptxas does not see it. It
+looks for such writes between a product and its wait, and here the loop begins again in between. The result is right or
+NaN, depending on the registers. Triton 3.6 to 3.8 compile it so. Triton 3.9 moves the operand to other registers after
+the wait.
 
-A loop of ours is safe where its first product is used at once (as the scores are) and everything that the later ones
-take is computed from it. `overwritten` looks at what was compiled, and finds the writes that are not.
+A loop of ours is safe if its first product is used at once (as the scores are) and all operands of the later products
+are computed from it. `overwritten` reads the compiled kernel, and finds the writes that are not safe.
 
 Source: PTX ISA, "Asynchronous warpgroup level matrix instructions", on accessing registers before `wgmma.wait_group`.
 """
@@ -46,7 +47,7 @@ class Instruction(NamedTuple):
         return f"{self.address:#06x} {self.opcode} {self.operands}".rstrip()
 
     def writes(self) -> range:
-        """Numbers of the registers that it writes: those from its first operand on that is no predicate."""
+        """Numbers of the registers that it writes, beginning with its first operand that is not a predicate."""
         for operand in self.operands.split(",")[:2]:
             operand = operand.strip()
             if match := _REGISTER.match(operand):
@@ -60,7 +61,7 @@ class Instruction(NamedTuple):
         name, *modifiers = self.opcode.split(".")
         if name == "CS2R" and "32" not in modifiers:
             return 2
-        if name == "HMMA":  # a product of older tensor cores: 16 x 8 numbers, of which a thread has four
+        if name == "HMMA":  # a product of older tensor cores: of its 16 x 8 numbers a thread has four
             return 4 if "F32" in modifiers else 2
         if name.startswith(("LD", "IMAD", "ATOM", "F2F", "UIMAD")):
             return max((_MANY.get(modifier, 1) for modifier in modifiers), default=1)
@@ -68,7 +69,7 @@ class Instruction(NamedTuple):
 
 
 def machine_code(cubin: bytes) -> str:
-    """What `nvdisasm`, which comes with Triton, writes of a compiled kernel.
+    """The machine code of a compiled kernel as text, by `nvdisasm`, which comes with Triton.
 
     Raises:
         subprocess.CalledProcessError: nvdisasm cannot read it.
@@ -80,7 +81,7 @@ def machine_code(cubin: bytes) -> str:
 
 
 def _read(text: str) -> tuple[list[Instruction], dict[str, int]]:
-    """Instructions in their order, and for each label the place of the one behind it."""
+    """Instructions in their order, and for each label the index of the instruction behind it."""
     instructions, labels = [], {}
     for line in text.splitlines():
         if match := _INSTRUCTION.match(line):
@@ -92,12 +93,12 @@ def _read(text: str) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def _product(instruction: Instruction) -> tuple[frozenset[int], bool]:
-    """The registers of a product's accumulators and left operand, and whether a group of products ends with it."""
+    """Registers of a product's accumulators and left operand, and whether a group of products ends with it."""
     shape = re.search(r"\.64x(\d+)x(\d+)", instruction.opcode)
     operands = [operand.strip() for operand in instruction.operands.split(",")]
     if shape is None or (accumulator := _REGISTER.match(operands[0])) is None:
-        raise ValueError(f"a product that this does not know: {instruction}")
-    wide = ".F32" in instruction.opcode  # else two halves share a register
+        raise ValueError(f"a kind of product that is not known here: {instruction}")
+    wide = ".F32" in instruction.opcode  # else two float16 numbers share a register
     count = int(shape[1]) // (2 if wide else 4)
     registers = set(range(int(accumulator[1]), int(accumulator[1]) + count))
     if left := _REGISTER.match(operands[1]):
@@ -106,7 +107,7 @@ def _product(instruction: Instruction) -> tuple[frozenset[int], bool]:
 
 
 def count(cubin: bytes) -> int | None:
-    """How many instructions of a compiled kernel `overwritten` finds; None if it has no product that can be in flight.
+    """How many instructions `overwritten` finds in a compiled kernel; None if the kernel has no wgmma.
 
     Args:
         cubin: for compute capability 9.0.
@@ -116,21 +117,21 @@ def count(cubin: bytes) -> int | None:
 
 
 def overwritten(text: str) -> list[Instruction]:
-    """Instructions that write a register of a product in flight; none in a right kernel.
+    """Instructions that write a register of a product in flight; [] for a kernel without a race.
 
-    Every path through the kernel is followed, with the products that are in flight on it.
+    It follows every path through the kernel, with the products that are in flight on it.
 
     Args:
         text: machine code for compute capability 9.0, as `machine_code` gives it.
 
     Raises:
-        ValueError: it has no instructions, or a product of a kind that is not known here.
+        ValueError: the text has no instructions, or a kind of product that is not known here.
     """
     instructions, labels = _read(text)
     if not instructions:
-        raise ValueError("no instructions: text must be what nvdisasm writes.")
+        raise ValueError("no instructions: pass text that nvdisasm wrote.")
     found: dict[int, Instruction] = {}
-    # A state: groups of products in flight, oldest first; the last one is still open (and may be empty).
+    # A state: groups of products in flight, oldest first. The last group is still open, and may be empty.
     start: tuple[frozenset[int], ...] = (frozenset(),)
     seen: set[tuple[int, tuple[frozenset[int], ...]]] = set()
     paths = [(0, start)]

@@ -1,7 +1,7 @@
-"""Values on a socket between the grader and the process that runs a student's code.
+"""Messages on the socket between the grader and a student's process: values made of numbers, texts, lists and tensors.
 
-The grader trusts nothing that comes from there. A message is JSON and raw bytes of tensors: no pickle, which would run
-code of the sender's choice, and sizes are checked before anything is read.
+The grader trusts nothing that a student's process sends. A message is JSON and the raw bytes of tensors. It is not a
+pickle, which could run any code of the sender. Sizes are checked before anything is read.
 """
 
 from __future__ import annotations
@@ -36,14 +36,15 @@ _DTYPES = {
 
 
 class Garbled(Exception):
-    """What came is no message of this protocol."""
+    """What came is not a message of this protocol."""
 
 
 def send(channel: socket.socket, message: Any) -> None:
     """Sends a value made of None, booleans, numbers, strings, lists, tuples, dicts and tensors.
 
     Raises:
-        ValueError: it is too large. OSError: the other side is gone.
+        ValueError: the value is too large.
+        OSError: the other side is gone.
     """
     blobs: list[bytes] = []
     header = json.dumps(_packed(message, blobs)).encode()
@@ -57,10 +58,13 @@ def receive(channel: socket.socket, deadline: float | None = None, meanwhile: Ca
 
     Args:
         channel: the socket.
-        deadline: on `time.monotonic`'s clock. meanwhile: called about five times a second.
+        deadline: when to give up, on the clock of `time.monotonic`.
+        meanwhile: called about five times a second.
 
     Raises:
-        TimeoutError: the deadline passed. EOFError: the other side is gone. Garbled: this is no message.
+        TimeoutError: the deadline passed.
+        EOFError: the other side is gone.
+        Garbled: what came is not a message.
     """
     sizes = struct.unpack(">QQ", _exactly(channel, 16, deadline, meanwhile))
     if sizes[0] > LARGEST_HEADER or sizes[1] > LARGEST_MESSAGE:
@@ -71,11 +75,12 @@ def receive(channel: socket.socket, deadline: float | None = None, meanwhile: Ca
         return _unpacked(json.loads(header), body)
     except Garbled:
         raise
-    except Exception as error:  # json, wrong types, wrong lengths, nesting without end
+    except Exception as error:  # wrong JSON, types or lengths, or endless nesting
         raise Garbled(f"{type(error).__name__}: {str(error)[:100]}") from None
 
 
 def _exactly(channel: socket.socket, count: int, deadline: float | None, meanwhile: Callable[[], None] | None) -> bytes:
+    """The next `count` bytes."""
     parts, missing = [], count
     while missing:
         if deadline is not None and time.monotonic() > deadline:
@@ -99,6 +104,7 @@ def _exactly(channel: socket.socket, count: int, deadline: float | None, meanwhi
 
 
 def _packed(value: Any, blobs: list[bytes]) -> Any:
+    """The value as JSON; the bytes of its tensors are appended to `blobs`."""
     if isinstance(value, torch.Tensor):
         name = str(value.dtype).removeprefix("torch.")
         if name not in _DTYPES or value.layout != torch.strided:
@@ -116,8 +122,8 @@ def _packed(value: Any, blobs: list[bytes]) -> Any:
     return {"other": f"a {type(value).__name__}"}
 
 
-class Other:
-    """Something that the other side could not send; it has a name and no more."""
+class Unsendable:
+    """Stands for a value that the other side could not send; its `repr` says what the value was."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -127,6 +133,7 @@ class Other:
 
 
 def _unpacked(packed: Any, body: bytes) -> Any:
+    """The value of a message from its JSON and the bytes of its tensors; raises Garbled, among others."""
     place = 0
 
     def one(packed: Any) -> Any:
@@ -142,7 +149,7 @@ def _unpacked(packed: Any, body: bytes) -> Any:
         if kind == "dict" and isinstance(content, list):
             return {str(key): one(item) for key, item in content}
         if kind == "other":
-            return Other(str(content)[:100])
+            return Unsendable(str(content)[:100])
         if kind != "tensor":
             raise Garbled(f"unknown kind {str(kind)[:20]!r}")
         name, shape, stride, length = content

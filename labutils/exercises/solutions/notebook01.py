@@ -20,7 +20,7 @@ def safe_softmax(x):
 def online_update(m, l, x):
     """m, l (R,) of R rows and their next block of scores x (R, n) -> m_new, l_new (R,)."""
     m_new = torch.maximum(m, x.amax(dim=-1))
-    # exp(-inf - -inf) would be NaN: what is -inf weighs nothing
+    # exp(-inf - (-inf)) would be NaN: a score of -inf has the weight 0
     alpha = torch.where(m.isneginf(), 0.0, (m - m_new).exp())
     p = torch.where(x.isneginf(), 0.0, (x - m_new[:, None]).exp())
     return m_new, alpha * l + p.sum(dim=-1)
@@ -32,7 +32,7 @@ def normalised_update(m, l, o, x, v):
     alpha = (m - m_new).exp()
     p = (x - m_new[:, None]).exp()
     l_new = alpha * l + p.sum(dim=-1)
-    # o · l is the sum that o is the average of
+    # o · l is the weighted sum before its division by l
     o_new = ((alpha * l)[:, None] * o + p @ v) / l_new[:, None]
     return m_new, l_new, o_new
 
@@ -40,7 +40,7 @@ def normalised_update(m, l, o, x, v):
 def combine(outs, lses):
     """outs (S, N, D), lses (S, N) of S pieces -> out (N, D), lse (N,) of the whole."""
     lse = torch.logsumexp(lses, dim=0)
-    weights = torch.where(lses.isneginf(), 0.0, (lses - lse).exp())  # (S, N); a piece that saw nothing weighs nothing
+    weights = torch.where(lses.isneginf(), 0.0, (lses - lse).exp())  # (S, N); a piece that saw nothing has the weight 0
     return (weights[..., None] * outs).sum(dim=0), lse
 
 
@@ -50,7 +50,7 @@ def tiled_attention(q, k, v, block_m, block_n, causal):
     out, lse = torch.zeros_like(q), torch.full((n_q,), -math.inf, device=q.device)
     for i in range(0, n_q, block_m):
         q_i = q[i : i + block_m].float()
-        rows = torch.arange(i, i + len(q_i), device=q.device)[:, None] + n_k - n_q  # the last column each may see
+        rows = torch.arange(i, i + len(q_i), device=q.device)[:, None] + n_k - n_q  # the last column that each may see
         m = torch.full((len(q_i),), -math.inf, device=q.device)
         l, a = torch.zeros_like(m), torch.zeros_like(q_i)
         for j in range(0, n_k, block_n):

@@ -4,7 +4,7 @@ import torch
 
 
 def logits_length(gib, vocab):
-    """The largest N whose logits fit into so many GiB."""
+    """The largest N whose logits, three times in float32, fit into `gib` GiB."""
     return gib * 2**30 // (3 * 4 * vocab)
 
 

@@ -11,7 +11,7 @@ def attention_intensity(seqlen, head_dim, itemsize):
 
 
 def v2_bytes(seqlen, head_dim, block_m, itemsize):
-    """Bytes that FlashAttention-2 asks of memory for one head, without a mask."""
+    """Bytes that FlashAttention-2 loads and stores for one head, without a mask."""
     tensor = seqlen * head_dim * itemsize  # Q, K, V or O
     passes = math.ceil(seqlen / block_m)
     return 2 * tensor + 2 * passes * tensor + 4 * seqlen

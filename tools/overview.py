@@ -1,4 +1,4 @@
-"""The README's figure: what the lab is about, in one look at stored results."""
+"""The README's figure: how fast attention is, and how long a context trains, from stored results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SHOWN = ("triton_v2", "sdpa_cudnn", "flex", "flash_attn", "sdpa_flash", "naive"
 
 @styled
 def plot_overview(attention: pd.DataFrame, ladder: pd.DataFrame, *, model: str = "124M") -> Figure:
-    """Speed of attention over the sequence length, and how long a context trains on a small card.
+    """Draws the speed of attention over the sequence length, and the longest contexts that train on a small card.
 
     Args:
         attention: rows of `SCHEMAS["attention"]` of one dtype, head dimension and mask, both passes.
@@ -59,7 +59,7 @@ def plot_overview(attention: pd.DataFrame, ladder: pd.DataFrame, *, model: str =
 
 
 def _throughput(ax: Axes, attention: pd.DataFrame) -> None:
-    """FLOPs of forward and backward over the time of both; lengths at which either pass failed are left out."""
+    """FLOPs of forward and backward by the time of both. A length at which either pass failed is left out."""
     good = attention[(attention["status"] == "ok") & attention["impl"].isin(_SHOWN)]
     good = good.assign(flops=good["tflops"] * good["ms"])
     both = good.groupby(["impl", "seqlen"]).agg(flops=("flops", "sum"), ms=("ms", "sum"), passes=("pass", "nunique"))
@@ -78,7 +78,7 @@ def _contexts(ax: Axes, rungs: pd.DataFrame, model: str) -> None:
     longest = rungs["seqlen"].max()
     ax.barh(range(len(rungs)), rungs["seqlen"], color=BLUE, height=0.62)
     for y, row in enumerate(rungs.itertuples()):
-        # The search has an end of its own: there a longer one might have fit, which `bound` says by being empty.
+        # An empty `bound` says that the search ended at its own limit: a longer context might have fit.
         least = "at least " if pd.isna(row.bound) else ""
         text = f"{least}{short_size(row.seqlen)}, {row.tokens_per_s:,.0f} tokens/s"
         ax.annotate(text, (row.seqlen, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=9)

@@ -1,37 +1,40 @@
-"""`python -m labutils targets`: what the kernels are held to, measured on this GPU, beside what is required."""
+"""Measures the kernels on this GPU, and prints required and measured speed side by side."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from labutils.commands.arguments import INTERRUPTED, some_seconds, whole_number
+from jsonargparse import ArgumentParser, Namespace
+
+LABUTILS_COMMAND_LINE = True  # `import labutils` then imports no torch, and --help is quick
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the command's parser."""
-    parser = commands.add_parser(
-        "targets",
-        help="measure what the kernels are held to: speed beside FlashAttention-2, host time, and more",
-        description=(
-            "Measure, in one run, this lab's kernels beside FlashAttention-2 (PyTorch's flash backend, and the "
-            "flash-attn package where it is installed), in fp16 and bf16, with shared key heads, at a length that no "
-            "block divides, beside kernels without features, and the host time of a call; print required and measured "
-            "for each target, and exit with 0 if all are met, 1 if not. Needs a GPU and a few minutes. Rows are on "
-            "disk as they come: after an interrupt, --resume measures what is missing."
-        ),
-        epilog="Of stored rows, without a GPU: python -m labutils targets --of labutils/results/nvidia_h200",
-        allow_abbrev=False,
+def parser() -> ArgumentParser:
+    """The parser of the arguments."""
+    from labutils.commands.arguments import new_parser, some_seconds, whole_number
+
+    parser = new_parser(
+        "python tools/targets.py",
+        "Measure, in one run, this lab's kernels beside FlashAttention-2 (PyTorch's flash backend, and the flash-attn "
+        "package if it is installed): in fp16 and bf16, with shared key heads, at a length that no block divides, "
+        "beside kernels without features, and the host time of a call. Print required and measured for each target, "
+        "and exit with 0 if all are met, 1 if not. Needs a GPU and a few minutes. Rows are on disk as they come: after "
+        "an interrupt, --resume measures the missing ones.",
+        epilog="Stored rows, without a GPU: python tools/targets.py --of labutils/results/nvidia_h200",
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("targets-results"), help="folder for the results (default: %(default)s)"
+        "--out",
+        type=Path,
+        default=Path("targets-results"),
+        metavar="FOLDER",
+        help="folder for the results (default: %(default)s)",
     )
-    parser.add_argument("--resume", action="store_true", help="keep the rows in --out and measure what is missing")
-    parser.add_argument("--of", type=Path, metavar="FOLDER", help="measure nothing: judge what this folder holds")
+    parser.add_argument("--resume", action="store_true", help="keep the rows in --out and measure the missing ones")
+    parser.add_argument("--of", type=Path, metavar="FOLDER", help="measure nothing: judge the tables of this folder")
     parser.add_argument(
         "--rounds", type=whole_number, default=3, help="times through all points (default: %(default)s)"
     )
@@ -41,19 +44,23 @@ def add(commands: argparse._SubParsersAction) -> None:
         default=0.3,
         help="of recorded repeats for a point, all rounds together (default: %(default)s)",
     )
-    parser.set_defaults(run=run)
+    return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Measures and judges. Returns 0 where all targets are met, 1 where not or without a GPU, 2 for bad arguments, 130
-    after an interrupt."""
+def run(words: Sequence[str]) -> int:
+    """Measures and judges.
+
+    Returns:
+        0 if all targets are met, 1 if not or without a GPU, 2 for bad arguments, 130 after an interrupt.
+    """
+    arguments = parser().parse_args(words)
     from labutils import benchmark
     from labutils.benchmark import environment
     from labutils.machine import runtime
 
     if arguments.of is not None:
         if arguments.resume:
-            return _complain("--of measures nothing, so that there is nothing for --resume to go on with.", 2)
+            return _complain("--of measures nothing, so there is nothing for --resume to go on with.", 2)
         try:
             table = benchmark.read_results(arguments.of)
             return _judge(arguments.of, table, *_others(arguments.of), write=False)
@@ -64,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _complain(f"there is no GPU to time kernels on: {cause}. {remedy}", 1)
     try:
         if arguments.resume:
-            _others(arguments.out)  # what is damaged is told before anything is measured
+            _others(arguments.out)  # a damaged table is an error before anything is measured
         recorder = benchmark.Recorder(arguments.out, environment.environment(), resume=arguments.resume)
     except (ValueError, OSError) as error:
         return _complain(error, 2)
@@ -77,32 +84,34 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _complain(error: object, status: int) -> int:
-    print(f"labutils targets: {error}", file=sys.stderr)
+    print(f"targets: {error}", file=sys.stderr)
     return status
 
 
-def _measure(arguments: argparse.Namespace, recorder: Any) -> int:
+def _measure(arguments: Namespace, recorder: Any) -> int:
     import pandas as pd
 
+    import required_speed
     from labutils import benchmark
-    from labutils.benchmark import sweeping, targets
+    from labutils.benchmark import sweeping
     from labutils.benchmark.points import DeviceLost
+    from labutils.commands.arguments import INTERRUPTED
     from labutils.machine import files
 
-    points = targets.points()
+    points = required_speed.points()
     steps = sweeping.pending(points, recorder.rows, arguments.rounds)
     host_file, features_file = arguments.out / "host.csv", arguments.out / "features.csv"
     print(f"{recorder.environment['gpu']}: {len(points)} points, kept in {arguments.out}")
-    with sweeping.progress_bar(steps + 1 + 4 * len(targets.HEAD_DIMS)) as bar:  # host times, rows of features
+    with sweeping.progress_bar(steps + 1 + 4 * len(required_speed.HEAD_DIMS)) as bar:  # host times, rows of features
         try:
-            # Host time first: a sweep leaves a warm machine, and it is no part of it.
+            # Host time comes first: it is measured apart from the sweep, which would leave a warm machine.
             if not (arguments.resume and host_file.exists()):
                 bar.set_description_str("host time of a call")
-                times = pd.DataFrame(targets.host_times(), columns=targets.HOST_COLUMNS)
+                times = pd.DataFrame(required_speed.host_times(), columns=required_speed.HOST_COLUMNS)
                 files.replace(host_file, times.to_csv(index=False))
             bar.update(1)
             for done in sweeping.measure_rounds(
-                points, targets.implementations(), recorder.rows, rounds=arguments.rounds,
+                points, required_speed.implementations(), recorder.rows, rounds=arguments.rounds,
                 seconds_per_point=arguments.seconds, error_seconds=0.0, describe=bar.set_description_str,
             ):  # fmt: skip
                 recorder.write()
@@ -110,10 +119,11 @@ def _measure(arguments: argparse.Namespace, recorder: Any) -> int:
             if not (arguments.resume and features_file.exists()):
                 bar.set_description_str("kernels without features")
                 rows = []
-                for row in targets.without_features(rounds=arguments.rounds, seconds=arguments.seconds / 2):
+                for row in required_speed.feature_costs(rounds=arguments.rounds, seconds=arguments.seconds / 2):
                     rows.append(row)
                     bar.update(1)
-                files.replace(features_file, pd.DataFrame(rows, columns=targets.FEATURE_COLUMNS).to_csv(index=False))
+                table = pd.DataFrame(rows, columns=required_speed.FEATURE_COLUMNS)
+                files.replace(features_file, table.to_csv(index=False))
         except KeyboardInterrupt:
             if recorder.rows:
                 recorder.write()
@@ -128,14 +138,15 @@ def _measure(arguments: argparse.Namespace, recorder: Any) -> int:
 
 
 def _others(folder: Path) -> tuple[Any, Any]:
-    """The tables of kernels without features and of host times; None where the folder has none.
+    """The tables of kernels without features and of host times. None for a table that the folder lacks.
 
     Raises:
-        ValueError: one of them is damaged.
+        ValueError: a table is damaged.
     """
-    from labutils.benchmark import targets
+    import required_speed
 
-    return _read(folder / "features.csv", targets.FEATURE_COLUMNS), _read(folder / "host.csv", targets.HOST_COLUMNS)
+    features = _read(folder / "features.csv", required_speed.FEATURE_COLUMNS)
+    return features, _read(folder / "host.csv", required_speed.HOST_COLUMNS)
 
 
 def _read(file: Path, columns: Sequence[str]) -> Any:
@@ -156,18 +167,24 @@ def _read(file: Path, columns: Sequence[str]) -> Any:
 
 
 def _judge(folder: Path, table: Any, features: Any, host: Any, *, write: bool) -> int:
-    from labutils.benchmark import targets
+    import required_speed
     from labutils.machine import files
 
     made_by = table.attrs["environment"]
-    findings = targets.assess(table, features, host)
+    findings = required_speed.assess(table, features, host)
     print(f"{table.attrs['machine']}, torch {made_by['torch']}, triton {made_by['triton']}, {made_by['date']}\n")
-    print(targets.describe(findings))
+    print(required_speed.as_text(findings))
     if write:
         tables = {"features": features, "host": host}
-        found = targets.as_json(findings, tables, made_by)
+        found = required_speed.as_json(findings, tables, made_by)
         files.replace(folder / "targets.json", json.dumps(found, indent=1) + "\n")
         print(f"\nWritten to {folder}: attention.csv, features.csv, host.csv, environment.json, targets.json")
-    met = targets.passed(findings)
+    met = required_speed.passed(findings)
     print("\nAll targets are met." if met else "\nNot all targets are met.")
     return 0 if met else 1
+
+
+if __name__ == "__main__":
+    from labutils.commands.arguments import exit_status
+
+    sys.exit(exit_status("targets", run, sys.argv[1:]))

@@ -1,7 +1,7 @@
-"""What the kernels are held to, measured in one run and compared with what is required.
+"""The requirements on the kernels' speed: what must be measured, and how the measurements are judged.
 
-`points` is what must be measured, with `sweeping.measure_rounds`; `without_features` and `host_times` measure what a
-sweep does not. `assess` takes tables from anywhere, so that stored ones can be judged as well.
+A sweep measures `points`, by `sweeping.measure_rounds`. `feature_costs` and `host_times` measure the rest. `assess`
+judges tables from anywhere, so also stored ones.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from labutils.benchmark.sweeping import plan
 from labutils.benchmark.timing import Timing, time_call, time_issuing
 from labutils.machine import runtime
 
-# What is required, as ratios of times
-SPEEDUP = 1.5  # over FlashAttention-2, the geometric mean; no point may be slower
-BFLOAT16 = 1.05  # bfloat16 by float16, at most
-ODD_LENGTH = 1.10  # N = 4,095 by 4,096, for as much work, at most
-WITHOUT = 1.02  # features switched off, by kernels without them, at most
-HOST = 1.5  # host time of a call, by that of PyTorch's attention, at most
+# Limits on ratios of times
+SPEEDUP = 1.5  # at least: over FlashAttention-2, the geometric mean; no point may be slower
+BFLOAT16 = 1.05  # at most: bfloat16 over float16
+ODD_LENGTH = 1.10  # at most: N = 4,095 over 4,096, for the same work
+WITHOUT = 1.02  # at most: features switched off, over kernels without them
+HOST = 1.5  # at most: host time of a call, over that of PyTorch's attention
 
-# Of what
+# The grid
 OURS, FA2, GQA = "triton_v2", ("sdpa_flash", "flash_attn"), "triton_v2_gqa8"
 HEAD_DIMS, LENGTHS, TOKENS, HIDDEN = (64, 128), (1024, 4096, 16384), 16384, 2048
 ODD, EVEN = 4095, 4096  # no multiple of a block, and its neighbour
@@ -45,7 +45,7 @@ PASSES = {"fwd": "forward", "bwd": "backward"}
 
 
 def points() -> list[Point]:
-    """All points that the targets need, those that are compared next to each other."""
+    """All points that the requirements need. Points that are compared stand next to each other."""
     shared: dict[str, Any] = dict(head_dims=HEAD_DIMS, causal=(False, True), tokens=TOKENS, hidden=HIDDEN)
     half, both = [torch.float16], ("fwd", "bwd")
     found = [
@@ -68,15 +68,15 @@ def _grouped(q, k, v, *, causal=False, softmax_scale=None):
 
 
 def implementations() -> dict[str, Attention]:
-    """`IMPLEMENTATIONS`, and "triton_v2_gqa8": ours where each key head serves eight query heads; forward alone."""
-    return IMPLEMENTATIONS | {GQA: _grouped}
+    """`IMPLEMENTATIONS`, and "triton_v2_gqa8": ours with eight query heads for each key head, only for the forward."""
+    return {**IMPLEMENTATIONS, GQA: _grouped}
 
 
 FEATURE_COLUMNS = ("pass", "head_dim", "causal", "with_ms", "without_ms", "spread")
 
 
-def without_features(*, rounds: int = 3, seconds: float = 0.1) -> Iterator[dict[str, Any]]:
-    """Times our kernels, features off, against kernels without features (see `kernels.plain`), round by round in turn.
+def feature_costs(*, rounds: int = 3, seconds: float = 0.1) -> Iterator[dict[str, Any]]:
+    """Times our kernels with all features off against kernels without features (`without_features`), in turn.
 
     Args:
         rounds: of both, in turn.
@@ -84,15 +84,16 @@ def without_features(*, rounds: int = 3, seconds: float = 0.1) -> Iterator[dict[
 
     Yields:
         A row for each pass, head dimension and mask, with `FEATURE_COLUMNS`; N = 4,096, fp16, B * N = 16,384. `spread`
-        is relative: the largest interquartile range, and what the ratios of the rounds range over.
+        is relative: the largest interquartile range, plus the range of the rounds' ratios.
 
     Raises:
-        Unsupported: no GPU.
+        Unsupported: there is no GPU.
     """
     if runtime.device.type != "cuda":
-        raise Unsupported("kernels are timed on a GPU alone: in the interpreter a time means nothing.")
+        raise Unsupported("kernels are timed only on a GPU: in the interpreter a time means nothing.")
+    import without_features
     from labutils.attention.kernels import flash_v2, flash_v2_backward
-    from labutils.attention.tuning import without_features
+    from labutils.attention.kernels.options import Options
 
     for d in HEAD_DIMS:
         shape = (TOKENS // EVEN, EVEN, HIDDEN // d, d)
@@ -101,7 +102,7 @@ def without_features(*, rounds: int = 3, seconds: float = 0.1) -> Iterator[dict[
             torch.randn(shape, generator=generator, device=runtime.device, dtype=torch.float16) for _ in range(4)
         )
         for causal in (False, True):
-            options = flash_v2.Options(d**-0.5, (None, 0 if causal else None))
+            options = Options(d**-0.5, window_right=0 if causal else None)
             out, lse = flash_v2.forward(q, k, v, options)
 
             def forward(q=q, k=k, v=v, options=options):
@@ -114,8 +115,8 @@ def without_features(*, rounds: int = 3, seconds: float = 0.1) -> Iterator[dict[
             for which, call in calls.items():
                 kernels: tuple[Callable[[], Any], ...] = (contextlib.nullcontext, without_features.plain_kernels)
                 timed: tuple[list[Timing], list[Timing]] = ([], [])
-                # A GPU that waited for a compiler is cool, and its clock is high: compile before. And each kernel is
-                # the first of a round as often as the other.
+                # Round -1 compiles: a GPU that waits for a compiler cools, and its clock rises. The two kernels take
+                # turns at being the first of a round.
                 for number in range(-1, rounds):
                     for one in (0, 1) if number % 2 else (1, 0):
                         with kernels[one]():
@@ -127,7 +128,7 @@ def without_features(*, rounds: int = 3, seconds: float = 0.1) -> Iterator[dict[
 
 
 def feature_row(which: str, head_dim: int, causal: bool, ours: Sequence[Timing], plain: Sequence[Timing]) -> dict:
-    """The row of `without_features` for a pass, a D and a mask, from the timings of each round."""
+    """The row of `feature_costs` for a pass, a D and a mask, from the timings of each round."""
     ratios = [one.median_ms / other.median_ms for one, other in zip(ours, plain, strict=True)]
     within = max(timing.spread_ms / timing.median_ms for timing in (*ours, *plain))
     medians = [statistics.median(timing.median_ms for timing in timings) for timings in (ours, plain)]
@@ -140,21 +141,21 @@ HOST_COLUMNS = ("head_dim", "causal", "ours_us", "sdpa_us")
 def host_times(*, calls: int = 2000) -> list[dict[str, Any]]:
     """Host time of a forward call of `flash_attn_func`, and of PyTorch's attention with its flash backend.
 
-    How long the call takes to return, while the GPU works behind it (`measuring.time_issuing`): the same q, k and v,
-    fp16, (B, N, H, D) for ours and (B, H, N, D) for PyTorch's, each contiguous. The context that chooses the backend is
-    entered once, around all calls.
+    Host time is how long a call takes to return while the GPU works on (`benchmark.time_issuing`). Both get the same
+    q, k and v in fp16, (B, N, H, D) for ours and (B, H, N, D) for PyTorch's, each contiguous. The context that chooses
+    the backend is entered once, around all calls.
 
     Args:
-        calls: of each of the two, at each point.
+        calls: how often each of the two is called at each point.
 
     Returns:
         A row for each head dimension and mask, with `HOST_COLUMNS`, medians in microseconds; (B, N, H) = (1, 256, 8).
 
     Raises:
-        Unsupported: no GPU.
+        Unsupported: there is no GPU.
     """
     if runtime.device.type != "cuda":
-        raise Unsupported("host time is that of launching a kernel on a GPU, and there is none.")
+        raise Unsupported("host time is measured while a GPU works, and this machine has none.")
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     rows = []
@@ -170,7 +171,7 @@ def host_times(*, calls: int = 2000) -> list[dict[str, Any]]:
                 def sdpa(qkv=theirs, causal=causal):
                     return torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=causal)
 
-                # In turn, since a core's clock rises and falls: two halves each.
+                # A core's clock rises and falls, so both take turns: two halves each.
                 found = [[time_issuing(call, calls=calls // 2) for call in (ours, sdpa)] for _ in range(2)]
                 rows.append(dict(zip(HOST_COLUMNS, (d, causal, *(sum(pair) / 2 for pair in zip(*found))))))
     return rows
@@ -183,12 +184,12 @@ def host_times(*, calls: int = 2000) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Finding:
-    """One requirement.
+    """One requirement, and whether it is met.
 
     Attributes:
-        what: of what. required, measured: in words, with the numbers.
-        met: None where it could not be judged, and then `measured` says why.
-        optional: whether the whole may pass without it.
+        what: the quantity. required, measured: in words, with the numbers.
+        met: None if it could not be judged; `measured` then says why.
+        optional: whether all together may pass without this one.
     """
 
     what: str
@@ -198,12 +199,12 @@ class Finding:
     optional: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as JSON takes them."""
+        """The fields in JSON's types."""
         return asdict(self)
 
 
 def passed(findings: Iterable[Finding]) -> bool:
-    """Whether all are met. An optional one need not have been measured; where it was, it must be met, too."""
+    """Whether all are met. An optional one need not have been measured; if it was, it must be met, too."""
     return all(finding.met or (finding.met is None and finding.optional) for finding in findings)
 
 
@@ -212,7 +213,7 @@ _MISSING = "not measured"
 
 
 def _pairs(one: pd.DataFrame, other: pd.DataFrame, on: Sequence[str], wanted: int) -> pd.DataFrame | str:
-    """Times of two tables side by side, `ms_1` and `ms_2`, or what is missing of the `wanted` points."""
+    """Times of two tables side by side, `ms_1` and `ms_2`, or a text that says how many `wanted` points are missing."""
     columns = [*on, "ms", "spread_ms", "seqlen", "batch"]
     both = one[list(dict.fromkeys(columns))].merge(
         other[list(dict.fromkeys(columns))], on=list(on), suffixes=("_1", "_2"), validate="one_to_one"
@@ -235,11 +236,11 @@ def assess(
     features: pd.DataFrame | None = None,
     host: pd.DataFrame | None = None,
 ) -> list[Finding]:
-    """Every requirement against what was measured.
+    """Judges every requirement.
 
     Args:
-        table: of attention, with the columns of `storing.COLUMNS`; what is in it beside `points` is left out.
-        features: rows of `without_features`. host: rows of `host_times`. None where they were not measured.
+        table: an attention table, with the columns `benchmark.COLUMNS`. Rows that are not among `points` are left out.
+        features: rows of `feature_costs`. host: rows of `host_times`. None if they were not measured.
 
     Raises:
         ValueError: the table has a point twice.
@@ -271,7 +272,7 @@ def assess(
         odd = table[(table["dtype"] == "float16") & (table["seqlen"] == ODD)]
         even = half[half["seqlen"] == EVEN]
         pairs = _pairs(rows(odd, OURS, which), rows(even, OURS, which), ["head_dim", "causal"], 2 * len(HEAD_DIMS))
-        if not isinstance(pairs, str):  # for as much work: the batches hold almost, not quite, as many scores
+        if not isinstance(pairs, str):  # for the same work: the batches hold almost as many scores, not quite
             work = (pairs["batch_2"] * pairs["seqlen_2"] ** 2) / (pairs["batch_1"] * pairs["seqlen_1"] ** 2)
             pairs = pairs.assign(ms_1=pairs["ms_1"] * work)
         findings.append(_slower(f"{name} at N = {ODD:,}, beside {EVEN:,}", ODD_LENGTH, pairs))
@@ -280,7 +281,7 @@ def assess(
 
 
 def _faster(what: str, pairs: pd.DataFrame | str, *, optional: bool) -> list[Finding]:
-    """How much longer the second takes: in the geometric mean, and at the worst point."""
+    """Judges how much longer the second takes: in the geometric mean, and at the worst point."""
     mean_of, least_of = f"{what}, geometric mean", f"{what}, every point"
     required = f"{SPEEDUP:.2f} x"
     if isinstance(pairs, str):
@@ -298,7 +299,7 @@ def _faster(what: str, pairs: pd.DataFrame | str, *, optional: bool) -> list[Fin
 
 
 def _slower(what: str, limit: float, pairs: pd.DataFrame | str, *, spread: bool = False) -> Finding:
-    """How much longer the first takes at the worst point; `spread`: what measurements differ by is allowed."""
+    """Judges how much longer the first takes at the worst point. `spread` also allows the spread of both."""
     required = f"at most {limit:.2f} x the time" + (", or within the spread" if spread else "")
     if isinstance(pairs, str):
         return Finding(what, required, pairs, None)
@@ -336,7 +337,7 @@ def _host(host: pd.DataFrame | None) -> Finding:
     return Finding(what, required, measured, bool(ratios.max() <= HOST))
 
 
-def describe(findings: Sequence[Finding]) -> str:
+def as_text(findings: Sequence[Finding]) -> str:
     """The findings as a table in text."""
     word = {True: "met", False: "NOT MET", None: "not measured"}
     wide = max(len(finding.what) for finding in findings)
@@ -352,7 +353,7 @@ def describe(findings: Sequence[Finding]) -> str:
 def as_json(
     findings: Sequence[Finding], tables: Mapping[str, pd.DataFrame | None], environment: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All of it as JSON takes it: environment, findings, and the rows of each table (null where there is none)."""
+    """Environment, findings and the rows of each table in JSON's types. A missing table is null."""
     return {
         "environment": dict(environment),
         "passed": passed(findings),

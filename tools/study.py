@@ -1,28 +1,29 @@
-"""`python -m labutils study`: measures and compiles what notebook 04 shows, and stores it under labutils/results."""
+"""Measures and compiles the tables that notebook 04 shows, and stores them under labutils/results."""
 
 from __future__ import annotations
 
-import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from labutils.commands.arguments import INTERRUPTED, some_seconds, whole_number
+from jsonargparse import ArgumentParser, Namespace
 
+LABUTILS_COMMAND_LINE = True  # `import labutils` then imports no torch, and --help is quick
 PARTS = ("traffic", "shapes", "blocks", "decoding", "resources")
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the command's parser."""
-    parser = commands.add_parser(
-        "study",
-        help="measure what notebook 04 shows: traffic by counters, shapes to predict, resources by compiling",
-        description="Writes tables for notebook 04. traffic: bytes at DRAM and L2 and sectors by Nsight Compute, on a "
-        "GPU whose counters may be read. shapes: times of shapes to fit a prediction on and of others to judge it by, "
-        "on a GPU. blocks: times of all block sizes, on a GPU. decoding: bandwidth of reading a cache, on a GPU. "
-        "resources: registers, spills and occupancy of kernels compiled for other GPUs; needs no GPU.",
-        allow_abbrev=False,
+def parser() -> ArgumentParser:
+    """The parser of the arguments."""
+    from labutils.commands.arguments import new_parser, some_seconds, whole_number
+
+    parser = new_parser(
+        "python tools/study.py",
+        "Write tables for notebook 04. traffic: bytes at DRAM and L2, and sectors, by Nsight Compute, on a GPU whose "
+        "counters may be read. shapes: times of shapes to fit a prediction on and of others to judge it by, on a GPU. "
+        "blocks: times of all block sizes, on a GPU. decoding: bandwidth of reading a cache, on a GPU. resources: "
+        "registers, spills and occupancy of kernels compiled for other GPUs; needs no GPU.",
     )
-    parser.add_argument("part", choices=PARTS, help="what to do")
+    parser.add_argument("part", choices=PARTS, help="which tables to make")
     parser.add_argument(
         "--out", type=Path, required=True, help="folder for the tables, such as labutils/results/my_gpu"
     )
@@ -31,19 +32,20 @@ def add(commands: argparse._SubParsersAction) -> None:
         type=int,
         default=2048,
         metavar="N",
-        help="traffic: longest sequence whose bytes are counted in the interpreter, too (default: %(default)s; 8192 "
-        "takes ten minutes)",
+        help="traffic: the longest sequence whose bytes are also counted in the interpreter (default: %(default)s; "
+        "8192 takes ten minutes)",
     )
     parser.add_argument(
         "--counts-only",
         action="store_true",
         help="traffic: count for the rows that --out holds already, and measure nothing; needs no GPU",
     )
-    parser.add_argument("--log", type=Path, help="traffic: folder that keeps what ncu wrote")
+    parser.add_argument("--log", type=Path, metavar="FOLDER", help="traffic: folder that keeps the text of ncu")
     parser.add_argument(
         "--work",
         type=Path,
         default=Path("study-shapes"),
+        metavar="FOLDER",
         help="shapes: folder for the measurements as they come (default: %(default)s)",
     )
     parser.add_argument("--resume", action="store_true", help="shapes: go on with the measurements in --work")
@@ -56,11 +58,14 @@ def add(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--processes", type=whole_number, default=1, help="resources: compilers at once (default: %(default)s)"
     )
-    parser.set_defaults(run=run)
+    return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Does one part. Returns 130 after an interrupt, 2 where it cannot be done."""
+def run(words: Sequence[str]) -> int:
+    """Makes the tables of one part. Returns 130 after an interrupt, 2 if they cannot be made."""
+    from labutils.commands.arguments import INTERRUPTED
+
+    arguments = parser().parse_args(words)
     parts = {
         "traffic": _traffic,
         "shapes": _shapes,
@@ -71,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         return parts[arguments.part](arguments)
     except (RuntimeError, ValueError, OSError) as error:
-        print(f"labutils study {arguments.part}: {error}", file=sys.stderr)
+        print(f"study {arguments.part}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Interrupted: the table that was being made was not written.", file=sys.stderr)
@@ -79,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _ask_for_a_gpu() -> None:
-    """Raises RuntimeError, with cause and remedy, where the lab uses none."""
+    """Raises RuntimeError, with cause and remedy, if the lab uses no GPU."""
     from labutils.benchmark import environment
     from labutils.machine import runtime
 
@@ -88,11 +93,13 @@ def _ask_for_a_gpu() -> None:
         raise RuntimeError(f"there is no GPU to measure on: {cause}. {remedy}")
 
 
-def _traffic(arguments: argparse.Namespace) -> int:
+def _traffic(arguments: Namespace) -> int:
+    import traffic_tables
     from labutils import benchmark
     from labutils.analysis import counters
     from labutils.benchmark import environment
     from labutils.benchmark.sweeping import progress_bar
+    from labutils.commands.arguments import INTERRUPTED
 
     if arguments.counts_only:
         table = benchmark.read_results(arguments.out, "traffic")
@@ -105,17 +112,17 @@ def _traffic(arguments: argparse.Namespace) -> int:
             arguments.log.mkdir(parents=True, exist_ok=True)
             logs = [arguments.log / "ncu-traffic.csv", arguments.log / "ncu-coalescing.csv"]
         print("Copies with gaps, under ncu ...", flush=True)
-        gaps = counters.measure_coalescing(counters.planned_coalescing(), keep=logs[1])
+        gaps = traffic_tables.measure_coalescing(counters.planned_coalescing(), keep=logs[1])
         benchmark.save_results(gaps, arguments.out, made_by, table="coalescing")
         print(gaps.to_string(index=False))
         print("Attention, under ncu ...", flush=True)
-        table, launches = counters.measure_traffic(counters.planned_traffic(), keep=logs[0])
+        table, launches = traffic_tables.measure_traffic(traffic_tables.planned_traffic(), keep=logs[0])
         benchmark.save_results(launches, arguments.out, made_by, table="launches")
         benchmark.save_results(table, arguments.out, made_by, table="traffic")  # counting may be interrupted
     print(f"Counting in the interpreter, up to N = {arguments.count_up_to:,} ...", flush=True)
     try:
         with progress_bar(len(table)) as bar:
-            table = counters.with_counts(table, arguments.count_up_to, bar.update)
+            table = traffic_tables.with_counts(table, arguments.count_up_to, bar.update)
     except KeyboardInterrupt:
         print(
             f"Interrupted: what was measured is in {arguments.out}, without the counts of this run. The same command "
@@ -129,10 +136,11 @@ def _traffic(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _shapes(arguments: argparse.Namespace) -> int:
+def _shapes(arguments: Namespace) -> int:
     from labutils import benchmark
     from labutils.analysis import prediction
     from labutils.benchmark import environment, sweeping
+    from labutils.commands.arguments import INTERRUPTED
 
     _ask_for_a_gpu()
     splits = prediction.points_to_measure()
@@ -161,12 +169,12 @@ def _shapes(arguments: argparse.Namespace) -> int:
     path = benchmark.save_results(table, arguments.out, recorder.environment, table="prediction")
     held_out = table[table["split"] == "held_out"]
     print(f"\n{gpu}\nHeld-out shapes, absolute relative error:")
-    print(prediction.judged(held_out).round(3).to_string())
+    print(prediction.error_summary(held_out).round(3).to_string())
     print(f"\nWritten: {path}")
     return 0
 
 
-def _blocks(arguments: argparse.Namespace) -> int:
+def _blocks(arguments: Namespace) -> int:
     import pandas as pd
 
     from labutils import benchmark
@@ -188,7 +196,7 @@ def _blocks(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _decoding(arguments: argparse.Namespace) -> int:
+def _decoding(arguments: Namespace) -> int:
     from labutils import analysis, benchmark
     from labutils.benchmark import environment
 
@@ -201,7 +209,7 @@ def _decoding(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _resources(arguments: argparse.Namespace) -> int:
+def _resources(arguments: Namespace) -> int:
     from labutils import benchmark
     from labutils.analysis import resources
     from labutils.benchmark import environment
@@ -213,3 +221,9 @@ def _resources(arguments: argparse.Namespace) -> int:
     path = benchmark.save_results(table, arguments.out, environment.environment(), table="resources")
     print(f"Written: {path}, {len(table)} launches")
     return 0
+
+
+if __name__ == "__main__":
+    from labutils.commands.arguments import exit_status
+
+    sys.exit(exit_status("study", run, sys.argv[1:]))

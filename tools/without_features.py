@@ -1,8 +1,8 @@
-"""The kernels of v2 as they would be without their features, made from their own source: what do the features cost?
+"""Makes the kernels of v2 without their features, from their own source: what does a feature cost that is off?
 
-A feature that is switched off is None when a kernel is compiled, and should leave nothing behind. To see whether that
-is so, `plain_kernels` takes the features out of the source: their parameters, the branches on them, and what passes
-them on. What is left is attention with or without the causal mask, which is a constant then and no window.
+A feature that is switched off is None when a kernel is compiled, and should cost nothing. To check that,
+`plain_kernels` takes the features out of the source: their parameters, the branches on them, and the arguments that
+pass them on. The rest is attention with or without the causal mask. The mask is then a constant, not a window.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import importlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeGuard
 
+from labutils.attention import kernels
 from labutils.attention.kernels import flash_v2, flash_v2_backward
+from labutils.attention.tuning import compiled
 
 FEATURES = frozenset(
     [
@@ -42,16 +44,20 @@ FEATURES = frozenset(
         "dlse_ptr",
     ]
 )
-"""Parameters and variables of the kernels that are there for a feature alone; all are None where it is off."""
+"""Parameters and variables of the kernels that only a feature needs. They are None if the feature is off."""
 
-CONSTANT = "window_right"  # 0 for the causal mask, None for none; with windows a number that is known at run time
-_UNSCALED = "derivative"  # of the scores, by softcap: 1 without it
+CONSTANT = "window_right"  # 0 for the causal mask, None for no mask; with windows a number known only at run time
+_UNSCALED = "derivative"  # of the scores, by softcap: 1 without softcap
 _MODULES = ("scores", "tiles", "flash_v2", "flash_v2_backward")
 _PACKAGE = "labutils_plain_kernels"
 
 
 class _Without(ast.NodeTransformer):
-    """Takes the features out of functions, given which positions of each function's arguments are theirs."""
+    """Takes the features out of functions.
+
+    Args:
+        positions: for each function the positions of its arguments that belong to features.
+    """
 
     def __init__(self, positions: dict[str, list[int]]):
         self.positions = positions
@@ -92,7 +98,7 @@ class _Without(ast.NodeTransformer):
 
     def visit_BoolOp(self, node: ast.BoolOp) -> ast.expr:
         self.generic_visit(node)
-        decides = isinstance(node.op, ast.Or)  # the value that settles the whole
+        decides = isinstance(node.op, ast.Or)  # the value that decides the whole expression
         values = [v for v in node.values if not (isinstance(v, ast.Constant) and v.value is (not decides))]
         if not values or any(isinstance(v, ast.Constant) and v.value is decides for v in values):
             return ast.Constant(decides if values else not decides)
@@ -115,8 +121,8 @@ def _is_kernel(node: ast.stmt) -> TypeGuard[ast.FunctionDef]:
 
 
 def sources() -> dict[str, str]:
-    """The source of each module without its features, by the module's name: compiled functions and constants alone."""
-    folder = Path(__file__).resolve().parents[1] / "kernels"
+    """The source of each module without its features, by the module's name: only compiled functions and constants."""
+    folder = Path(kernels.__file__).parent
     trees = {name: ast.parse((folder / f"{name}.py").read_text(encoding="utf-8")) for name in _MODULES}
     positions = {
         node.name: [place for place, a in enumerate(node.args.args) if a.arg in FEATURES]
@@ -129,7 +135,7 @@ def sources() -> dict[str, str]:
         kept: list[ast.stmt] = []
         for node in tree.body:
             if isinstance(node, ast.ImportFrom) and node.module == "labutils.attention.kernels.flash_v2":
-                continue  # of which no function runs inside of a kernel
+                continue  # no function of it runs inside a kernel
             if isinstance(node, (ast.Import, ast.ImportFrom, ast.Assign)):
                 kept.append(node)
             elif _is_kernel(node):
@@ -143,7 +149,7 @@ def sources() -> dict[str, str]:
 
 @functools.cache
 def _modules() -> dict[str, ModuleType]:
-    """The same, imported; Triton wants kernels to have a file, which goes when this process ends."""
+    """The modules made of `sources`. Triton wants kernels to have a file, so these lie in a folder until exit."""
     folder = Path(tempfile.mkdtemp(prefix=_PACKAGE))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     (folder / _PACKAGE).mkdir()
@@ -157,7 +163,7 @@ def _modules() -> dict[str, ModuleType]:
 
 
 class _InPlaceOf:
-    """Takes a kernel's arguments and launches the other one with those that it has."""
+    """Takes the arguments of a kernel, and launches the plain kernel with those that it has."""
 
     def __init__(self, kernel: Any, plain: Any):
         self.plain, self.arg_names = plain, kernel.arg_names
@@ -181,7 +187,7 @@ _KERNELS = ((flash_v2, "_forward_kernel"), (flash_v2_backward, "_dq_kernel"), (f
 def plain_kernels() -> Iterator[None]:
     """In the block, `flash_v2.forward` and `flash_v2_backward.backward` launch kernels without features.
 
-    They raise ValueError where a feature is asked for. What they launched before, and `prepared` has kept, stays.
+    They raise ValueError if a feature is asked for. Calls that `fast_path` kept from before launch the usual kernels.
     """
     modules, before = _modules(), [getattr(module, name) for module, name in _KERNELS]
     for (module, name), kernel in zip(_KERNELS, before):
@@ -192,3 +198,21 @@ def plain_kernels() -> Iterator[None]:
     finally:
         for (module, name), kernel in zip(_KERNELS, before):
             setattr(module, name, kernel)
+
+
+def plain_resources(requests: Iterable[compiled.Request]) -> list[list[compiled.Resources]]:
+    """What the kernels take of a GPU without their features, by `compiled.resources_of` with binaries.
+
+    Args:
+        requests: of the programs "forward" and "backward", without features.
+
+    Raises:
+        ValueError: a request is of another program, or asks for a feature.
+    """
+    requests = list(requests)
+    if any(request.features or request.program not in ("forward", "backward") for request in requests):
+        raise ValueError("plain kernels have no features, and only those of forward and backward can be made.")
+    setup = f"sys.path.append({str(Path(__file__).resolve().parent)!r})\nimport without_features"
+    # A name for the context manager, which would end the block as soon as it is collected
+    setup += "\nplain = without_features.plain_kernels()\nplain.__enter__()"
+    return compiled.resources_of(requests, binaries=True, setup=setup)

@@ -1,22 +1,50 @@
-"""`python -m labutils figure`: draws the README's figure from stored results."""
+"""Draws the README's figure from stored results."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import io
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from jsonargparse import ArgumentParser
+
+LABUTILS_COMMAND_LINE = True  # `import labutils` then imports no torch, and --help is quick
 TABLES = ("attention", "ladder")
 KEY = "Source"  # a keyword that PNG knows
 NAME = "overview.png"
 HEAD_DIM = 128
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Writes the figure; 2 where the tables or the folder are not there."""
-    from labutils import benchmark, plotting
+def parser() -> ArgumentParser:
+    """The parser of the arguments."""
+    from labutils.commands.arguments import new_parser
+
+    parser = new_parser(
+        "python tools/figure.py",
+        "Draw, from the stored results of a GPU, the throughput of attention over the sequence length and the longest "
+        "contexts that train within 16 GB. The file says which tables it was drawn from.",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help=f"the PNG to write (default: {NAME} beside the tables that it is drawn from)",
+    )
+    parser.add_argument("--gpu", default="nvidia_h200", help="a folder of stored results (default: %(default)s)")
+    parser.add_argument(
+        "--head-dim", type=int, default=HEAD_DIM, metavar="D", help="head dimension (default: %(default)s)"
+    )
+    parser.add_argument("--full", action="store_true", help="attention without a mask (default: causal)")
+    return parser
+
+
+def run(words: Sequence[str]) -> int:
+    """Writes the figure. Returns 2 if the tables or the folder are missing."""
+    arguments = parser().parse_args(words)
+    import overview
+    from labutils import benchmark
     from labutils.machine import files
 
     try:
@@ -29,7 +57,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(
                 f"no stored rows with head dimension {arguments.head_dim}, {mask}; the dimensions stored are {known}."
             )
-        figure = plotting.plot_overview(attention[kept], ladder)
+        figure = overview.plot_overview(attention[kept], ladder)
         drawn_from = source(arguments.gpu, head_dim=arguments.head_dim, causal=not arguments.full)
         metadata = {KEY: drawn_from, "Software": None}
         drawn = io.BytesIO()
@@ -37,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         out = arguments.out or benchmark.RESULTS / arguments.gpu / NAME
         files.replace(out, drawn.getvalue())
     except (OSError, ValueError) as error:
-        print(f"labutils figure: {error}", file=sys.stderr)
+        print(f"figure: {error}", file=sys.stderr)
         return 2
     print(f"Written: {out}")
     return 0
@@ -51,7 +79,7 @@ def source(gpu: str, *, head_dim: int = HEAD_DIM, causal: bool = True) -> str:
         head_dim, causal: D and mask of the rows.
 
     Raises:
-        OSError: a table is not there.
+        OSError: a table is missing.
     """
     from labutils import benchmark
 
@@ -60,23 +88,7 @@ def source(gpu: str, *, head_dim: int = HEAD_DIM, causal: bool = True) -> str:
     return f"{gpu}: {', '.join(TABLES)}: {hashlib.sha256(content).hexdigest()[:16]}: {rows}"
 
 
-def add(commands: argparse._SubParsersAction) -> None:
-    """Adds the command's parser."""
-    parser = commands.add_parser(
-        "figure",
-        help="draw the README's figure from stored results",
-        description=(
-            "Draw, from the stored results of a GPU, the throughput of attention over the sequence length and the "
-            "longest contexts that train within 16 GB. The file says which tables it was drawn from."
-        ),
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--out", type=Path, help=f"file to write, a PNG (default: {NAME} beside the tables that it is drawn from)"
-    )
-    parser.add_argument("--gpu", default="nvidia_h200", help="a folder of stored results (default: %(default)s)")
-    parser.add_argument(
-        "--head-dim", type=int, default=HEAD_DIM, metavar="D", help="head dimension (default: %(default)s)"
-    )
-    parser.add_argument("--full", action="store_true", help="attention without a mask (default: causal)")
-    parser.set_defaults(run=run)
+if __name__ == "__main__":
+    from labutils.commands.arguments import exit_status
+
+    sys.exit(exit_status("figure", run, sys.argv[1:]))
