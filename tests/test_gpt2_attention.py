@@ -166,8 +166,8 @@ def test_attention_of_padded_rows_is_zero_and_holes_are_exact():
 
 
 def test_mask_of_ones_is_no_mask():
-    assert gpt2_attention.padding_mask(2, 5, 5, attention_mask=torch.ones(2, 5, dtype=torch.bool)) is None
-    assert gpt2_attention.padding_mask(2, 5, 5) is None
+    assert gpt2_attention.padding_mask(2, 5, 5, attention_mask=torch.ones(2, 5, dtype=torch.bool)).keep is None
+    assert gpt2_attention.padding_mask(2, 5, 5).keep is None
 
 
 def test_bidirectional_model():
