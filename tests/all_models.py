@@ -28,7 +28,7 @@ KINDS = {
 VOCAB, LARGEST = 96, 20_000_000
 
 SMALL = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embedding_size", "word_embed_proj_dim"), 64),
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim"), 64),
     **dict.fromkeys(("num_attention_heads", "n_head", "num_heads", "n_heads", "encoder_attention_heads"), 4),
     **dict.fromkeys(("decoder_attention_heads", "num_encoder_attention_heads", "num_decoder_attention_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "n_head_kv"), 2),
@@ -248,7 +248,7 @@ def dense_varlen(q, k, v, starts_q, starts_k, longest_q, longest_k, dropout=0.0,
 
 
 def main(*names):
-    """Prints the outcome of each architecture (or of those named by kind or configuration), and how many are right, refused, wrong and not built."""
+    """Prints the outcome of each architecture, or of those named by kind or configuration, and counts the outcomes."""
     attention.register_attention()
     if runtime.device.type == "cpu":
         attention.flash_attn_func = dense

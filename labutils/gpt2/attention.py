@@ -8,6 +8,9 @@ prepares the mask. Both must be registered: with the first only, transformers dr
 from __future__ import annotations
 
 import functools
+import inspect
+import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -94,6 +97,15 @@ def _check_models_when_made() -> None:
     PreTrainedModel.get_correct_attn_implementation = ask_and_check
 
 
+@functools.cache
+def _source(model_class: type) -> str:
+    """The source of the file in which a class was written; "" if it cannot be read."""
+    try:
+        return inspect.getsource(sys.modules[model_class.__module__])
+    except (KeyError, OSError, TypeError):
+        return ""
+
+
 def _has_attention_of_its_own(model_class: type) -> bool:
     """Whether transformers finds attention layers, but no call of registered functions, in the model's source file.
 
@@ -107,6 +119,9 @@ def _has_attention_of_its_own(model_class: type) -> bool:
         # False can also mean an unreadable file. transformers stores the answer only if it has read the file.
         if not can_set() and getattr(base, "_can_set_attn_implementation_cached_value", None) is False:
             return True
+        tables = re.findall(r"(\w+)\[(?:self\.)?config\._attn_implementation\]", _source(base))
+        if not all(table.startswith("ALL_") for table in tables):
+            return True  # looks up its layers' class in a table of its own, and would end in a KeyError
     return False
 
 
@@ -179,8 +194,8 @@ class PaddingMask(BlockMask):
 
 
 _RESTARTS = (
-    "position_ids that restart or jump within a row mean packed sequences, which the lab's attention keeps apart only by "
-    "their borders: pass cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k with an attention_mask of ones "
+    "position_ids that restart or jump within a row mean packed sequences. The lab's attention keeps them apart only "
+    "by their borders: pass cu_seq_lens_q, cu_seq_lens_k, max_length_q and max_length_k with an attention_mask of ones "
     "(labutils.gpt2.loss.kept_apart makes them), or use attn_implementation='sdpa' without a cache"
 )
 
@@ -359,7 +374,7 @@ def attention_forward(
 
 
 def _known(kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """The four borders of packed documents, or None. Refuses keywords that change the result in a way not known here."""
+    """The four borders of packed documents, or None. Refuses keywords that may change the result and are not known."""
     if kwargs.get("output_attentions") or _weights_are_collected():
         raise NotImplementedError(
             "output_attentions=True asks for the N x N weights, which FlashAttention never stores. Use "
