@@ -57,9 +57,9 @@ def test_views_with_a_minus_sign_that_is_still_due():
         verdict.raise_if_failed()
 
 
-@pytest.mark.parametrize("way", ["as the machine has it", "short"])
+@pytest.mark.parametrize("way", ["as the machine has it", "fast path"])
 def test_gradients_with_a_minus_sign_that_is_still_due(way, monkeypatch):
-    if way == "short":  # for GPUs otherwise
+    if way == "fast path":  # which otherwise only a GPU takes
         monkeypatch.setattr(fast_path, "applies", lambda *tensors: True)
         monkeypatch.setattr(fast_path, "_known", {})
     inputs = [t.requires_grad_() for t in make()]
@@ -71,9 +71,9 @@ def test_gradients_with_a_minus_sign_that_is_still_due(way, monkeypatch):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("way", ["as the machine has it", "short"])
+@pytest.mark.parametrize("way", ["as the machine has it", "fast path"])
 def test_new_keys_with_a_minus_sign_that_is_still_due(way, monkeypatch):
-    if way == "short":
+    if way == "fast path":
         monkeypatch.setattr(fast_path, "applies", lambda *tensors: not any(t.is_neg() for t in tensors))
     q, k, v = make()
     caches = torch.zeros(2, 1, 24, 2, 16, device=DEVICE)

@@ -249,7 +249,7 @@ def _weights_are_collected() -> bool:
 def register_first_version() -> str:
     """Makes FlashAttention-1's forward kernel available to transformers as "labutils_v1", only for measurements.
 
-    Its backward pass is the one of `labutils.flash_attn_func`. Padding and dropout raise NotImplementedError.
+    It uses the backward pass of `labutils.flash_attn_func`. Padding and dropout raise NotImplementedError.
 
     Returns:
         The name, for `attn_implementation`.

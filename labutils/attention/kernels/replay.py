@@ -90,7 +90,7 @@ def _is_set(hook: Any) -> bool:
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
-_MOST_ADDRESSES = 64  # tensor maps kept for each descriptor: enough for a model with so many layers
+_MOST_ADDRESSES = 64  # tensor maps kept for each descriptor: enough for a model of 64 layers
 
 
 def _tensor_maps(descriptor: TensorDescriptor, about: dict | None) -> tuple[Callable[[int], object], list]:
