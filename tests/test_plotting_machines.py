@@ -11,7 +11,7 @@ from test_plotting import check, legend, table, texts  # noqa: E402
 
 import traffic_tables  # noqa: E402
 from labutils import analysis, benchmark, plotting  # noqa: E402
-from labutils.analysis import resources  # noqa: E402
+from labutils.analysis import counters, resources  # noqa: E402
 
 
 def test_block_sizes_that_fit():
