@@ -41,7 +41,7 @@ def gpu(monkeypatch):
     active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: STREAM, utils=utils)
     monkeypatch.setattr(driver, "_active", active)
 
-    def kernel(about=ABOUT):
+    def kernel(about=ABOUT):  # an empty list if the GPU has no copy engine
         run = object.__new__(nvidia.CudaLauncher)  # as its constructor leaves it, without compiling C
         zeros = (
             "num_ctas",
@@ -53,6 +53,7 @@ def gpu(monkeypatch):
             "launch_pdl",
             "arg_annotations",
             "kernel_signature",
+            "gsan_enabled",  # from Triton 3.8 on
         )
         for name in zeros:
             setattr(run, name, 0)
@@ -95,7 +96,7 @@ def replay_of(kernel, arguments):
     return Replay(Launch(kernel, names, GRID, tuple(arguments), {}))
 
 
-@pytest.mark.parametrize("about", [ABOUT, None], ids=["copy engine", "none"])
+@pytest.mark.parametrize("about", [ABOUT, []], ids=["copy engine", "none"])
 def test_again_gives_the_launcher_what_triton_gives_it(gpu, about):
     kernel, first, second = gpu.kernel(about), arguments(), arguments()
     again = replay_of(kernel, first).again
@@ -131,7 +132,7 @@ def test_addresses_that_are_not_given_stay(gpu):
 
 def test_another_grid_and_other_numbers(gpu):
     """Numbers stand where they are told to, for this launch alone."""
-    kernel, tensor = gpu.kernel(None), torch.zeros(3)
+    kernel, tensor = gpu.kernel([]), torch.zeros(3)
     kernel.run.launch = lambda *args: gpu.launched.append(args)
     launched = replay_of(kernel, (tensor, 2, 30, 40, 0.5))
     launched.again(grid=(9, 1, 1), place=2, numbers=(31, 41))
@@ -229,11 +230,11 @@ def test_a_replayed_backward_gives_the_kernels_what_a_launch_gives_them(gpu, mon
     def launch(kernel, grid, config, *args, **constants):
         constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
         named = dict(zip(kernel.arg_names, args, strict=False)) | constants
-        fake = gpu.kernel(None)
+        fake = gpu.kernel([])
         fake.run.launch = nvidia.wrap_handle_tensordesc(  # what a descriptor becomes where there is no copy engine
             lambda *args: gpu.launched.append((names[kernel], args)),
             {n: f"tensordesc<fp16{list(a.block_shape)}>" if hasattr(a, "base") else "" for n, a in named.items()},
-            None,
+            [],
         )
         arguments = [named[name] for name in kernel.arg_names]
         fake.run(*grid, 1, 1, STREAM, fake.function, fake.packed_metadata, None, None, None, *arguments)
@@ -297,7 +298,7 @@ def decodings(gpu, monkeypatch):
             own = as_numbers(of_the_kernel(args, len(kernel.arg_names)))
             gpu.launched.append((what, args[:3], dict(zip(kernel.arg_names, own, strict=True))))
 
-        fake = gpu.kernel(None)
+        fake = gpu.kernel([])
         fake.run.launch = note
         fake.run(*grid, 1, 1, STREAM, fake.function, fake.packed_metadata, None, None, None, *arguments)
         return Launch(fake, kernel.arg_names, (*grid, 1, 1), args, constants)
