@@ -580,14 +580,14 @@ def test_wrong_input_is_named(case):
 
 
 @pytest.fixture
-def short(monkeypatch):
-    """The short way, which is for GPUs otherwise: forms are made, but the interpreter launches nothing again."""
+def on_fast_path(monkeypatch):
+    """The fast path, which otherwise only a GPU takes. In the interpreter it finds known calls, but replays nothing."""
     monkeypatch.setattr(fast_path, "applies", lambda *tensors: True)
     monkeypatch.setattr(fast_path, "_known", {})
 
 
 @pytest.mark.parametrize("case", WRONG_INPUTS)
-def test_wrong_input_is_named_on_the_short_way(case, short):
+def test_wrong_input_is_named_on_the_fast_path(case, on_fast_path):
     test_wrong_input_is_named(case)
 
 
@@ -613,7 +613,7 @@ WRONG_DECODING = {
 
 
 @pytest.mark.parametrize("case", WRONG_DECODING)
-def test_wrong_decoding_is_named_whatever_was_seen_before(case, short):
+def test_wrong_decoding_is_named_whatever_was_seen_before(case, on_fast_path):
     error, message, changes = WRONG_DECODING[case]
     call = make((9, 5), garbage=0.0) | dict(cache_seqlens=9)
     changes = {name: value.to(DEVICE) if torch.is_tensor(value) else value for name, value in changes.items()}
@@ -625,7 +625,7 @@ def test_wrong_decoding_is_named_whatever_was_seen_before(case, short):
             interface.flash_attn_with_kvcache(**call | changes)
 
 
-def test_a_growing_cache_is_of_one_form(short):
+def test_a_growing_cache_is_one_kind_of_call(on_fast_path):
     for n in (1, 2, 15, 16, 17, 40, 48):
         call = make((n, n), heads=4, heads_kv=2, causal=True)
         check(call | dict(cache_seqlens=n))

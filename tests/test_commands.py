@@ -32,8 +32,9 @@ TOOLS = ["figure", "study", "targets"]
 
 
 def readme_lines():
-    """The lines of the README's shell blocks."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
+    """The lines of the shell blocks in the README's section "Start"."""
+    start = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Start\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"^```bash\n(.*?)^```", start, re.S | re.M)
     return [line for block in blocks for line in block.splitlines()]
 
 

@@ -58,9 +58,9 @@ def test_views_with_a_minus_sign_that_is_still_due():
         verdict.raise_if_failed()
 
 
-@pytest.mark.parametrize("way", ["as the machine has it", "short"])
+@pytest.mark.parametrize("way", ["as the machine has it", "fast path"])
 def test_gradients_with_a_minus_sign_that_is_still_due(way, monkeypatch):
-    if way == "short":  # for GPUs otherwise
+    if way == "fast path":  # which otherwise only a GPU takes
         monkeypatch.setattr(fast_path, "applies", lambda *tensors: True)
         monkeypatch.setattr(fast_path, "_known", {})
     inputs = [t.requires_grad_() for t in make()]
@@ -72,9 +72,9 @@ def test_gradients_with_a_minus_sign_that_is_still_due(way, monkeypatch):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("way", ["as the machine has it", "short"])
+@pytest.mark.parametrize("way", ["as the machine has it", "fast path"])
 def test_new_keys_with_a_minus_sign_that_is_still_due(way, monkeypatch):
-    if way == "short":
+    if way == "fast path":
         monkeypatch.setattr(fast_path, "applies", lambda *tensors: not any(t.is_neg() for t in tensors))
     q, k, v = make()
     caches = torch.zeros(2, 1, 24, 2, 16, device=DEVICE)
@@ -414,10 +414,10 @@ class TestPackedSequences:
     @pytest.mark.parametrize(
         ("longest", "error", "message"),
         [
-            (torch.tensor([7]), TypeError, r"max_seqlen_q is a tensor of shape \(1,\)"),
-            (torch.tensor(7.0), TypeError, "max_seqlen_q is a tensor"),
-            ("7", TypeError, "max_seqlen_q is a str"),
-            (7.0, TypeError, "max_seqlen_q is a float"),
+            (torch.tensor([7]), TypeError, r"max_seqlen_q is a torch.int64 tensor of shape \(1,\)"),
+            (torch.tensor(7.0), TypeError, "max_seqlen_q is a torch.float32 tensor"),
+            ("7", TypeError, "max_seqlen_q='7'"),
+            (7.0, TypeError, "max_seqlen_q=7.0"),
             (-1, ValueError, "max_seqlen_q=-1.*0 or more"),
             (torch.tensor(-1), ValueError, "max_seqlen_q=-1.*0 or more"),
             (torch.tensor(6), ValueError, "max_seqlen_q=6, but the longest"),

@@ -220,12 +220,12 @@ def slopes(alibi_slopes: torch.Tensor | None, batch: int, heads: int, device: to
     if alibi_slopes.device != device:
         raise ValueError(f"alibi_slopes is on {alibi_slopes.device}, q on {device}: move it to the device of q.")
     if alibi_slopes.requires_grad:
-        raise NotImplementedError("alibi_slopes requires a gradient, which the kernels do not compute: detach() it.")
+        raise NotImplementedError("alibi_slopes requires a gradient, but the kernels compute none: detach() it.")
     return alibi_slopes.contiguous()
 
 
 def _integers(name: str, t: torch.Tensor, shape: str, device: torch.device, *, dimensions: int = 1) -> torch.Tensor:
-    """An int32 tensor with so many dimensions on the device of q, made contiguous. Messages write its shape `shape`."""
+    """`t`, contiguous: an int32 tensor with `dimensions` on the device of q. Messages write its shape as `shape`."""
     if not isinstance(t, torch.Tensor) or t.dtype != torch.int32:
         kind = t.dtype if isinstance(t, torch.Tensor) else type(t).__name__
         raise TypeError(f"{name} is {kind}: pass an int32 tensor {shape}.")
@@ -255,8 +255,10 @@ def _length(name: str, value: int | torch.Tensor) -> int:
     if isinstance(value, torch.Tensor) and value.dim() == 0 and not (value.is_floating_point() or value.is_complex()):
         value = value.item()
     if not isinstance(value, (numbers.Integral, torch.SymInt)):
-        kind = f"tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-        raise TypeError(f"{name} is a {kind}: pass an integer, or an integer tensor without dimensions.")
+        found = f"={value!r}"
+        if isinstance(value, torch.Tensor):
+            found = f" is a {value.dtype} tensor of shape {tuple(value.shape)}"
+        raise TypeError(f"{name}{found}: pass a Python integer, or an integer tensor without dimensions.")
     # A compiler may not know whether the value is negative. `packed_values` compares it with the lengths.
     if not torch.compiler.is_compiling() and value < 0:
         raise ValueError(f"{name}={value}: pass the length of the longest sequence, 0 or more.")
@@ -317,7 +319,7 @@ def table_values(block_table: torch.Tensor, lengths: torch.Tensor, blocks: int, 
             )
         if any(not 0 <= block < blocks for block in row[:needed]):
             raise ValueError(
-                f"block_table[{b}] begins {row[:needed][:6]}: pass numbers of blocks, which are 0 to {blocks - 1}."
+                f"block_table[{b}] begins {row[:needed][:6]}: pass blocks of the cache, from 0 to {blocks - 1}."
             )
     if n_new:
         _check_no_shared_writes(table, lengths, page, n_new)
@@ -552,7 +554,7 @@ def cache_values(
     if cache_batch_idx is not None:
         rows = cache_batch_idx.tolist()
         if any(not 0 <= row < cache_batch for row in rows):
-            raise ValueError(f"cache_batch_idx={rows[:6]}: pass rows of the cache, which are 0 to {cache_batch - 1}.")
+            raise ValueError(f"cache_batch_idx={rows[:6]}: pass rows of the cache, from 0 to {cache_batch - 1}.")
         if n_new and len(set(rows)) < len(rows):
             raise ValueError(
                 f"cache_batch_idx={rows[:6]} names a row twice, and k would be appended to it twice: give each "

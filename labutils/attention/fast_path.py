@@ -24,17 +24,17 @@ from labutils.attention.kernels.options import Cache, Options
 from labutils.attention.kernels.replay import Replay
 from labutils.machine import runtime
 
-MOST_CALLS = 4096  # generation brings a new length with every token: beyond so many the oldest are forgotten
+MOST_CALLS = 4096  # generation brings a new length with every token: then the oldest calls are forgotten
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 def applies(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether a kernel may be launched without PyTorch's dispatcher, because nothing needs it.
+    """Whether a kernel may be launched without PyTorch's dispatcher.
 
     The dispatcher serves everything that looks at operators as they run: a compiler, a FLOP counter, a transform,
     forward-mode differentiation, a tensor subclass. It also resolves views with a pending minus sign (the imaginary
-    part of a conjugate). Calls in the interpreter go through it, too, and so do calls on a GPU that is not the current
-    one, since Triton launches on the current one. Autocast does not need it: the interface casts the tensors itself.
+    part of a conjugate). Calls in the interpreter go through it, too. So do calls on a GPU that is not the current one,
+    because Triton launches on the current one. Autocast does not need it: the interface casts the tensors itself.
     """
     return (
         not torch.compiler.is_compiling()  # must come first: a compiler cannot trace the rest
@@ -153,7 +153,7 @@ class KnownCall:
 
 
 class _KnownBackward:
-    """Launches both kernels of a backward pass again, for tensors like those of the first time."""
+    """Launches both kernels of a backward pass again, for tensors like the first ones."""
 
     def __init__(self, gradients: tuple[torch.Tensor, ...], dq: Replay, dkdv: Replay, per_row: torch.Tensor):
         self.dq, self.dkdv = dq, dkdv

@@ -1,7 +1,7 @@
 """flash-attn's functions, computed by our Triton kernels: same names and arguments, checked, with gradients.
 
 A program written for flash-attn 2.8 only has to change its import. Names, argument order, layouts and the bottom-right
-alignment of masks are those of the `flash_attn` package. If our kernels cannot do what an argument asks for, the
+alignment of masks are the same as in the `flash_attn` package. If our kernels cannot do what an argument asks for, the
 function raises an error that says so. `flash_attn_func` describes the arguments that several functions share.
 """
 
@@ -244,8 +244,8 @@ def flash_attn_func(
         q: (B, N_q, H, D), float16, bfloat16 or float32, D from 1 to 256, any strides.
         k, v: (B, N_k, H_kv, D); H_kv divides H (grouped-query and multi-query attention).
         dropout_p: probability in [0, 1) that a weight is dropped; the others are divided by 1 - dropout_p. PyTorch's
-            generator gives a seed, from which forward and backward draw the same weights (Philox). Unlike in
-            scaled_dot_product_attention the fourth argument is no mask.
+            generator gives a seed. Forward and backward draw the same weights from it, by Philox. Unlike in
+            scaled_dot_product_attention the fourth argument is not a mask.
         softmax_scale: factor on the scores; D ** -0.5 by default. A tensor without dimensions is read, which waits for
             the GPU. A factor that is not positive costs a copy of q.
         causal: query i sees the keys j <= i + N_k - N_q (aligned to the bottom right, as in flash-attn since 2.1).
@@ -309,7 +309,7 @@ def flash_attn_kvpacked_func(
 ) -> _Result:
     """`flash_attn_func` with K and V in one tensor: q (B, N_q, H, D), kv (B, N_k, 2, H_kv, D). No copy is made.
 
-    The other arguments, the result and the errors are those of `flash_attn_func`.
+    The other arguments, the result and the errors are as in `flash_attn_func`.
     """
     k, v = _unpack("kv", kv, 2, 5)
     return flash_attn_func(
@@ -330,7 +330,7 @@ def flash_attn_qkvpacked_func(
 ) -> _Result:
     """`flash_attn_func` with Q, K and V in one tensor: qkv (B, N, 3, H, D). No copy is made.
 
-    The other arguments, the result and the errors are those of `flash_attn_func`.
+    The other arguments, the result and the errors are as in `flash_attn_func`.
     """
     q, k, v = _unpack("qkv", qkv, 3, 5)
     return flash_attn_func(
@@ -356,7 +356,7 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: torch.Tensor | None = None,
 ) -> _Result:
-    """Attention within each of several sequences, which are packed one after the other, without padding.
+    """Attention within each of several sequences. They are packed one after the other, without padding.
 
     Args:
         q: (total_q, H, D). k, v: (total_k, H_kv, D).
@@ -407,7 +407,7 @@ def flash_attn_varlen_kvpacked_func(
 ) -> _Result:
     """`flash_attn_varlen_func` with K and V in one tensor: q (total_q, H, D), kv (total_k, 2, H_kv, D).
 
-    No copy is made. The other arguments, the result and the errors are those of `flash_attn_varlen_func`.
+    No copy is made. The other arguments, the result and the errors are as in `flash_attn_varlen_func`.
     """
     k, v = _unpack("kv", kv, 2, 4)
     return flash_attn_varlen_func(
@@ -431,8 +431,8 @@ def flash_attn_varlen_qkvpacked_func(
 ) -> _Result:
     """`flash_attn_varlen_func` with Q, K and V in one tensor: qkv (total, 3, H, D). No copy is made.
 
-    `cu_seqlens` and `max_seqlen` are those of queries and keys alike; the other arguments, the result and the errors
-    are those of `flash_attn_varlen_func`.
+    `cu_seqlens` and `max_seqlen` hold for queries and keys alike. The other arguments, the result and the errors are as
+    in `flash_attn_varlen_func`.
     """
     q, k, v = _unpack("qkv", qkv, 3, 4)
     return flash_attn_varlen_func(

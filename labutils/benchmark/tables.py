@@ -281,7 +281,8 @@ class Recorder:
             if changes:
                 raise ValueError(
                     f"{self.path} was measured in another environment ({'; '.join(changes)}), and one table must "
-                    "not mix two. Measure in that environment again, name another folder, or delete that file."
+                    "not mix two. Measure in that environment again, name another folder (a command: with --out), or "
+                    "delete that file."
                 )
             self.rows = rows_by_point(stored) if table == "attention" else _rows_by_key(stored, KEYS[table])
             before = stored.attrs["environment"].get("settings")

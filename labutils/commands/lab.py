@@ -1,4 +1,4 @@
-"""`python -m labutils lab`: the notebooks in JupyterLab."""
+"""`python -m labutils lab`: opens the notebooks in JupyterLab."""
 
 from __future__ import annotations
 

@@ -60,8 +60,8 @@ def _read(path: Path) -> dict[str, Any]:
 class Checkpoint:
     """A file from which training continues as if it had never stopped.
 
-    It holds the weights, the state of the optimizer and of the loss scaler, the position in the data, the states of the
-    random generators of Python, of PyTorch and of each GPU, the number of steps and the rows of the history.
+    It holds the weights, the state of the optimizer and of the loss scaler, the position in the data, the number of
+    steps and the rows of the history. It also holds the random generators of Python, of PyTorch and of each GPU.
 
     Args:
         path: the file; its folder is made if missing. The file is replaced as a whole, so a kill leaves the one before.

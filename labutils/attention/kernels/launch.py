@@ -35,7 +35,7 @@ def pick_config(
 
     Args:
         kernel: one of `launch_config.KERNELS`.
-        head_dim: D. dtype: of q. causal: whether the causal mask is on.
+        head_dim: D. dtype: the dtype of q. causal: whether the causal mask is on.
         device: the tensors' device; the CPU means the interpreter.
         longest: the longer of N_q and N_k. The interpreter takes no larger tiles than that.
 
@@ -47,7 +47,7 @@ def pick_config(
         block = min(_INTERPRETER_BLOCK, max(SMALLEST_BLOCK, next_power_of_2(longest)))
         return LaunchConfig(block, block)
     capability = _capability(device.index or 0)
-    # Tensors without data stand for a GPU that is not here, for which no user's table is known.
+    # Tensors without data stand for a GPU that is not here: its user's table is not known.
     return _picked(kernel, head_dim, dtype, causal, capability, device.index or 0 if device.type == "cuda" else None)
 
 

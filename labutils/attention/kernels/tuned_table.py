@@ -186,7 +186,7 @@ def tuned_here(device_index: int) -> dict[Place, LaunchConfig]:
         others = "; ".join(map(str, tables)) or "nothing"
         warnings.warn(
             f"the launch configurations in {file} are not used: this is {gpu}, and they were timed on {others}. The "
-            "shipped ones are used. `python -m labutils tune` times those of this GPU.",
+            "shipped ones are used. `python -m labutils tune` times candidates on this GPU.",
             stacklevel=2,
         )
         return {}
