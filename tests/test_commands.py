@@ -196,6 +196,7 @@ def test_a_device_that_is_not_known_is_told_without_a_traceback(command, tmp_pat
     )  # fmt: skip
     assert done.returncode in (1, 2) and "LABUTILS_DEVICE='gpu' is not known" in done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+    assert "Starting" not in done.stdout  # `lab` said so before it refused
 
 
 def test_check_prints_the_report(monkeypatch, capsys):

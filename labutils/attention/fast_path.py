@@ -12,6 +12,7 @@ its first call: there a kind returns with every token, only with another length 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -92,10 +93,11 @@ def _find(key: tuple, make: Callable[[], Any]) -> Any:
         make()  # its check raises an error that names the argument
         raise
     if found is None:
-        found = make()
-        while len(_known) >= MOST_CALLS:
-            del _known[next(iter(_known))]
-        _known[key] = found
+        made = make()
+        with _lock:  # other threads add entries and forget some, too
+            while len(_known) >= MOST_CALLS:
+                del _known[next(iter(_known))]
+            found = _known.setdefault(key, made)
     return found
 
 
@@ -123,9 +125,19 @@ class KnownCall:
         return out, lse
 
     def gradients(self, dout, dlse, q, k, v, out, lse):
-        """dq, dk, dv. Each set of strides has a replay: tensors saved on the host may come back with other strides."""
+        """dq, dk, dv; None if the call needs PyTorch's dispatcher: dout is batched, or something watches operators.
+
+        Each set of strides has a replay, since tensors saved on the host may come back with other strides.
+        """
         tensors = (q, k, v, out, dout, lse)
-        addresses = [t.data_ptr() for t in tensors]
+        try:
+            addresses = [t.data_ptr() for t in tensors]
+            if dlse is not None:
+                dlse.data_ptr()
+        except RuntimeError:  # dout or dlse has no memory of its own
+            return None
+        if torch._C._len_torch_dispatch_stack():
+            return None
         plain = dlse is None and dout.dtype == q.dtype and q.device.index == torch._C._cuda_getDevice()
         if not plain or any(address % 16 for address in addresses):
             return flash_v2_backward.launch_backward(dout, q, k, v, out, lse, self.options, dlse=dlse)[0]
@@ -223,3 +235,4 @@ class KnownDecoding:
 
 
 _known: dict[tuple, KnownCall | KnownDecoding] = {}
+_lock = threading.Lock()  # of all changes to `_known`; to read one entry needs no lock

@@ -15,7 +15,7 @@ from triton.backends.nvidia.driver import make_tensordesc_arg
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from labutils.attention.kernels.launch import Launch
+from labutils.attention.kernels.launch import Launch, make_context_current, this_thread
 
 # From Triton 3.8 on, `make_tensordesc_arg` has a third parameter, which only its AMD driver uses.
 _UNUSED = (None,) * (len(inspect.signature(make_tensordesc_arg).parameters) - 2)
@@ -71,6 +71,8 @@ class Replay:
             place, numbers: numbers that replace the arguments from `place` on, in a kernel without descriptors. Triton
                 must compile the same kernel for them as for the first ones.
         """
+        if not this_thread.ready:
+            make_context_current()
         grid = grid or self._grid
         arguments = self._arguments.copy()
         arguments[place : place + len(numbers)] = numbers
