@@ -1,4 +1,4 @@
-"""Kernels keep inside of their tensors whatever lengths, places and borders are, since a CUDA graph checks none of them.
+"""Kernels keep inside of their tensors whatever lengths, places and borders are: a CUDA graph checks none of them.
 
 On the CPU the operators run here without their checks, as in a captured graph, and every address is looked at. What
 lies around a cache is NaN, and must neither be read nor be written.
@@ -69,17 +69,24 @@ class Step:
         self.indices[name].view(-1)[at] = value
         return self
 
-    def run(self, *, splits=1, causal=True):
-        """out and lse by the operator; nothing around the caches has changed."""
+    def run_plain(self, *, splits=1, causal=True):
+        """out and lse by the operator."""
         take = self.indices.get
-        out, lse = operators.undispatched_with_cache(
+        return operators.undispatched_with_cache(
             self.q, self.k_cache, self.v_cache, self.k, self.v, *self.rotary, take("cache_seqlens"), 0,
             take("cache_batch_idx"), take("cache_leftpad"), take("block_table"),
             0.25, None, 0 if causal else None, None, True, None, splits,
         )  # fmt: skip
+
+    def run(self, **options):
+        """out and lse by the operator; nothing around the caches has changed."""
+        found = self.run_plain(**options)
+        self.assert_nothing_around_is_written()
+        return found
+
+    def assert_nothing_around_is_written(self):
         for around in (self.around_k, self.around_v):
             assert around[0].isnan().all() and around[2].isnan().all(), "written outside of the cache"
-        return out, lse
 
 
 def assert_no_row(out, lse):
@@ -279,3 +286,141 @@ def test_a_length_far_above_the_rows():
         out = interface.flash_attn_varlen_func(q, q, q, ints(0, 16), ints(0, 16), most, most)
         found.append((out, torch.autograd.grad(out.sum(), q)[0]))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Offsets beyond 2**31
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sparse(tmp_path):
+    """A function from values (..., D) to the same values with so large a stride of D that its offsets pass 2**31.
+
+    The elements lie in a file with holes, of which only the pages that are touched take memory.
+    """
+
+    def spread(t):
+        stride = 2**31 // (t.shape[-1] - 1) + 4096
+        name = tmp_path / f"{len(list(tmp_path.iterdir()))}.bin"
+        flat = torch.from_file(
+            str(name), shared=True, size=(t.shape[-1] - 1) * stride + t[..., 0].numel(), dtype=t.dtype
+        )
+        spread = flat.as_strided(t.shape, (*t[..., 0].contiguous().stride(), stride))
+        spread.copy_(t)
+        return spread
+
+    return spread
+
+
+@interpreted
+def test_strides_of_the_last_dimension_beyond_two_to_the_31(sparse):
+    """F5: forward and backward, v1, a cache and what is appended to it."""
+    torch.manual_seed(0)
+    q, k, v, dout = (torch.randn(1, 9, 2, 16, dtype=torch.float16) for _ in range(4))
+    far = [sparse(t) for t in (q, k, v)]
+    results = []
+    for inputs, gradient in (((q, k, v), dout), (far, sparse(dout))):
+        inputs = [t.detach().requires_grad_() for t in inputs]
+        out = interface.flash_attn_func(*inputs, causal=True)
+        results.append([out, *torch.autograd.grad(out, inputs, gradient)])
+        with torch.no_grad():
+            results[-1].append(interface.flash_attn_v1_func(*inputs, causal=True))
+            results[-1].append(interface.flash_attn_with_kvcache(*inputs))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@interpreted
+def test_appended_to_a_cache_with_strides_beyond_two_to_the_31(sparse):
+    """F5."""
+    near, far = Step(rotary=True, dtype=torch.float16), Step(rotary=True, dtype=torch.float16)
+    for name in ("k_cache", "v_cache", "q", "k", "v"):
+        setattr(far, name, sparse(getattr(far, name)))
+    assert all(torch.equal(a, b) for a, b in zip(near.run(), far.run(), strict=True))
+    assert torch.equal(near.k_cache, far.k_cache) and torch.equal(near.v_cache, far.v_cache)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backward", [False, True])
+def test_tensors_stored_with_the_head_dimension_outermost(backward):
+    """F5: more than 2**31 elements, stored as (D, B, N, H)."""
+    if runtime.memory_gib < 64:
+        pytest.skip("needs a GPU with 64 GiB")
+    n = 2**25 + 2**20
+    q = torch.randn(1, 64, 2, 64, device=DEVICE, dtype=torch.float16)
+    far = []
+    for _ in range(3):  # 33 million rows of one head, of which the call sees the last 100
+        t = torch.empty(64, 1, n, 1, device=DEVICE, dtype=torch.float16)
+        assert t.numel() > 2**31
+        far.append(t.permute(1, 2, 3, 0)[:, -100:].normal_())
+    dout = far[2][:, -64:].expand(-1, -1, 2, -1) if backward else None
+    results = []
+    for tensors in ((q, *far[:2]), (q, *(t.contiguous() for t in far[:2]))):
+        inputs = [t.detach().requires_grad_(backward) for t in tensors]
+        for _ in range(3):  # the third call is a replay
+            out = interface.flash_attn_func(*inputs, causal=True)
+        found = [out]
+        if backward:
+            found += torch.autograd.grad(out, inputs, dout)
+        results.append(found)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Captured CUDA graphs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def captured(call):
+    """`call()` as a CUDA graph, and its results, which every replay writes anew."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph, results
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_captured_step_keeps_inside_of_the_cache(place, splits):
+    """F34: replays with indices that are wrong; the second sequence is always right."""
+    page, at = PLACES[place]
+    name = place.split()[0].rstrip(",")
+    step = Step(page=page, rotary=True, dtype=torch.float16, d=64)
+    graph, (out, lse) = captured(lambda: step.run_plain(splits=splits))
+    graph.replay()
+    expected, good = out[1].clone(), step.indices[name].view(-1)[at].item()
+    for value in WRONG:
+        step.put(name, value, at)
+        graph.replay()
+        assert out.isfinite().all() and torch.equal(out[1], expected)
+        if name == "cache_batch_idx" or (name == "cache_seqlens" and value < 0):
+            assert_no_row(out[0], lse[0])
+        step.assert_nothing_around_is_written()
+    step.put(name, good, at)
+    graph.replay()
+    assert out.isfinite().all() and torch.equal(out[1], expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("value", [-1, 17, 1000, LEAST, MOST])
+@pytest.mark.parametrize("which", [0, 1])
+def test_captured_packed_sequences_keep_inside_of_their_tensors(which, value):
+    """F34: forward and backward."""
+    inputs = [torch.randn(n, h, 64, device=DEVICE, dtype=torch.float16) for n, h in ((20, 4), (23, 2), (23, 2))]
+    borders = ints(*CU_Q), ints(*CU_K)
+    graph, results = captured(lambda: varlen(*inputs, *borders, 8, 13))
+    graph.replay()
+    expected = [t.clone() for t in results]
+    good = borders[which][3].item()
+    borders[which][3] = value
+    graph.replay()
+    torch.cuda.synchronize()
+    borders[which][3] = good
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))

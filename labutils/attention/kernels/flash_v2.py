@@ -108,9 +108,7 @@ def _forward_kernel(
         programs = tl.num_programs(0) // H  # of a head: together they fill the rows that belong to no sequence
         place = b * blocks_m + pid_m
         behind = end_of_sequences(cu_seqlens_q_ptr, programs // blocks_m, TOTAL_Q)
-        zero_rows(
-            o_ptr + h * stride_oh, stride_on, stride_od, behind, TOTAL_Q, place, programs, D, BLOCK_D, BLOCK_M
-        )
+        zero_rows(o_ptr + h * stride_oh, stride_on, stride_od, behind, TOTAL_Q, place, programs, D, BLOCK_D, BLOCK_M)
         for start in tl.range(behind + place * BLOCK_M, TOTAL_Q, programs * BLOCK_M):
             offs = start + tl.arange(0, BLOCK_M)
             tl.store(lse_ptr + h * stride_lh + offs, float("-inf"), mask=offs < TOTAL_Q)

@@ -82,8 +82,8 @@ class Cache(NamedTuple):
     """Where each sequence has its keys in a KV cache.
 
     Attributes:
-        seqlens: int32 (B,), keys of each sequence in the cache, or None if all have `seqlen`. A sequence with a negative
-            number is padding: it has no key, and nothing is appended to it.
+        seqlens: int32 (B,), keys of each sequence in the cache, or None if all have `seqlen`. A negative number
+            marks padding: such a sequence has no key, and nothing is appended to it.
         seqlen: keys of every sequence; with `seqlens`, the most that any sequence can have.
         batch_idx: int32 (B,), the cache's row for each sequence, or None if sequence b has row b.
         leftpad: int32 (B,), the place of each sequence's first key in its row, or None for 0.
