@@ -48,8 +48,8 @@ class Options(NamedTuple):
         """(B, longest N_q, longest N_k)."""
         if self.cu_seqlens_q is None:
             return q.shape[0], q.shape[1], k.shape[1]
-        total_q, total_k = self.totals(q, k)
-        return len(self.cu_seqlens_q) - 1, min(self.max_seqlen_q, total_q), min(self.max_seqlen_k, total_k)
+        longest_k = min(self.max_seqlen_k, self._packed_keys(k))
+        return len(self.cu_seqlens_q) - 1, min(self.max_seqlen_q, q.shape[0]), longest_k
 
     def arguments(self) -> tuple:
         """The arguments of the forward and backward kernels from `cu_seqlens_q_ptr` to `window_right`, in order."""
@@ -71,11 +71,12 @@ class Options(NamedTuple):
 
     def totals(self, q: torch.Tensor, k: torch.Tensor) -> tuple[int | None, int | None]:
         """The arguments `TOTAL_Q` and `TOTAL_K`, the rows of packed tensors: no row beyond them is ever touched."""
-        if self.cu_seqlens_q is None:
-            return None, None
-        if self.block_table is None:
-            return q.shape[0], k.shape[0]
-        return q.shape[0], min(k.shape[1] * self.block_table.shape[1], LARGEST_INT)  # of one sequence
+        return (None, None) if self.cu_seqlens_q is None else (q.shape[0], self._packed_keys(k))
+
+    def _packed_keys(self, k: torch.Tensor) -> int:
+        """The rows of packed keys, or with a block table the most keys that a sequence can have."""
+        table = self.block_table
+        return k.shape[0] if table is None else min(k.shape[1] * table.shape[1], LARGEST_INT)
 
 
 class Cache(NamedTuple):
