@@ -5,6 +5,7 @@ Whatever no query may see is NaN: rows beyond a sequence's length and before its
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -521,8 +522,8 @@ WRONG_INPUTS = {
     "table and padding": (
         ValueError, "cache_leftpad .*paged.*leave it out", PAGED, dict(cache_leftpad=lambda _: ints(0, 1))
     ),
-    "too few blocks": (
-        ValueError, "room for 8 keys.*cache_seqlens holds 7 and k appends 2", PAGED,
+    "too few blocks": (  # F19: the error is flash-attn's
+        RuntimeError, "block_table has 2 blocks of 4 rows.*room for 8 keys.*holds 7 and k appends 2", PAGED,
         dict(block_table=lambda t: t[:, :2]),
     ),
     "a block beyond the cache": (
@@ -554,7 +555,9 @@ WRONG_INPUTS = {
     "splits negative": (ValueError, "num_splits=-1", dict(num_splits=-1), {}),
     "more splits than there may be": (ValueError, "num_splits=129.*128", dict(num_splits=129), {}),
     "splits a float": (ValueError, "num_splits=2.5.*integer", dict(num_splits=2.5), {}),
-    "scale zero": (ValueError, "softmax_scale=0.0", dict(softmax_scale=0.0), {}),
+    "scale beyond float32": (ValueError, "softmax_scale=1e\\+39", dict(softmax_scale=1e39), {}),
+    "causal a word": (TypeError, "causal is a str", dict(causal="no"), {}),
+    "interleaved a word": (TypeError, "rotary_interleaved is a str", dict(rotary_interleaved="no"), {}),
     "window a number": (ValueError, "window_size=8", dict(window_size=8), {}),
     "softcap negative": (ValueError, "softcap=-1", dict(softcap=-1.0), {}),
     "slopes of another batch": (
@@ -577,22 +580,22 @@ def test_wrong_input_is_named(case):
 
 
 @pytest.fixture
-def short(monkeypatch):
-    """The short way, which is for GPUs otherwise: forms are made, but the interpreter launches nothing again."""
+def on_fast_path(monkeypatch):
+    """The fast path, which otherwise only a GPU takes. In the interpreter it finds known calls, but replays nothing."""
     monkeypatch.setattr(fast_path, "applies", lambda *tensors: True)
     monkeypatch.setattr(fast_path, "_known", {})
 
 
 @pytest.mark.parametrize("case", WRONG_INPUTS)
-def test_wrong_input_is_named_on_the_short_way(case, short):
+def test_wrong_input_is_named_on_the_fast_path(case, on_fast_path):
     test_wrong_input_is_named(case)
 
 
 WRONG_DECODING = {
-    "scale zero": (ValueError, "softmax_scale=0.0", dict(softmax_scale=0.0)),
+    "scale beyond float32": (ValueError, "softmax_scale=1e\\+39", dict(softmax_scale=1e39)),
+    "causal a word": (TypeError, "causal is a str", dict(causal="no")),
     "scale a list": (TypeError, "softmax_scale is a list", dict(softmax_scale=[0.5])),
     "window a number": (ValueError, "window_size=8", dict(window_size=8)),
-    "window too far to the left": (ValueError, "window_size=.-2, 0", dict(window_size=(-2, 0))),
     "softcap negative": (ValueError, "softcap=-1", dict(softcap=-1.0)),
     "splits negative": (ValueError, "num_splits=-1", dict(num_splits=-1)),
     "splits true": (ValueError, "num_splits=True", dict(num_splits=True)),
@@ -610,7 +613,7 @@ WRONG_DECODING = {
 
 
 @pytest.mark.parametrize("case", WRONG_DECODING)
-def test_wrong_decoding_is_named_whatever_was_seen_before(case, short):
+def test_wrong_decoding_is_named_whatever_was_seen_before(case, on_fast_path):
     error, message, changes = WRONG_DECODING[case]
     call = make((9, 5), garbage=0.0) | dict(cache_seqlens=9)
     changes = {name: value.to(DEVICE) if torch.is_tensor(value) else value for name, value in changes.items()}
@@ -622,7 +625,7 @@ def test_wrong_decoding_is_named_whatever_was_seen_before(case, short):
             interface.flash_attn_with_kvcache(**call | changes)
 
 
-def test_a_growing_cache_is_of_one_form(short):
+def test_a_growing_cache_is_one_kind_of_call(on_fast_path):
     for n in (1, 2, 15, 16, 17, 40, 48):
         call = make((n, n), heads=4, heads_kv=2, causal=True)
         check(call | dict(cache_seqlens=n))
@@ -892,3 +895,111 @@ def test_one_tensor_for_both_caches():
     call = make((9, 5), n_new=1)
     with pytest.raises(ValueError, match="k_cache and v_cache are one tensor"):
         interface.flash_attn_with_kvcache(**call | dict(v_cache=call["k_cache"]))
+
+
+def rows(count):
+    return torch.zeros(count, 12, 2, 16, device=DEVICE)
+
+
+SHARED_MEMORY = {
+    "one storage": ("k_cache and v_cache share", lambda c: dict(v_cache=c["k_cache"].view(2, 12, 2, 16))),
+    "rows over rows": (
+        "v_cache has shape .* and strides .*share their memory.*clone",
+        lambda c: dict(v_cache=rows(2).as_strided((2, 12, 2, 16), (128, 32, 16, 1))),
+    ),
+    "k in its cache": ("k shares memory with k_cache", lambda c: dict(k=c["k_cache"][:, 3:5])),
+    "v in the other cache": ("v shares memory with k_cache", lambda c: dict(v=c["k_cache"][:, :2])),
+    "q in a cache": ("q shares memory with v_cache", lambda c: dict(q=c["v_cache"].view(2, 6, 4, 16)[:, :2])),
+}
+SHARED_MEMORY["a row"] = (
+    "k_cache and v_cache share",
+    lambda c: (lambda both: dict(k_cache=both[:2], v_cache=both[1:]))(rows(3)),
+)
+
+
+@pytest.mark.parametrize("case", SHARED_MEMORY)
+def test_what_is_written_to_shares_no_memory(case):
+    """F6: keys and values overwrote each other, or what was still to be read."""
+    message, change = SHARED_MEMORY[case]
+    call = make(**WRONG_BASE)
+    call |= change(call)
+    with pytest.raises(ValueError, match=message):
+        interface.flash_attn_with_kvcache(**call)
+
+
+@pytest.mark.parametrize("caches", ["arguments", "made inside"])
+def test_what_is_written_to_shares_no_memory_in_a_compiled_function(caches):
+    """F6: a compiler traces the checks of the interface, and has no addresses."""
+
+    def step(q, k_cache, v_cache, k, v):
+        v_cache = k_cache.view(k_cache.shape) if caches == "made inside" else v_cache
+        return interface.flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=3)
+
+    call = make(**WRONG_BASE)
+    arguments = [call[name] for name in ("q", "k_cache", "k_cache", "k", "v")]
+    arguments[2] = arguments[1].view(2, 12, 2, 16)
+    with pytest.raises(ValueError, match="k_cache and v_cache share memory"):
+        torch.compile(step, fullgraph=True, backend="aot_eager")(*arguments)
+
+
+INTERLACED = {
+    "heads of k and v side by side": lambda: torch.zeros(2, 12, 2, 2, 16, device=DEVICE).unbind(2),
+    "heads in turn": lambda: (lambda both: (both[:, :, ::2], both[:, :, 1::2]))(
+        torch.zeros(2, 12, 4, 16, device=DEVICE)
+    ),
+    "numbers in turn": lambda: torch.zeros(2, 12, 2, 16, 2, device=DEVICE).unbind(-1),
+    "one behind the other": lambda: torch.zeros(2, 2, 12, 2, 16, device=DEVICE).unbind(0),
+    "rows side by side": lambda: torch.zeros(2, 12, 2, 2, 16, device=DEVICE).transpose(1, 2).unbind(1),
+}
+
+
+@pytest.mark.parametrize("layout", INTERLACED)
+def test_caches_in_one_storage_that_do_not_meet(layout):
+    call = make(**WRONG_BASE, garbage=0.0)
+    apart = dict(call, k_cache=rows(2), v_cache=rows(2))
+    together = dict(zip(("k_cache", "v_cache"), INTERLACED[layout](), strict=True))
+    expected = interface.flash_attn_with_kvcache(**apart)
+    assert torch.equal(interface.flash_attn_with_kvcache(**call | together), expected)
+    for name, written in together.items():
+        assert torch.equal(written, apart[name]) and written.any()
+
+
+def test_a_table_with_too_few_columns_for_packed_sequences():
+    """F19: RuntimeError as in flash-attn, which names `block_table`."""
+    call = make((9, 5), page=4, capacity=12)
+    starts, table = ints(0, 9, 14), call["block_table"][:, :2]
+    q = torch.randn(2, 2, 16, device=DEVICE)
+    with pytest.raises(RuntimeError, match="block_table has 2 blocks of 4 rows a sequence, but sequence 0 has 9 keys"):
+        interface.flash_attn_varlen_func(
+            q, call["k_cache"], call["v_cache"], ints(0, 1, 2), starts, 1, 9, block_table=table
+        )
+
+
+def test_a_table_with_too_few_columns_for_one_length_of_all():
+    """F19."""
+    call = make((7, 7), page=4, capacity=12) | dict(cache_seqlens=13)
+    with pytest.raises(RuntimeError, match="block_table has 3 blocks.*room for 12 keys.*holds 13.*more columns"):
+        interface.flash_attn_with_kvcache(**call)
+
+
+def test_lengths_and_splits_as_numpy_s_integers():
+    call = make((20, 20))
+    expected = interface.flash_attn_with_kvcache(**call | dict(cache_seqlens=20), num_splits=2)
+    given = dict(cache_seqlens=np.int64(20), num_splits=np.int32(2))
+    assert torch.equal(interface.flash_attn_with_kvcache(**call | given), expected)
+
+
+@pytest.mark.parametrize("page", [None, 4])
+@pytest.mark.parametrize("direct", [False, True], ids=["operator", "no dispatcher"])
+def test_another_default_device(page, direct, monkeypatch):
+    """F15: a table and appended keys under `torch.set_default_device("meta")`."""
+    if direct:
+        monkeypatch.setattr(fast_path, "applies", lambda *tensors: True)
+    call = make((9, 5), n_new=1, page=page, capacity=16, rotary=8, garbage=0.0)
+    expected = interface.flash_attn_with_kvcache(**{name: copied(value) for name, value in call.items()})
+    with torch.device("meta"):
+        assert torch.equal(interface.flash_attn_with_kvcache(**call), expected)
+
+
+def copied(value):
+    return value.clone() if torch.is_tensor(value) else value

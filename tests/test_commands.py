@@ -32,8 +32,9 @@ TOOLS = ["figure", "study", "targets"]
 
 
 def readme_lines():
-    """The lines of the README's shell blocks."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S | re.M)
+    """The lines of the shell blocks in the README's section "Start"."""
+    start = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Start\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"^```bash\n(.*?)^```", start, re.S | re.M)
     return [line for block in blocks for line in block.splitlines()]
 
 
@@ -195,6 +196,7 @@ def test_a_device_that_is_not_known_is_told_without_a_traceback(command, tmp_pat
     )  # fmt: skip
     assert done.returncode in (1, 2) and "LABUTILS_DEVICE='gpu' is not known" in done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
+    assert "Starting" not in done.stdout  # `lab` said so before it refused
 
 
 def test_check_prints_the_report(monkeypatch, capsys):

@@ -256,7 +256,7 @@ def test_a_sweep_of_models_and_a_ladder_that_were_interrupted_say_so(kept, monke
     assert model_benchmark.side_by_side(table, "step").to_numpy().tolist() == [["–"]]
     assert f"Run this cell again {'to go on' if kept else 'for all of them'}." in capsys.readouterr().out
     ladder.ladder(("124M",), 16.0, rungs=ladder.RUNGS[:1], folder=folder, find=interrupted)
-    said = "run this cell again to go on" if kept else "the table has those alone"
+    said = "run this cell again to go on" if kept else "the table has only those"
     assert f"Interrupted after 0 of 1 rungs: {said}" in capsys.readouterr().out
 
 

@@ -264,7 +264,11 @@ WRONG_SEQUENCES = {
     "too long": (ValueError, "ends with 56.*only 55 rows", dict(cu_seqlens_q=lambda s: s + (s == s[-1]))),
     "other batch": (ValueError, "speaks of 5 sequences and cu_seqlens_k of 4", dict(cu_seqlens_k=lambda s: s[:-1])),
     "max too small": (ValueError, "max_seqlen_q=8, but the longest", dict(max_seqlen_q=lambda n: 8)),
-    "max a tensor": (TypeError, "pass a Python integer", dict(max_seqlen_k=lambda n: torch.tensor(n))),
+    "max a tensor": (
+        TypeError,
+        r"of shape \(1,\): pass a Python integer",
+        dict(max_seqlen_k=lambda n: torch.tensor([n])),
+    ),
     "max None": (TypeError, "max_seqlen_q=None: pass a Python integer", dict(max_seqlen_q=lambda n: None)),
     "max a fraction": (TypeError, "max_seqlen_k=20.5", dict(max_seqlen_k=lambda n: n + 0.5)),
     "elsewhere": (ValueError, "move it to the device", dict(cu_seqlens_q=lambda s: s.to("meta"))),

@@ -166,8 +166,8 @@ def test_attention_of_padded_rows_is_zero_and_holes_are_exact():
 
 
 def test_mask_of_ones_is_no_mask():
-    assert gpt2_attention.padding_mask(2, 5, 5, attention_mask=torch.ones(2, 5, dtype=torch.bool)) is None
-    assert gpt2_attention.padding_mask(2, 5, 5) is None
+    assert gpt2_attention.padding_mask(2, 5, 5, attention_mask=torch.ones(2, 5, dtype=torch.bool)).keep is None
+    assert gpt2_attention.padding_mask(2, 5, 5).keep is None
 
 
 def test_bidirectional_model():
@@ -257,6 +257,28 @@ def test_static_cache_whose_last_slots_are_empty():
         torch.testing.assert_close(torch.cat([first, rest], dim=1), model(ids).logits)
 
 
+def test_generation_with_a_static_cache():
+    model, ids = lively(), tokens(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    ours = greedy(model, ids, attention_mask=mask, cache_implementation="static")
+    assert torch.equal(ours, greedy(like(model, "eager"), ids, attention_mask=mask))
+
+
+@pytest.mark.parametrize("cache", [False, True], ids=["without cache", "with cache"])
+def test_compiled_models(cache):
+    """F22: without a cache, the compiled model blamed packed sequences that nobody had passed."""
+    model, ids = make(n_layer=1), tokens(1, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(ids, use_cache=cache).logits, like(model, "eager")(ids).logits)
+        if DEVICE.type == "cpu":  # a failed assertion on a GPU ends the process
+            restart = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+            with pytest.raises(RuntimeError, match="packed sequences"):
+                compiled(ids, position_ids=restart, use_cache=cache)
+
+
 def test_dropout_of_attention_is_at_work_in_training_alone():
     model, ids = make(attn_pdrop=0.5), tokens(1, 12)
     logits = []
@@ -271,10 +293,63 @@ def test_dropout_of_attention_is_at_work_in_training_alone():
 # --- what is refused ----------------------------------------------------------------------------------------
 
 
-def test_packed_positions_are_refused():
+RESTART = [[0, 1, 2, 0, 1, 2]]
+FOUR_WAYS = {
+    "without cache": {"use_cache": False},
+    "with cache, the default": {},
+    "mask of ones": {"attention_mask": torch.ones(1, 6)},
+    "mask with padding": {"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0]])},
+}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+@pytest.mark.parametrize("way", FOUR_WAYS)
+def test_packed_positions_are_refused(way, training):
+    """F4: with a cache or a mask, the second document saw the first."""
+    model = make().train(training)
+    options = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in FOUR_WAYS[way].items()}
     with pytest.raises(NotImplementedError, match="packed sequences"):
-        positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=DEVICE)
-        make()(tokens(1, 6), position_ids=positions, use_cache=False)
+        model(tokens(1, 6), position_ids=torch.tensor(RESTART, device=DEVICE), **options)
+
+
+def test_packed_positions_are_refused_by_the_first_version():
+    """F4, for labutils_v1."""
+    gpt2_attention.register_first_version()
+    with pytest.raises(NotImplementedError, match="packed sequences"):
+        make("labutils_v1")(tokens(1, 6), position_ids=torch.tensor(RESTART, device=DEVICE))
+
+
+def borders(*ends):
+    starts = torch.tensor([0, *ends], dtype=torch.int32, device=DEVICE)
+    longest = int(starts.diff().max())
+    return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+
+
+def test_borders_together_with_padding_are_refused():
+    """F3: the borders were ignored as soon as the mask had a zero."""
+    model, ids, mask = make(), tokens(1, 6), torch.ones(1, 6, device=DEVICE)
+    model(ids, attention_mask=mask, **borders(3, 6))
+    mask[0, 5] = 0
+    with pytest.raises(NotImplementedError, match="cu_seq_lens_q and cu_seq_lens_k came together with an attention"):
+        model(ids, attention_mask=mask, **borders(3, 6))
+
+
+def test_borders_count_also_where_there_are_fewer_queries_than_keys():
+    """F3's sibling: with fewer queries than keys, the decoding kernel ignored the borders."""
+    torch.manual_seed(0)
+    layer = make().transformer.h[0].attn
+    q, k = torch.randn(1, 2, 4, 16, device=DEVICE), torch.randn(1, 2, 6, 16, device=DEVICE)
+    few = {"cu_seq_lens_q": borders(2, 4)["cu_seq_lens_q"], "max_length_q": 2}
+    with torch.no_grad():
+        out, _ = gpt2_attention.attention_forward(layer, q, k, k, None, **(borders(3, 6) | few))
+        second, _ = gpt2_attention.attention_forward(layer, q[:, :, 2:], k[:, :, 3:], k[:, :, 3:], None)
+    torch.testing.assert_close(out[:, 2:], second)
+
+
+def test_some_borders_without_the_others_are_refused():
+    """F3's sibling: cu_seq_lens_k without cu_seq_lens_q was ignored."""
+    with pytest.raises(ValueError, match="only cu_seq_lens_k came"):
+        make()(tokens(1, 6), cu_seq_lens_k=borders(3, 6)["cu_seq_lens_k"])
 
 
 def test_four_dimensional_masks_are_refused():
@@ -294,12 +369,120 @@ def test_output_attentions_is_refused():
     make()(tokens(1, 6), output_hidden_states=True)
 
 
-@pytest.mark.parametrize("argument", ["sliding_window", "softcap", "s_aux", "position_bias"])
-def test_arguments_that_change_the_result_are_refused(argument):
+UNKNOWN = [
+    "sliding_window",
+    "softcap",
+    "s_aux",
+    "position_bias",
+    "indices",
+    "block_indices",
+    "sinks",
+    "cache",
+    "seq_idx",
+]
+
+
+@pytest.mark.parametrize("argument", UNKNOWN)
+@pytest.mark.parametrize("function", ["attention_forward", "_first_version"])
+def test_arguments_that_change_the_result_are_refused(function, argument):
+    """F2: a keyword that was not on a list of five was ignored."""
     layer = make().transformer.h[0].attn
     q = torch.randn(1, 2, 4, 16, device=DEVICE)
-    with pytest.raises(NotImplementedError, match=argument):
-        gpt2_attention.attention_forward(layer, q, q, q, None, **{argument: 4})
+    with pytest.raises(NotImplementedError, match=rf"has no {argument},.*eager"):
+        getattr(gpt2_attention, function)(layer, q, q, q, None, **{argument: torch.zeros(4)})
+
+
+def test_arguments_that_change_nothing_pass():
+    """F2: what models always pass, and what is switched off."""
+    layer = make().transformer.h[0].attn
+    q = torch.randn(1, 2, 4, 16, device=DEVICE)
+    plain, _ = gpt2_attention.attention_forward(layer, q, q, q, None)
+    off = {"softcap": None, "indices": None, "output_attentions": False, "sparse": False}
+    known = {"position_ids": torch.arange(4, device=DEVICE)[None], "deterministic": True, "num_items_in_batch": 3}
+    same, _ = gpt2_attention.attention_forward(layer, q, q, q, None, **off, **known)
+    assert torch.equal(plain, same)
+
+
+def bloom(attention, seed=0):
+    from transformers import BloomConfig, BloomForCausalLM
+
+    gpt2_attention.register_attention()
+    torch.manual_seed(seed)
+    config = BloomConfig(vocab_size=60, hidden_size=32, n_layer=1, n_head=2)
+    config._attn_implementation = attention
+    return BloomForCausalLM(config).to(DEVICE).eval()
+
+
+def test_a_model_with_attention_of_its_own_is_refused_when_it_is_made():
+    """F1: Bloom makes its mask with our mask function and never calls our attention: it saw the future."""
+    with pytest.raises(ValueError, match="BloomForCausalLM does not support attn_implementation='labutils'"):
+        bloom("labutils")
+    bloom("eager")
+
+
+def test_a_subclass_of_such_a_model_is_refused_too():
+    """F1: wherever its class was written."""
+    from transformers import BloomConfig, BloomForCausalLM
+
+    class Mine(BloomForCausalLM):
+        pass
+
+    config = BloomConfig(vocab_size=60, hidden_size=32, n_layer=1, n_head=2)
+    config._attn_implementation = gpt2_attention.register_attention()
+    with pytest.raises(ValueError, match="Mine does not support"):
+        Mine(config)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_model_with_attention_of_its_own_is_refused_when_it_runs(padded, monkeypatch):
+    """F1: a model whose source nobody can read, as from a notebook, ends at its first use of the mask."""
+    monkeypatch.setattr(gpt2_attention, "_has_attention_of_its_own", lambda model_class: False)
+    mask = torch.ones(1, 8, dtype=torch.long, device=DEVICE)
+    mask[0, :2] = 0 if padded else 1
+    with pytest.raises(NotImplementedError, match="uses the attention mask itself"):
+        bloom("labutils")(torch.arange(8, device=DEVICE)[None], attention_mask=mask)
+
+
+USES = {
+    "added": lambda mask, x: x + mask,
+    "added at the left": lambda mask, x: mask + x,
+    "sdpa": lambda mask, x: torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask),
+    "sliced": lambda mask, x: mask[:, :, :, :4],
+    "where": lambda mask, x: torch.where(mask, x, x),
+    "compared": lambda mask, x: mask == 0,
+    "inverted": lambda mask, x: 1.0 - mask,
+    "truth": lambda mask, x: bool(mask),
+    "dtype": lambda mask, x: mask.dtype,
+    "method": lambda mask, x: mask.masked_fill(x, 0),
+    "dense": lambda mask, x: mask.to_dense(),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_nobody_but_us_can_use_the_mask(use):
+    """F1: every use that models make of a mask."""
+    with pytest.raises(NotImplementedError, match="uses the attention mask itself"):
+        USES[use](gpt2_attention.padding_mask(1, 4, 4), torch.zeros(1, 1, 4, 4))
+
+
+def test_a_mask_for_another_number_of_keys_is_refused():
+    """F1's sibling: a model that adds or drops keys after it made its mask."""
+    layer = make().transformer.h[0].attn
+    q = torch.randn(1, 2, 4, 16, device=DEVICE)
+    with pytest.raises(ValueError, match="4 queries and 6 keys"):
+        gpt2_attention.attention_forward(layer, q, q, q, gpt2_attention.padding_mask(1, 4, 6, q_offset=2))
+
+
+def test_the_rule_of_the_mask_counts_and_not_the_layers():
+    """F1's sibling: standard attention obeys only the mask, whatever the layer says of itself."""
+    from transformers.masking_utils import bidirectional_mask_function
+
+    layer = make().transformer.h[0].attn  # causal
+    q = torch.randn(1, 2, 6, 16, device=DEVICE)
+    mask = gpt2_attention.padding_mask(1, 6, 6, mask_function=bidirectional_mask_function)
+    out, _ = gpt2_attention.attention_forward(layer, q, q, q, mask)
+    ref = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    torch.testing.assert_close(out, ref.transpose(1, 2))
 
 
 def test_sliding_window_masks_are_refused():

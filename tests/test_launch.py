@@ -1,4 +1,4 @@
-"""A launch done again: Triton's own launcher gets what it would have made of the tensors itself. No GPU is needed."""
+"""Launching again: Triton's own launcher gets what it would have made of the tensors itself. No GPU is needed."""
 
 from types import SimpleNamespace
 
@@ -41,7 +41,7 @@ def gpu(monkeypatch):
     active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: STREAM, utils=utils)
     monkeypatch.setattr(driver, "_active", active)
 
-    def kernel(about=ABOUT):
+    def kernel(about=ABOUT):  # an empty list if the GPU has no copy engine
         run = object.__new__(nvidia.CudaLauncher)  # as its constructor leaves it, without compiling C
         zeros = (
             "num_ctas",
@@ -53,6 +53,7 @@ def gpu(monkeypatch):
             "launch_pdl",
             "arg_annotations",
             "kernel_signature",
+            "gsan_enabled",  # from Triton 3.8 on
         )
         for name in zeros:
             setattr(run, name, 0)
@@ -95,7 +96,7 @@ def replay_of(kernel, arguments):
     return Replay(Launch(kernel, names, GRID, tuple(arguments), {}))
 
 
-@pytest.mark.parametrize("about", [ABOUT, None], ids=["copy engine", "none"])
+@pytest.mark.parametrize("about", [ABOUT, []], ids=["copy engine", "none"])
 def test_again_gives_the_launcher_what_triton_gives_it(gpu, about):
     kernel, first, second = gpu.kernel(about), arguments(), arguments()
     again = replay_of(kernel, first).again
@@ -131,7 +132,7 @@ def test_addresses_that_are_not_given_stay(gpu):
 
 def test_another_grid_and_other_numbers(gpu):
     """Numbers stand where they are told to, for this launch alone."""
-    kernel, tensor = gpu.kernel(None), torch.zeros(3)
+    kernel, tensor = gpu.kernel([]), torch.zeros(3)
     kernel.run.launch = lambda *args: gpu.launched.append(args)
     launched = replay_of(kernel, (tensor, 2, 30, 40, 0.5))
     launched.again(grid=(9, 1, 1), place=2, numbers=(31, 41))
@@ -152,7 +153,7 @@ def test_triton_s_profilers_are_told(gpu, monkeypatch):
     assert (GRID, STREAM) in with_hook and (GRID, STREAM) not in without
 
 
-def test_a_form_gives_new_outputs_to_the_same_launch(monkeypatch):
+def test_a_known_call_gives_new_outputs_to_the_same_launch(monkeypatch):
     given = []
     out = torch.zeros(2, 96, 3, 32).half()
     lse = torch.zeros(2, 3, 96)
@@ -160,20 +161,20 @@ def test_a_form_gives_new_outputs_to_the_same_launch(monkeypatch):
     monkeypatch.setattr(flash_v2, "launch_forward", lambda q, k, v, options: (out, lse, launched))
     replays = {launched: SimpleNamespace(again=lambda *addresses: given.append(addresses))}
     monkeypatch.setattr(fast_path, "Replay", replays.get)
-    form = fast_path.KnownCall(Options(0.125))
+    call = fast_path.KnownCall(Options(0.125))
     q, k, v = torch.randn(3, 2, 3, 96, 32).half().transpose(2, 3).unbind()  # not contiguous: out is, all the same
     for _ in range(2):
-        assert form.replay is None
-        assert form.output(q, k, v) == (out, lse) and given == []
-    new_out, new_lse = form.output(k, v, q)
+        assert call.replay is None
+        assert call.output(q, k, v) == (out, lse) and given == []
+    new_out, new_lse = call.output(k, v, q)
     assert given == [(k.data_ptr(), v.data_ptr(), q.data_ptr(), new_out.data_ptr(), new_lse.data_ptr())]
     for new, old in ((new_out, out), (new_lse, lse)):
         assert (new.shape, new.stride(), new.dtype) == (old.shape, old.stride(), old.dtype)
         assert new.data_ptr() != old.data_ptr()
 
 
-def test_a_form_gives_new_gradients_to_the_same_launches(monkeypatch):
-    """Addresses are what `again` gets, in the order of the kernels' pointers; another layout is another backward."""
+def test_a_known_call_gives_new_gradients_to_the_same_launches(monkeypatch):
+    """`again` gets addresses in the order of the kernels' pointers; tensors of another layout get another backward."""
     given = []
     q, k, v, out, dout = torch.randn(5, 2, 96, 3, 32).half().unbind()
     lse, per_row = torch.zeros(2, 3, 96), torch.zeros(2, 2, 3, 160)
@@ -190,10 +191,10 @@ def test_a_form_gives_new_gradients_to_the_same_launches(monkeypatch):
     monkeypatch.setattr(flash_v2_backward, "launch_backward", start)
     monkeypatch.setattr(fast_path, "Replay", replay)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
-    form = fast_path.KnownCall(Options(0.125))
-    form.gradients(dout, None, q, k, v, out, lse)
+    call = fast_path.KnownCall(Options(0.125))
+    call.gradients(dout, None, q, k, v, out, lse)
     assert len(started) == 1 and given == []
-    gradients = form.gradients(out, None, v, k, q, dout, lse)
+    gradients = call.gradients(out, None, v, k, q, dout, lse)
     assert len(started) == 1 and all(g.shape == q.shape and g.is_contiguous() for g in gradients)
     first, second = dict(given)["dq"], dict(given)["dkdv"]
     dq, dk, dv = (g.data_ptr() for g in gradients)
@@ -201,39 +202,39 @@ def test_a_form_gives_new_gradients_to_the_same_launches(monkeypatch):
     lse2, delta = first[6:8]
     assert delta - lse2 == 4 * 2 * 3 * 160 and first[8:] == (dq,)
     assert second == (v.data_ptr(), k.data_ptr(), q.data_ptr(), out.data_ptr(), lse2, delta, dk, dv)
-    form.gradients(dout, None, q, k, v, out, lse)
-    form.gradients(dout[:1, :1, :1, :1].expand(out.shape), None, q, k, v, out, lse)
+    call.gradients(dout, None, q, k, v, out, lse)
+    call.gradients(dout[:1, :1, :1, :1].expand(out.shape), None, q, k, v, out, lse)
     assert len(started) == 2 and len(given) == 4
 
 
-def test_a_backward_of_another_kind_takes_the_long_way(monkeypatch):
+def test_a_backward_of_another_kind_is_not_on_the_fast_path(monkeypatch):
     q, k, v, out, dout = torch.randn(5, 2, 96, 3, 32).half().unbind()
-    lse, long = torch.zeros(2, 3, 96), []
-    monkeypatch.setattr(flash_v2_backward, "launch_backward", lambda *args, dlse: [long.append(dlse)])
+    lse, launched = torch.zeros(2, 3, 96), []
+    monkeypatch.setattr(flash_v2_backward, "launch_backward", lambda *args, dlse: [launched.append(dlse)])
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
-    form = fast_path.KnownCall(Options(0.125))
-    form.gradients(dout, lse, q, k, v, out, lse)
+    call = fast_path.KnownCall(Options(0.125))
+    call.gradients(dout, lse, q, k, v, out, lse)
     odd = torch.zeros(dout.numel() + 1).half()[1:].view(dout.shape)  # 2 bytes off
-    form.gradients(odd, None, q, k, v, out, lse)
-    assert long == [lse, None] and form.backwards == {}
+    call.gradients(odd, None, q, k, v, out, lse)
+    assert launched == [lse, None] and call.backwards == {}
 
 
 AN_ADDRESS = 2**20  # larger than any size or stride here; where Python is no PIE, the heap begins not far above
 
 
 @pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
-def test_a_backward_done_again_gives_the_kernels_what_the_long_way_gives_them(gpu, monkeypatch, tma):
+def test_a_replayed_backward_gives_the_kernels_what_a_launch_gives_them(gpu, monkeypatch, tma):
     """Every argument by its name, for both kernels: tensors where they belong, all else as it was."""
     names = {flash_v2_backward._dq_kernel: "dq", flash_v2_backward._dkdv_kernel: "dkdv"}
 
     def launch(kernel, grid, config, *args, **constants):
         constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
         named = dict(zip(kernel.arg_names, args, strict=False)) | constants
-        fake = gpu.kernel(None)
+        fake = gpu.kernel([])
         fake.run.launch = nvidia.wrap_handle_tensordesc(  # what a descriptor becomes where there is no copy engine
             lambda *args: gpu.launched.append((names[kernel], args)),
             {n: f"tensordesc<fp16{list(a.block_shape)}>" if hasattr(a, "base") else "" for n, a in named.items()},
-            None,
+            [],
         )
         arguments = [named[name] for name in kernel.arg_names]
         fake.run(*grid, 1, 1, STREAM, fake.function, fake.packed_metadata, None, None, None, *arguments)
@@ -242,13 +243,13 @@ def test_a_backward_done_again_gives_the_kernels_what_the_long_way_gives_them(gp
     monkeypatch.setattr(flash_v2_backward, "launch", launch)
     monkeypatch.setattr(flash_v2_backward, "pick_config", lambda *_, **__: LaunchConfig(64, 32, tma=tma))
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
-    form = fast_path.KnownCall(Options(0.125, window_right=0))
+    call = fast_path.KnownCall(Options(0.125, window_right=0))
 
     def launches(seed):
         q, k, v, out, dout = torch.randn(5, 2, 3, 96, 32, generator=torch.Generator().manual_seed(seed)).half()
         given = [t.transpose(1, 2) for t in (q, k, v, out, dout)] + [torch.zeros(2, 3, 96)]
         gpu.launched.clear()
-        gradients = form.gradients(given[4], None, *given[:4], given[5])
+        gradients = call.gradients(given[4], None, *given[:4], given[5])
         known = {t.data_ptr(): name for name, t in zip(("q", "k", "v", "o", "do", "lse"), given, strict=True)}
         known |= {t.data_ptr(): name for name, t in zip(("dq", "dk", "dv"), gradients, strict=True)}
         seen = {name: list(flat(as_numbers(args))) for name, args in gpu.launched}
@@ -257,12 +258,12 @@ def test_a_backward_done_again_gives_the_kernels_what_the_long_way_gives_them(gp
         known |= dict(zip(inner, ("lse2", "delta"), strict=True))
         return {name: [known.get(value, value) for value in values] for name, values in seen.items()}
 
-    long, again, once_more = launches(0), launches(1), launches(2)
-    assert set(long) == {"dq", "dkdv"} and len(form.backwards) == 1
-    assert long == again == once_more
+    launched, again, once_more = launches(0), launches(1), launches(2)
+    assert set(launched) == {"dq", "dkdv"} and len(call.backwards) == 1
+    assert launched == again == once_more
     for name, wanted in (("dq", "q k v o do lse lse2 delta dq"), ("dkdv", "q k v do lse2 delta dk dv")):
-        assert [value for value in long[name] if value in wanted.split()] == wanted.split()
-        assert not any(isinstance(value, int) and value > AN_ADDRESS for value in long[name])  # no address is unknown
+        assert [value for value in launched[name] if value in wanted.split()] == wanted.split()
+        assert not any(isinstance(value, int) and value > AN_ADDRESS for value in launched[name])  # all are known
 
 
 NOT_SPECIALISED = ("N_Q", "N_K", "N_NEW", "SPLITS")
@@ -297,7 +298,7 @@ def decodings(gpu, monkeypatch):
             own = as_numbers(of_the_kernel(args, len(kernel.arg_names)))
             gpu.launched.append((what, args[:3], dict(zip(kernel.arg_names, own, strict=True))))
 
-        fake = gpu.kernel(None)
+        fake = gpu.kernel([])
         fake.run.launch = note
         fake.run(*grid, 1, 1, STREAM, fake.function, fake.packed_metadata, None, None, None, *arguments)
         return Launch(fake, kernel.arg_names, (*grid, 1, 1), args, constants)
@@ -355,7 +356,7 @@ def decoding_of(case, n):
     return q, k, v, options, case["options"], case["splits"]
 
 
-def test_decoding_launches_what_the_long_way_launches(decodings):
+def test_the_fast_path_of_decoding_launches_what_decode_launches(decodings):
     """For growing lengths and all kinds of calls in turn: kernel, what it was compiled for, grid, every argument."""
 
     def launches(run, *known):
@@ -373,19 +374,19 @@ def test_decoding_launches_what_the_long_way_launches(decodings):
     def through_fast_path(q, k, v, n, splits, key, options):
         return fast_path.known_decoding(q, k, v, n, splits, key, lambda: options).decode(q, k, v, n)
 
-    short = 0
+    replayed = 0
     for n in (*range(1, 40), 255, 256, 257, 300, 302, 304, 37, 5):
         for name, case in DECODINGS.items():
             q, k, v, options, key, splits = decoding_of(case, n)
             cache = Cache(None, n)
-            long = launches(lambda: flash_decode.decode(q, k, v, cache, options, splits=splits), q, k, v)  # noqa: B023
+            launched = launches(lambda: flash_decode.decode(q, k, v, cache, options, splits=splits), q, k, v)  # noqa: B023
             before = sum(len(known.replays) for known in fast_path._known.values())
             ours = launches(lambda: through_fast_path(q, k, v, n, splits, key, options), q, k, v)  # noqa: B023
-            assert ours == long, f"{name}, {n} keys"
-            short += before == sum(len(known.replays) for known in fast_path._known.values())
+            assert ours == launched, f"{name}, {n} keys"
+            replayed += before == sum(len(known.replays) for known in fast_path._known.values())
     layouts = sum("cache" in case for case in DECODINGS.values())
-    assert len(fast_path._known) == len(DECODINGS) - layouts  # how the cache lies in memory is no part of a form
-    assert short > 0.8 * 46 * len(DECODINGS)
+    assert len(fast_path._known) == len(DECODINGS) - layouts  # the cache's layout in memory is not part of the key
+    assert replayed > 0.8 * 46 * len(DECODINGS)
 
 
 def test_sizes_of_grids_and_blocks_are_triton_s():

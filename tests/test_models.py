@@ -5,7 +5,7 @@ import torch
 from small_gpt2 import make, tokens
 
 from labutils import runtime
-from labutils.gpt2 import models
+from labutils.gpt2 import models, rope
 
 
 @pytest.mark.parametrize("size, parameters", [("124M", 124_439_808), ("355M", 354_823_168)])
@@ -40,6 +40,40 @@ def test_load_gpt2_from_a_saved_model(tmp_path):
     ids = tokens(1, 12)
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, saved(ids).logits)
+
+
+@pytest.mark.parametrize("attention", ["labutils", "sdpa"])
+def test_a_rotary_model_is_saved_and_loaded_with_the_same_logits(attention, tmp_path):
+    """F10: the table of positions was random after loading, and two loads differed."""
+    saved = rope.use_rope(make("sdpa", initializer_range=0.3), base=500.0)
+    saved.save_pretrained(tmp_path)
+    loaded = models.load_gpt2(tmp_path, attention=attention).to(runtime.device)
+    assert loaded.config.lab_rope_base == 500.0
+    ids = tokens(1, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, saved(ids).logits)
+    loaded.save_pretrained(tmp_path / "again")
+    assert models.load_gpt2(tmp_path / "again", attention=attention).config.lab_rope_base == 500.0
+
+
+def test_a_configuration_with_rotary_positions_makes_a_rotary_model():
+    """F10: the field was stored and ignored, and the loss took the model for a rotary one."""
+    model, ids = make("sdpa", lab_rope_base=500.0, initializer_range=0.3), tokens(1, 12)
+    same = rope.use_rope(make("sdpa", initializer_range=0.3), base=500.0)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, same(ids).logits)
+
+
+def test_a_saved_model_without_some_weights_is_refused(tmp_path):
+    """F10: whatever the files lack was random, and two loads differed."""
+    from safetensors.torch import load_file, save_file
+
+    make("sdpa").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["transformer.wpe.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"lack 1 of .*transformer\.wpe\.weight"):
+        models.load_gpt2(tmp_path)
 
 
 def test_the_loss_of_the_model_comes_without_a_warning(capfd, tmp_path):

@@ -51,6 +51,9 @@ class TestOpcheck:
         of_the_output = (torch.randn_like(out), None, q, k, v, out, lse)
         torch.library.opcheck(torch.ops.labutils.flash_attention_backward.default, (*of_the_output, *rest[:-1]))
 
+    def test_v1(self):
+        torch.library.opcheck(torch.ops.labutils.flash_attention_v1.default, (*make(), 0.25, True))
+
     def test_cache(self):
         q, k, v = make(3, 3)
         caches = make(3, 40)[1:]
@@ -118,6 +121,55 @@ class TestCompile:
         for eager, written in zip(*caches, strict=True):
             assert torch.equal(eager, written) and not torch.equal(written, make(1, 40)[1])
 
+    @torch._dynamo.config.patch(capture_scalar_outputs=True)
+    @pytest.mark.parametrize("read", [lambda t: t.item(), lambda t: t], ids=["item", "a tensor"])
+    def test_a_longest_sequence_that_is_computed_inside(self, read):
+        """F16: the compiler has no value of it, and may not ask whether it is negative."""
+
+        def run(q, k, v, borders):
+            longest = read(borders.diff().max())
+            return interface.flash_attn_varlen_func(q, k, v, borders, borders, longest, longest, causal=True)
+
+        fast = torch.compile(run, fullgraph=True, backend="aot_eager")
+        for borders in (starts(8, 12), starts(15, 5)):
+            results = []
+            for way in (run, fast):
+                q, k, v = (t.detach()[0].requires_grad_() for t in make(20, 20))
+                out = way(q, k, v, borders)
+                results.append([out, *torch.autograd.grad(out.square().sum(), (q, k, v))])
+            for eager, ours in zip(*results, strict=True):
+                torch.testing.assert_close(ours, eager)
+
+    @torch._dynamo.config.patch(capture_scalar_outputs=True)
+    def test_a_longest_sequence_that_is_too_short(self):
+        """F16: what the compiler cannot check, the operator does."""
+
+        def run(q, k, v, borders, longest):
+            return interface.flash_attn_varlen_func(q, k, v, borders, borders, longest.item(), longest.item())
+
+        q, k, v = (t[0] for t in make(20, 20))
+        fast = torch.compile(run, fullgraph=True, backend="aot_eager")
+        for longest in (-1, 11):
+            with pytest.raises(ValueError, match=f"max_seqlen_q={longest}, but the longest.*12"):
+                fast(q, k, v, starts(8, 12), torch.tensor(longest, device=DEVICE))
+
+    @torch._dynamo.config.patch(capture_scalar_outputs=True)
+    def test_a_length_of_the_cache_that_is_computed_inside(self):
+        """F16."""
+
+        def run(q, k, v, length):
+            return interface.flash_attn_with_kvcache(q, k, v, cache_seqlens=length.item())
+
+        arguments = (*make(1, 40), torch.tensor(30, device=DEVICE))
+        fast = torch.compile(run, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(fast(*arguments), run(*arguments))
+
+    def test_v1(self):
+        q, k, v = make()
+        torch.testing.assert_close(
+            compiled(interface.flash_attn_v1_func)(q, k, v), interface.flash_attn_v1_func(q, k, v)
+        )
+
     @pytest.mark.parametrize("n", [40, 57])
     def test_other_lengths_than_the_traced_one(self, n):
         run = compiled(interface.flash_attn_func, dynamic=True)
@@ -138,6 +190,11 @@ class TestFlops:
         convention = dict(batch=1, heads=4, seqlen_q=20, seqlen_k=28, head_dim=16)
         assert flops["labutils.flash_attention"] == attention_flops(**convention)
         assert flops["labutils.flash_attention_backward"] == attention_flops(**convention, backward=True)
+
+    def test_v1(self):
+        q, k, v = make()
+        flops = self.counted(lambda: interface.flash_attn_v1_func(q, k, v, causal=True))
+        assert flops["labutils.flash_attention_v1"] == 4 * 2 * 16 * int(visible_mask(20, 28, causal=True).sum())
 
     def test_masks_are_left_out(self):
         q, k, v = make()

@@ -9,6 +9,7 @@ pytest.importorskip("matplotlib")
 
 from test_plotting import check, legend, table, texts  # noqa: E402
 
+import traffic_tables  # noqa: E402
 from labutils import analysis, benchmark, plotting  # noqa: E402
 from labutils.analysis import counters, resources  # noqa: E402
 
@@ -42,7 +43,7 @@ def test_times_of_block_sizes():
 
 
 def test_bytes_by_counters():
-    plan = counters.planned_traffic(["naive", "triton_v1", "triton_v2"], blocks={"v1": (64, 64), "v2": (64, 128)})
+    plan = traffic_tables.planned_traffic(["naive", "triton_v1", "triton_v2"], blocks={"v1": (64, 64), "v2": (64, 128)})
     plan["dram_read_bytes"] = plan["dram_write_bytes"] = plan["compulsory_bytes"]
     plan["measured_bytes"] = 2 * plan["compulsory_bytes"]
     plan["l2_read_bytes"], plan["l2_write_bytes"] = plan["model_bytes"] / 2, 0.0

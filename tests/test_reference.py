@@ -168,3 +168,21 @@ class TestRule:
         assert all(reference.check_gradients(grads, dout, q, k, v))
         grads[0] = grads[0] * 1.1
         assert [bool(x) for x in reference.check_gradients(grads, dout, q, k, v)] == [False, True, True]
+
+
+def test_another_default_device():
+    """F15: what is made on the way lies where the inputs lie."""
+    from labutils.attention import bugs, probing
+
+    q, k, v = make()
+    expected = (
+        reference.check_attention(q * 2, q, k, v),
+        bugs.tiles_without(q[0, :, 0], k[0, :, 0], v[0, :, 0], 8, causal=True),
+    )
+    with torch.device("meta"):
+        assert reference.check_attention(q * 2, q, k, v) == expected[0]
+        for a, b in zip(
+            bugs.tiles_without(q[0, :, 0], k[0, :, 0], v[0, :, 0], 8, causal=True), expected[1], strict=True
+        ):
+            assert torch.equal(a, b)
+        assert all(not t.is_meta for t in probing._sample())

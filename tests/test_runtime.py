@@ -51,6 +51,32 @@ def test_triton_imported_first_is_an_error_that_says_restart():
     result = run_python("import triton, labutils", **WITHOUT_GPU)
     assert result.returncode != 0
     assert "Restart the kernel" in result.stderr and "import labutils first" in result.stderr
+    assert "set TRITON_INTERPRET=1 in its environment" in result.stderr  # F38
+
+
+def test_import_whatever_the_default_device_is():
+    """F20: as if a model is built without memory, and imports its attention on the way."""
+    result = run_python(
+        """
+        import torch
+        torch.set_default_device("meta")
+        from labutils import flash_attn_func, runtime
+        q = torch.ones(1, 4, 1, 16, device=runtime.device)
+        assert flash_attn_func(q, q, q).allclose(q)
+        """,
+        **WITHOUT_GPU,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(not runtime.interpreted, reason="needs the interpreter")
+@pytest.mark.parametrize("default", ["meta", "cuda"])
+def test_self_test_whatever_the_default_device_is(default):
+    """F20."""
+    from labutils.machine import interpreter
+
+    with torch.device(default):
+        interpreter.self_test()
 
 
 @pytest.mark.parametrize("on", ["1", "true", "ON"])

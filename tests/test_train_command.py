@@ -17,7 +17,7 @@ import torch
 from labutils import runtime, training
 from labutils.__main__ import main
 from labutils.attention.backends import BACKENDS
-from labutils.commands import train
+from labutils.commands import train, train_options
 from labutils.training.loop import HISTORY_COLUMNS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -236,7 +236,7 @@ def test_gpu_a_run_goes_on_to_the_same_losses(here, tmp_path, precision):
         (["--model.size=7B"], "model.size"),
         (["--optimization.steps=0"], "optimization.steps=0: it must be at least 1"),
         (["--run.save_every=0"], "run.save_every=0"),
-        (["--model.dropout=1.5"], "from 0 to below 1"),
+        (["--model.dropout=1.5"], "at least 0 and below 1"),
         (
             ["--optimization.flash_attention=false", "--optimization.flash_attention_force=true"],
             "leave one of them out",
@@ -267,15 +267,17 @@ def test_a_shipped_configuration_is_valid_and_flags_win_over_it():
     options = train.parser().parse_args(["--config", "gpt2-124m-8k", "--optimization.steps=7"])
     assert options.model.size == "124M" and options.model.seqlen == 8192 and options.optimization.steps == 7
     assert options.run.folder == "runs/gpt2-124M"
-    train._check(options)
+    train_options.check(options)
 
 
-@pytest.mark.parametrize("name", train.shipped_configs())
+@pytest.mark.parametrize("name", train_options.shipped_configs())
 def test_shipped_configurations_are_found_by_path_and_by_name(name):
-    by_name, by_path = (train.parser().parse_args(["--config", x]) for x in (name, str(train.shipped_configs()[name])))
+    by_name, by_path = (
+        train.parser().parse_args(["--config", x]) for x in (name, str(train_options.shipped_configs()[name]))
+    )
     assert train.parser().dump(by_name) == train.parser().dump(by_path)
     assert f"configuration of the lab: {name}" in " ".join(train.parser().format_help().split())
-    train._check(by_name)
+    train_options.check(by_name)
 
 
 def test_a_file_wins_over_a_shipped_configuration_of_its_name(tmp_path, monkeypatch):
@@ -287,7 +289,7 @@ def test_a_file_wins_over_a_shipped_configuration_of_its_name(tmp_path, monkeypa
 def test_the_package_is_built_with_its_configurations():
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["labutils"]
     shipped = {path for pattern in patterns for path in (ROOT / "labutils").glob(pattern)}
-    assert train.shipped_configs() and set(train.shipped_configs().values()) <= shipped
+    assert train_options.shipped_configs() and set(train_options.shipped_configs().values()) <= shipped
 
 
 def test_texts_of_ones_own(tmp_path, here):

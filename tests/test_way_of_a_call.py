@@ -9,7 +9,7 @@ import torch
 
 import labutils
 from labutils import runtime
-from labutils.attention import fast_path, interface
+from labutils.attention import fast_path, interface, operators
 from labutils.attention.kernels import flash_decode, flash_v2, flash_v2_backward
 
 PACKAGE = str(Path(labutils.__file__).parent)
@@ -97,9 +97,17 @@ def test_the_way_of_a_replay_is_shorter(monkeypatch):
 
 
 def test_one_autograd_function_serves_all():
-    """Kernels, operators and interface: the derivative is put together in one place."""
+    """Kernels, operators and interface: the derivative is put together in one place.
+
+    The second class of the interface says that there is none; a third one, for torch.func, is made from the first.
+    """
     found = []
     for path in Path(PACKAGE, "attention").rglob("*.py"):
         text = path.read_text()
         found += [path.name] * (text.count("autograd.Function)") + text.count("register_autograd("))
-    assert found == ["interface.py"]
+    assert found == ["interface.py"] * 2
+    assert issubclass(interface._TransformedFlashAttention, interface._FlashAttention)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        interface._WithoutDerivative.backward(SimpleNamespace(operator=operators.flash_attention_backward))
+    calls = Path(interface.__file__).read_text().count("(operators.flash_attention_backward)(")
+    assert calls == 1, "what the backward saves is handed to the operator in one place"

@@ -28,7 +28,7 @@ def parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path,
         metavar="FILE",
         help=f"the PNG to write (default: {NAME} beside the tables that it is drawn from)",
     )

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
 LABUTILS_COMMAND_LINE = True  # `import labutils` then imports no torch, and --help is quick
-PARTS = ("traffic", "shapes", "blocks", "decoding", "resources")
+TABLES = {
+    "traffic": ("coalescing", "launches", "traffic"),
+    "shapes": ("prediction",),
+    "blocks": ("blocks",),
+    "decoding": ("decoding",),
+    "resources": ("resources",),
+}
+"""Each part, and the tables that it writes."""
+PARTS = tuple(TABLES)
 
 
 def parser() -> ArgumentParser:
     """The parser of the arguments."""
-    from labutils.commands.arguments import new_parser, some_seconds, whole_number
+    from labutils.commands.arguments import new_parser, path, some_seconds, whole_number
 
     parser = new_parser(
         "python tools/study.py",
@@ -25,11 +34,11 @@ def parser() -> ArgumentParser:
     )
     parser.add_argument("part", choices=PARTS, help="which tables to make")
     parser.add_argument(
-        "--out", type=Path, required=True, help="folder for the tables, such as labutils/results/my_gpu"
+        "--out", type=path, required=True, help="folder for the tables, such as labutils/results/my_gpu"
     )
     parser.add_argument(
         "--count-up-to",
-        type=int,
+        type=whole_number,
         default=2048,
         metavar="N",
         help="traffic: the longest sequence whose bytes are also counted in the interpreter (default: %(default)s; "
@@ -40,10 +49,10 @@ def parser() -> ArgumentParser:
         action="store_true",
         help="traffic: count for the rows that --out holds already, and measure nothing; needs no GPU",
     )
-    parser.add_argument("--log", type=Path, metavar="FOLDER", help="traffic: folder that keeps the text of ncu")
+    parser.add_argument("--log", type=path, metavar="FOLDER", help="traffic: folder that keeps the text of ncu")
     parser.add_argument(
         "--work",
-        type=Path,
+        type=path,
         default=Path("study-shapes"),
         metavar="FOLDER",
         help="shapes: folder for the measurements as they come (default: %(default)s)",
@@ -74,13 +83,39 @@ def run(words: Sequence[str]) -> int:
         "resources": _resources,
     }
     try:
-        return parts[arguments.part](arguments)
+        with _held(arguments):
+            return parts[arguments.part](arguments)
     except (RuntimeError, ValueError, OSError) as error:
         print(f"study {arguments.part}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Interrupted: the table that was being made was not written.", file=sys.stderr)
         return INTERRUPTED
+
+
+@contextmanager
+def _held(arguments: Namespace) -> Iterator[None]:
+    """Holds the folders that the part writes into. Raises ValueError, before any work, if one cannot be written to."""
+    from labutils.benchmark import environment, tables
+    from labutils.machine import files
+
+    if arguments.part != "resources" and not arguments.counts_only:
+        _ask_for_a_gpu()
+    folders = {"--out": arguments.out}
+    if arguments.part == "shapes":
+        folders["--work"] = arguments.work
+    if arguments.part == "traffic" and arguments.log is not None:
+        folders["--log"] = arguments.log
+    with ExitStack() as stack:
+        for flag, folder in folders.items():
+            files.check_writable(folder, f"{flag}={folder}")
+        for folder in {folder.resolve(): folder for folder in folders.values()}.values():
+            stack.enter_context(files.held(folder / ".lock", str(folder)))
+        if not arguments.counts_only:
+            made_by = environment.environment()
+            for table in TABLES[arguments.part]:
+                tables.check_destination(arguments.out, made_by, table)
+        yield
 
 
 def _ask_for_a_gpu() -> None:

@@ -28,13 +28,13 @@ def parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=path,
         default=Path("targets-results"),
         metavar="FOLDER",
         help="folder for the results (default: %(default)s)",
     )
     parser.add_argument("--resume", action="store_true", help="keep the rows in --out and measure the missing ones")
-    parser.add_argument("--of", type=Path, metavar="FOLDER", help="measure nothing: judge the tables of this folder")
+    parser.add_argument("--of", type=path, metavar="FOLDER", help="measure nothing: judge the tables of this folder")
     parser.add_argument(
         "--rounds", type=whole_number, default=3, help="times through all points (default: %(default)s)"
     )

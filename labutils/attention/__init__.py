@@ -1,11 +1,11 @@
 """Attention: flash-attn's functions on this lab's Triton kernels, and the reference that decides what is right.
 
-A call goes from `interface` through `checks` to `fast_path`, if a call like it came before, or else to `operators`;
-both launch a function of `kernels`.
+A call begins in `interface`, and `checks` looks at its arguments. A plain call on a GPU goes on to `fast_path`, any
+other call to `operators`. Both launch the kernels of `kernels`.
 
     interface   flash-attn's functions: same names and arguments, with gradients
     checks      checks of their arguments, with error messages
-    fast_path   launches again what an earlier call like this one launched
+    fast_path   launches the same compiled kernels again for a call like an earlier one
     operators   the kernels as PyTorch operators, for torch.compile and FLOP counters
     kernels     the Triton kernels, and the functions that configure and launch them
     tuning      the search for launch configurations, and what the compiler makes of each

@@ -30,12 +30,16 @@ def tiles_without(
         out (N_q, D) and lse (N_q,) in float64; right if both rescalings are made.
     """
     q, k, v = q.double(), k.double(), v.double()
-    mask = causal_mask(len(q), len(k)) if causal else torch.ones(len(q), len(k), dtype=torch.bool)
+    mask = (
+        causal_mask(len(q), len(k), q.device)
+        if causal
+        else torch.ones(len(q), len(k), dtype=torch.bool, device=q.device)
+    )
     s = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, -math.inf)
     m, l, o = (
-        torch.full((len(q),), -math.inf).double(),
-        torch.zeros(len(q)).double(),
-        torch.zeros(len(q), v.shape[1]).double(),
+        torch.full((len(q),), -math.inf, dtype=torch.float64, device=q.device),
+        torch.zeros(len(q), dtype=torch.float64, device=q.device),
+        torch.zeros(len(q), v.shape[1], dtype=torch.float64, device=q.device),
     )
     for start in range(0, len(k), block):
         part = s[:, start : start + block]

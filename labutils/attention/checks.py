@@ -11,8 +11,11 @@ GPU, so these checks do nothing. The kernels themselves then keep inside of ever
 
 from __future__ import annotations
 
+import functools
 import numbers
+import types
 
+import numpy as np
 import torch
 
 from labutils.machine import chips, runtime
@@ -98,6 +101,8 @@ def _device(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_name: str, v_na
         raise ValueError(
             f"q is on {q.device}, {k_name} on {k.device}, {v_name} on {v.device}: move them to one device."
         )
+    if q.device.type == "meta":
+        return  # no kernel runs: the operators only tell the shapes of their results
     if runtime.interpreted and q.device.type != "cpu":
         raise ValueError(
             f"q is on {q.device}, but kernels run in Triton's interpreter in this process: move the tensors to the "
@@ -123,37 +128,57 @@ def _number(name: str, value: float) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}: pass a Python number.")
 
 
-def scale(softmax_scale: float | None, head_dim: int) -> float:
-    """The factor on the scores: D ** -0.5 if `softmax_scale` is None."""
+def truth(name: str, value: bool) -> bool:
+    """A truth value as a bool. A text such as "no" would count as true, and reading a tensor would wait for the GPU."""
+    if not isinstance(value, (numbers.Integral, np.bool_, torch.SymBool, torch.SymInt, type(None))):
+        raise TypeError(f"{name} is a {type(value).__name__}: pass True or False.")
+    return bool(value)
+
+
+def scale(softmax_scale: float | torch.Tensor | None, head_dim: int) -> float:
+    """The factor on the scores: D ** -0.5 if `softmax_scale` is None. A tensor without dimensions is read."""
     if softmax_scale is None:
         return head_dim**-0.5
+    if isinstance(softmax_scale, torch.Tensor):
+        if softmax_scale.dim() > 0 or softmax_scale.is_complex():
+            raise TypeError(
+                f"softmax_scale is a {softmax_scale.dtype} tensor of shape {tuple(softmax_scale.shape)}: pass a real "
+                "number, or a tensor without dimensions that holds one."
+            )
+        if softmax_scale.requires_grad:
+            raise NotImplementedError(
+                "softmax_scale requires a gradient, which the kernels do not compute: detach() it, or multiply q by it."
+            )
+        softmax_scale = softmax_scale.item()
     _number("softmax_scale", softmax_scale)
-    if not _SMALLEST <= softmax_scale <= _LARGEST:
+    if softmax_scale != 0 and not _SMALLEST <= abs(softmax_scale) <= _LARGEST:
         raise ValueError(
-            f"softmax_scale={softmax_scale}: pass a positive, finite number in float32's range, or None for D ** -0.5."
+            f"softmax_scale={softmax_scale}: pass a finite number in float32's range, or None for D ** -0.5."
         )
     return float(softmax_scale)
 
 
 def window(window_size: tuple[int, int], causal: bool) -> tuple[int | None, int | None]:
-    """(left, right) as the kernels take them: None means no bound, and `causal` sets the right bound to 0."""
+    """(left, right) as the kernels take them: None means no bound, and `causal` sets the right bound to 0.
+
+    As in flash-attn any negative number means no bound.
+    """
     try:
         left, right = (int(side) for side in window_size)
-        whole = [left, right] == list(window_size)
+        # A tensor among them may change its value later, and the fast path would not see it.
+        whole = [left, right] == list(window_size) and not any(isinstance(s, torch.Tensor) for s in window_size)
     except (TypeError, ValueError, OverflowError):
         whole = False
     if not whole:
         raise ValueError(f"window_size={window_size!r}: pass two integers (left, right), -1 for no bound.")
-    if left < -1 or right < -1:
-        raise ValueError(f"window_size={window_size}: pass -1 (no bound), 0 or more for each side.")
-    if causal:
+    if truth("causal", causal):
         right = 0
     return _bound(left), _bound(right)
 
 
 def _bound(side: int) -> int | None:
     # Kernels add a bound to a position in 32 bits. A bound longer than any sequence would overflow; it means no bound.
-    return None if side == -1 or side >= 2**30 else side
+    return None if side < 0 or side >= 2**30 else side
 
 
 def cap(softcap: float) -> float | None:
@@ -168,6 +193,12 @@ def cap(softcap: float) -> float | None:
 
 def dropout(dropout_p: float) -> float:
     """dropout_p as a float. It must be in [0, 1), also after rounding to float32."""
+    if isinstance(dropout_p, torch.Tensor):  # where scaled_dot_product_attention has its mask
+        raise TypeError(
+            f"dropout_p, the fourth argument, is a tensor of shape {tuple(dropout_p.shape)}: pass a Python number. The "
+            "functions take no mask: use causal, window_size or alibi_slopes, flash_attn_varlen_func for padding, or "
+            "torch.nn.functional.scaled_dot_product_attention for any other mask."
+        )
     _number("dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= _BELOW_ONE:
         raise ValueError(f"dropout_p={dropout_p}: pass a probability in [0, 1); 1 would drop everything.")
@@ -189,12 +220,12 @@ def slopes(alibi_slopes: torch.Tensor | None, batch: int, heads: int, device: to
     if alibi_slopes.device != device:
         raise ValueError(f"alibi_slopes is on {alibi_slopes.device}, q on {device}: move it to the device of q.")
     if alibi_slopes.requires_grad:
-        raise NotImplementedError("alibi_slopes requires a gradient, which the kernels do not compute: detach() it.")
+        raise NotImplementedError("alibi_slopes requires a gradient, but the kernels compute none: detach() it.")
     return alibi_slopes.contiguous()
 
 
 def _integers(name: str, t: torch.Tensor, shape: str, device: torch.device, *, dimensions: int = 1) -> torch.Tensor:
-    """An int32 tensor with so many dimensions on the device of q, made contiguous. Messages write its shape `shape`."""
+    """`t`, contiguous: an int32 tensor with `dimensions` on the device of q. Messages write its shape as `shape`."""
     if not isinstance(t, torch.Tensor) or t.dtype != torch.int32:
         kind = t.dtype if isinstance(t, torch.Tensor) else type(t).__name__
         raise TypeError(f"{name} is {kind}: pass an int32 tensor {shape}.")
@@ -206,10 +237,9 @@ def _integers(name: str, t: torch.Tensor, shape: str, device: torch.device, *, d
 
 
 def sequences(
-    name: str, cu_seqlens: torch.Tensor, max_seqlen: int, batch: int | None, device: torch.device
-) -> torch.Tensor:
-    """Where packed sequences begin: int32 (B + 1,). `packed_values` checks the values."""
-    which = name.removeprefix("cu_seqlens")
+    name: str, cu_seqlens: torch.Tensor, max_seqlen: int | torch.Tensor, batch: int | None, device: torch.device
+) -> tuple[torch.Tensor, int]:
+    """Where packed sequences begin, int32 (B + 1,), and their greatest length. `packed_values` checks the values."""
     cu_seqlens = _integers(name, cu_seqlens, "(B + 1,), the cumulated lengths, beginning with 0", device)
     if len(cu_seqlens) < 1:
         raise ValueError(f"{name} is empty: pass (B + 1,), the cumulated lengths, beginning with 0.")
@@ -217,12 +247,24 @@ def sequences(
         raise ValueError(
             f"cu_seqlens_q speaks of {batch} sequences and {name} of {len(cu_seqlens) - 1}: they must agree."
         )
-    whole = isinstance(max_seqlen, (numbers.Integral, torch.SymInt))
-    if not whole or max_seqlen < 0:
-        raise TypeError(f"max_seqlen{which}={max_seqlen!r}: pass a Python integer, 0 or more.")
-    if isinstance(max_seqlen, numbers.Integral):
-        _countable(f"max_seqlen{which}", max_seqlen)
-    return cu_seqlens
+    return cu_seqlens, _length("max_seqlen" + name.removeprefix("cu_seqlens"), max_seqlen)
+
+
+def _length(name: str, value: int | torch.Tensor) -> int:
+    """A length as an int. A tensor without dimensions is read, as flash-attn reads it."""
+    if isinstance(value, torch.Tensor) and value.dim() == 0 and not (value.is_floating_point() or value.is_complex()):
+        value = value.item()
+    if not isinstance(value, (numbers.Integral, torch.SymInt)):
+        found = f"={value!r}"
+        if isinstance(value, torch.Tensor):
+            found = f" is a {value.dtype} tensor of shape {tuple(value.shape)}"
+        raise TypeError(f"{name}{found}: pass a Python integer, or an integer tensor without dimensions.")
+    # A compiler may not know whether the value is negative. `packed_values` compares it with the lengths.
+    if not torch.compiler.is_compiling() and value < 0:
+        raise ValueError(f"{name}={value}: pass the length of the longest sequence, 0 or more.")
+    if not torch.compiler.is_compiling():
+        _countable(name, value)
+    return int(value)
 
 
 def _countable(name: str, length: int) -> None:
@@ -283,13 +325,13 @@ def table_values(block_table: torch.Tensor, lengths: torch.Tensor, blocks: int, 
     for b, (row, length) in enumerate(zip(table, lengths, strict=True)):
         needed = -(-length // page) if length else 0
         if needed > len(row):
-            raise ValueError(
+            raise RuntimeError(  # as in flash-attn, whose users catch it
                 f"block_table has {len(row)} blocks of {page} rows a sequence, but sequence {b} has {length} keys: it "
                 f"needs {needed}. Give the table more columns."
             )
         if any(not 0 <= block < blocks for block in row[:needed]):
             raise ValueError(
-                f"block_table[{b}] begins {row[:needed][:6]}: pass numbers of blocks, which are 0 to {blocks - 1}."
+                f"block_table[{b}] begins {row[:needed][:6]}: pass blocks of the cache, from 0 to {blocks - 1}."
             )
     if n_new:
         _check_no_shared_writes(table, lengths, page, n_new)
@@ -347,7 +389,9 @@ def cache(
                 "cache_seqlens is None with k and v given: pass how many keys each sequence has in the cache, an "
                 "integer or int32 (B,), so that the new keys go behind them."
             )
-    if isinstance(cache_seqlens, bool) or not isinstance(cache_seqlens, (int, torch.Tensor, type(None))):
+    if isinstance(cache_seqlens, bool) or not isinstance(
+        cache_seqlens, (numbers.Integral, torch.SymInt, torch.Tensor, type(None))
+    ):
         raise TypeError(
             f"cache_seqlens is a {type(cache_seqlens).__name__}: pass an integer, an int32 tensor (B,) or None."
         )
@@ -368,7 +412,11 @@ def cache(
                 )
             if t.device != q.device:
                 raise ValueError(f"{name} is on {t.device}, q on {q.device}: move it to the device of q.")
-    if isinstance(num_splits, bool) or not isinstance(num_splits, int) or not 0 <= num_splits <= LARGEST_SPLITS:
+    if (
+        isinstance(num_splits, bool)
+        or not isinstance(num_splits, numbers.Integral)
+        or not 0 <= num_splits <= LARGEST_SPLITS
+    ):
         raise ValueError(
             f"num_splits={num_splits!r}: pass an integer from 1 to {LARGEST_SPLITS}, or 0 to let the function choose."
         )
@@ -388,6 +436,93 @@ def cache_indices(
                 raise ValueError(f"{name} has {len(t)} entries for {batch} sequences: pass one for each.")
         checked.append(t)
     return checked
+
+
+def separate_memory(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+) -> None:
+    """Checks that what is written to a cache changes no other tensor of the call, and no other row of the cache."""
+    for name, t in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if not t.is_contiguous() and _overlaps_itself(tuple(t.shape), t.stride()):
+            raise ValueError(
+                f"{name} has shape {tuple(t.shape)} and strides {t.stride()}: several of its elements share their "
+                "memory, and k and v would be written there. clone() it."
+            )
+    k_span, v_span = _span(k_cache), _span(v_cache)
+    if _share(k_cache, k_span, v_cache, v_span):
+        raise ValueError(
+            "k_cache and v_cache share memory, and k and v would both be written to it: pass two tensors, or views of "
+            "one that do not overlap."
+        )
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        span = _span(t)
+        for cache_name, into, into_span in (("k_cache", k_cache, k_span), ("v_cache", v_cache, v_span)):
+            if _share(t, span, into, into_span):
+                raise ValueError(
+                    f"{name} shares memory with {cache_name}, to which k and v are appended: clone() {name} first."
+                )
+
+
+def _span(t: torch.Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first byte, and of the byte behind its last one."""
+    start = t.data_ptr()
+    if t.is_contiguous() or t.numel() == 0:
+        return start, start + t.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return start, start + (last + 1) * t.element_size()
+
+
+def _share(a: torch.Tensor, span_a: tuple[int, int], b: torch.Tensor, span_b: tuple[int, int]) -> bool:
+    """Whether an element of one tensor lies where an element of the other does. Views may interlace without that."""
+    if span_a[1] <= span_b[0] or span_b[1] <= span_a[0]:
+        return False
+    layouts = (tuple(a.shape), a.stride(), a.element_size()), (tuple(b.shape), b.stride(), b.element_size())
+    return _layouts_meet(*layouts, span_b[0] - span_a[0])
+
+
+_Layout = tuple[tuple[int, ...], tuple[int, ...], int]  # shape, strides, bytes of an element
+
+
+@functools.lru_cache(1024)  # the layers of a model have one layout
+def _layouts_meet(a: _Layout, b: _Layout, distance: int) -> bool:
+    """Whether two layouts have a byte in common, if the second begins `distance` bytes behind the first."""
+
+    def array(layout: _Layout, address: int) -> np.ndarray:
+        """An array that nobody may read: nothing of it but its addresses is used."""
+        shape, strides, width = layout
+        strides = tuple(stride * width for stride in strides)
+        memory = {"version": 3, "typestr": f"|V{width}", "data": (address, True), "shape": shape, "strides": strides}
+        return np.asarray(types.SimpleNamespace(__array_interface__=memory))
+
+    somewhere = 2**60
+    try:
+        return np.shares_memory(array(a, somewhere), array(b, somewhere + distance), max_work=10**6)
+    except np.exceptions.TooHardError:
+        return True  # strides for which nobody can tell
+
+
+@functools.lru_cache(1024)
+def _overlaps_itself(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether two elements of a tensor lie at one address."""
+    if 0 in shape:
+        return False
+    reached = 0  # the last element that the dimensions with smaller strides reach
+    for stride, size in sorted((stride, size) for stride, size in zip(strides, shape, strict=True) if size > 1):
+        if stride <= reached:
+            break
+        reached += (size - 1) * stride
+    else:
+        return False
+    # Such strides are rare, and may interlace without an overlap. Do elements meet that are s apart in dimension d?
+    for d, size in enumerate(shape):
+        rest = shape[:d] + shape[d + 1 :], strides[:d] + strides[d + 1 :], 1
+        if any(_layouts_meet(rest, rest, s * strides[d]) for s in range(1, size)):
+            return True
+    return False
 
 
 def cache_values(
@@ -418,6 +553,13 @@ def cache_values(
             f"cache_seqlens={lengths[:6]}: pass lengths of 0 or more. In a tensor -1 marks an entry that is padding."
         )
     longest = max(lengths, default=0)
+    if block_table is not None and longest + n_new > capacity:
+        raise RuntimeError(  # as in flash-attn, whose users catch it
+            f"block_table has {block_table.shape[1]} blocks of {page} rows a sequence, room for {capacity} keys, but "
+            f"cache_seqlens holds {longest}"
+            + (f" and k appends {n_new}" if n_new else "")
+            + ": give block_table more columns, or correct cache_seqlens."
+        )
     if longest + n_new > capacity:
         raise ValueError(
             f"the cache has room for {capacity} keys a sequence, but cache_seqlens holds {longest}"
@@ -434,7 +576,7 @@ def cache_values(
     if cache_batch_idx is not None:
         rows = [row for row, length in zip(cache_batch_idx.tolist(), lengths, strict=True) if length >= 0]
         if any(not 0 <= row < cache_batch for row in rows):
-            raise ValueError(f"cache_batch_idx={rows[:6]}: pass rows of the cache, which are 0 to {cache_batch - 1}.")
+            raise ValueError(f"cache_batch_idx={rows[:6]}: pass rows of the cache, from 0 to {cache_batch - 1}.")
         if n_new and len(set(rows)) < len(rows):
             raise ValueError(
                 f"cache_batch_idx={rows[:6]} names a row twice, and k would be appended to it twice: give each "
@@ -448,4 +590,5 @@ def cache_values(
                     "to the length of the sequence."
                 )
     if block_table is not None:
-        table_values(block_table, torch.tensor([n + n_new if n >= 0 else 0 for n in lengths]), cache_batch, page, n_new)
+        needed = torch.tensor([n + n_new if n >= 0 else 0 for n in lengths], device="cpu")
+        table_values(block_table, needed, cache_batch, page, n_new)

@@ -12,6 +12,7 @@ its first call: there a kind returns with every token, only with another length 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -23,17 +24,17 @@ from labutils.attention.kernels.options import Cache, Options
 from labutils.attention.kernels.replay import Replay
 from labutils.machine import runtime
 
-MOST_CALLS = 4096  # generation brings a new length with every token: beyond so many the oldest are forgotten
+MOST_CALLS = 4096  # generation brings a new length with every token: then the oldest calls are forgotten
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 
 
 def applies(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """Whether a kernel may be launched without PyTorch's dispatcher, because nothing needs it.
+    """Whether a kernel may be launched without PyTorch's dispatcher.
 
     The dispatcher serves everything that looks at operators as they run: a compiler, a FLOP counter, a transform,
     forward-mode differentiation, a tensor subclass. It also resolves views with a pending minus sign (the imaginary
-    part of a conjugate). Calls in the interpreter go through it, too, and so do calls on a GPU that is not the current
-    one, since Triton launches on the current one. Autocast does not need it: the interface casts the tensors itself.
+    part of a conjugate). Calls in the interpreter go through it, too. So do calls on a GPU that is not the current one,
+    because Triton launches on the current one. Autocast does not need it: the interface casts the tensors itself.
     """
     return (
         not torch.compiler.is_compiling()  # must come first: a compiler cannot trace the rest
@@ -92,10 +93,11 @@ def _find(key: tuple, make: Callable[[], Any]) -> Any:
         make()  # its check raises an error that names the argument
         raise
     if found is None:
-        found = make()
-        while len(_known) >= MOST_CALLS:
-            del _known[next(iter(_known))]
-        _known[key] = found
+        made = make()
+        with _lock:  # other threads add entries and forget some, too
+            while len(_known) >= MOST_CALLS:
+                del _known[next(iter(_known))]
+            found = _known.setdefault(key, made)
     return found
 
 
@@ -123,9 +125,19 @@ class KnownCall:
         return out, lse
 
     def gradients(self, dout, dlse, q, k, v, out, lse):
-        """dq, dk, dv. Each set of strides has a replay: tensors saved on the host may come back with other strides."""
+        """dq, dk, dv; None if the call needs PyTorch's dispatcher: dout is batched, or something watches operators.
+
+        Each set of strides has a replay, since tensors saved on the host may come back with other strides.
+        """
         tensors = (q, k, v, out, dout, lse)
-        addresses = [t.data_ptr() for t in tensors]
+        try:
+            addresses = [t.data_ptr() for t in tensors]
+            if dlse is not None:
+                dlse.data_ptr()
+        except RuntimeError:  # dout or dlse has no memory of its own
+            return None
+        if torch._C._len_torch_dispatch_stack():
+            return None
         plain = dlse is None and dout.dtype == q.dtype and q.device.index == torch._C._cuda_getDevice()
         if not plain or any(address % 16 for address in addresses):
             return flash_v2_backward.launch_backward(dout, q, k, v, out, lse, self.options, dlse=dlse)[0]
@@ -141,7 +153,7 @@ class KnownCall:
 
 
 class _KnownBackward:
-    """Launches both kernels of a backward pass again, for tensors like those of the first time."""
+    """Launches both kernels of a backward pass again, for tensors like the first ones."""
 
     def __init__(self, gradients: tuple[torch.Tensor, ...], dq: Replay, dkdv: Replay, per_row: torch.Tensor):
         self.dq, self.dkdv = dq, dkdv
@@ -223,3 +235,4 @@ class KnownDecoding:
 
 
 _known: dict[tuple, KnownCall | KnownDecoding] = {}
+_lock = threading.Lock()  # of all changes to `_known`; to read one entry needs no lock

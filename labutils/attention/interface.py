@@ -1,12 +1,13 @@
 """flash-attn's functions, computed by our Triton kernels: same names and arguments, checked, with gradients.
 
 A program written for flash-attn 2.8 only has to change its import. Names, argument order, layouts and the bottom-right
-alignment of masks are those of the `flash_attn` package. If our kernels cannot do what an argument asks for, the
+alignment of masks are the same as in the `flash_attn` package. If our kernels cannot do what an argument asks for, the
 function raises an error that says so. `flash_attn_func` describes the arguments that several functions share.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -15,11 +16,11 @@ from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from labutils.attention import checks, fast_path, operators
-from labutils.attention.kernels import flash_v1
 from labutils.attention.kernels.options import Options
 from labutils.machine import runtime
 
 _Result: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]
+_NUMBERS = {float, int}
 
 
 def _cast(*tensors: torch.Tensor | None) -> list[Any]:
@@ -46,10 +47,13 @@ def _refuse_tangents(*tensors: torch.Tensor | None) -> None:
     if forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
     ):
-        raise NotImplementedError(
-            "flash_attn functions have no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad): use "
-            "backward(), or compute it with labutils.attention.reference.naive_attention."
-        )
+        raise NotImplementedError(_NO_FORWARD_MODE)
+
+
+_NO_FORWARD_MODE = (
+    "flash_attn functions have no forward-mode derivative (torch.func.jvp, jacfwd and hessian, "
+    "torch.autograd.forward_ad): use backward(), or compute it with labutils.attention.reference.naive_attention."
+)
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -66,13 +70,7 @@ class _FlashAttention(torch.autograd.Function):
             ctx.save_for_backward(q, k, v, out, lse)
         else:
             out, lse = _operator(q, k, v)(q, k, v, *options)
-            ctx.save_for_backward(
-                q, k, v, out, lse, options.alibi_slopes, options.seed, options.cu_seqlens_q, options.cu_seqlens_k
-            )
-            ctx.numbers = (
-                options.softmax_scale, options.window_left, options.window_right, options.softcap, options.dropout_p,
-                options.max_seqlen_q, options.max_seqlen_k,
-            )  # fmt: skip
+            _save(ctx, q, k, v, out, lse, options)
         ctx.known = known
         ctx.set_materialize_grads(False)  # a gradient by lse is rare: without it backward gets None, not zeros
         return out, lse
@@ -80,19 +78,110 @@ class _FlashAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # a second derivative raises an error
     def backward(ctx, dout, dlse):
-        q, k, v, out, lse, *tensors = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(out)
-        if ctx.known is not None:
-            dlse = None if dlse is None else dlse.resolve_neg()
-            return *ctx.known.gradients(dout.resolve_neg(), dlse, q, k, v, out, lse), None, None
-        slopes, seed, cu_seqlens_q, cu_seqlens_k = tensors
-        scale, left, right, softcap, dropout_p, max_seqlen_q, max_seqlen_k = ctx.numbers
-        gradients = operators.flash_attention_backward(
-            dout, dlse, q, k, v, out, lse, scale, left, right, softcap, slopes, dropout_p, seed,
-            cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-        )  # fmt: skip
+        known = ctx.known
+        if known is None:
+            return *_gradients(ctx, dout, dlse), None, None
+        q, k, v, out, lse = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout.resolve_neg()
+        dlse = None if dlse is None else dlse.resolve_neg()
+        gradients = known.gradients(dout, dlse, q, k, v, out, lse)
+        if gradients is None:
+            run = _undifferentiable(operators.flash_attention_backward)
+            gradients = run(dout, dlse, q, k, v, out, lse, *known.options[:-1])
         return *gradients, None, None
+
+
+class _TransformedFlashAttention(_FlashAttention):
+    """`_FlashAttention` under torch.func's transforms, which ask for this form; it takes 30 us more for each call.
+
+    The fields of the options are arguments of their own, so that the transforms see the tensors among them.
+    """
+
+    generate_vmap_rule = True  # made of the vmap rules of the operators
+
+    @staticmethod
+    def forward(q, k, v, *options):  # type: ignore[override]  # PyTorch asks for this form if there is a setup_context
+        return operators.flash_attention(q, k, v, *options)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        (q, k, v, *options), (out, lse) = inputs, output
+        _save(ctx, q, k, v, out, lse, Options(*options))
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        return *_gradients(ctx, dout, dlse), *[None] * len(Options._fields)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(_NO_FORWARD_MODE)
+
+
+class _WithoutDerivative(torch.autograd.Function):
+    """An operator without a derivative under torch.func's transforms: a backward through it raises an error."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(operator, *arguments):
+        return operator(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.operator = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise NotImplementedError(_NO_BACKWARD[ctx.operator])
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(_NO_FORWARD_MODE)
+
+
+_NO_BACKWARD = {
+    operators.flash_attention_backward: "flash_attn functions have no second derivative: compute it with "
+    "labutils.attention.reference.naive_attention.",
+    operators.flash_attention_with_cache: "flash_attn_with_kvcache has no backward pass: call it outside of what is "
+    "differentiated, or use flash_attn_func.",
+    operators.flash_attention_v1: "flash_attn_v1_func has no backward pass: call it outside of what is differentiated, "
+    "or use flash_attn_func.",
+}
+
+
+def _transformed() -> bool:
+    """Whether one of torch.func's transforms is under way that needs a derivative or another batch."""
+    if torch.compiler.is_compiling():
+        return False  # a compiler follows torch.vmap through the operators; it cannot trace our derivatives
+    innermost = torch._C._functorch.peek_interpreter_stack()
+    return innermost is not None and innermost.key() != torch._C._functorch.TransformType.Functionalize
+
+
+def _undifferentiable(operator: Callable) -> Callable:
+    """An operator without a derivative, in a form that torch.func's transforms can follow if one is under way."""
+    return functools.partial(_WithoutDerivative.apply, operator) if _transformed() else operator
+
+
+def _save(ctx, q, k, v, out, lse, options: Options) -> None:
+    """Keeps for the backward pass what `_gradients` needs."""
+    ctx.save_for_backward(
+        q, k, v, out, lse, options.alibi_slopes, options.seed, options.cu_seqlens_q, options.cu_seqlens_k
+    )
+    ctx.numbers = (
+        options.softmax_scale, options.window_left, options.window_right, options.softcap, options.dropout_p,
+        options.max_seqlen_q, options.max_seqlen_k,
+    )  # fmt: skip
+
+
+def _gradients(ctx, dout, dlse) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dq, dk and dv by the operator."""
+    q, k, v, out, lse, slopes, seed, cu_seqlens_q, cu_seqlens_k = ctx.saved_tensors
+    scale, left, right, softcap, dropout_p, max_seqlen_q, max_seqlen_k = ctx.numbers
+    return _undifferentiable(operators.flash_attention_backward)(
+        torch.zeros_like(out) if dout is None else dout, dlse, q, k, v, out, lse, scale, left, right, softcap, slopes,
+        dropout_p, seed, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+    )  # fmt: skip
 
 
 def _operator(q, k, v) -> Callable:
@@ -102,13 +191,17 @@ def _operator(q, k, v) -> Callable:
 
 def _attention(q, k, v, options: Options, known: fast_path.KnownCall | None, return_attn_probs: bool) -> _Result:
     """Computes the attention, through autograd if an input requires a gradient."""
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if known is None and _transformed():
+        out, lse = _TransformedFlashAttention.apply(q, k, v, *options)
+    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         out, lse = _FlashAttention.apply(q, k, v, options, known)
     elif known is not None:
         out, lse = known.output(q, k, v)
     else:
         out, lse = _operator(q, k, v)(q, k, v, *options)
-    return (out, lse, None) if return_attn_probs else out
+    if return_attn_probs is False:
+        return out
+    return (out, lse, None) if checks.truth("return_attn_probs", return_attn_probs) else out
 
 
 def _options(
@@ -151,11 +244,13 @@ def flash_attn_func(
         q: (B, N_q, H, D), float16, bfloat16 or float32, D from 1 to 256, any strides.
         k, v: (B, N_k, H_kv, D); H_kv divides H (grouped-query and multi-query attention).
         dropout_p: probability in [0, 1) that a weight is dropped; the others are divided by 1 - dropout_p. PyTorch's
-            generator gives a seed, from which forward and backward draw the same weights (Philox).
-        softmax_scale: factor on the scores, positive; D ** -0.5 by default.
+            generator gives a seed. Forward and backward draw the same weights from it, by Philox. Unlike in
+            scaled_dot_product_attention the fourth argument is not a mask.
+        softmax_scale: factor on the scores; D ** -0.5 by default. A tensor without dimensions is read, which waits for
+            the GPU. A factor that is not positive costs a copy of q.
         causal: query i sees the keys j <= i + N_k - N_q (aligned to the bottom right, as in flash-attn since 2.1).
-        window_size: (left, right): query i sees the keys from i + N_k - N_q - left to i + N_k - N_q + right. -1 means
-            no bound. With `causal`, right is 0.
+        window_size: (left, right): query i sees the keys from i + N_k - N_q - left to i + N_k - N_q + right. -1, or
+            any negative number, means no bound. With `causal`, right is 0.
         softcap: c > 0 turns the scaled scores s into c * tanh(s / c); 0 changes nothing.
         alibi_slopes: float32 (H,) or (B, H): slope * |i + N_k - N_q - j| is subtracted from the score of i and j.
         deterministic: has no effect, since our backward is always deterministic.
@@ -167,14 +262,25 @@ def flash_attn_func(
         out (B, N_q, H, D); with `return_attn_probs` a tuple (out, lse (B, H, N_q) float32, None). For a query that sees
         no key, out is zero and lse is -inf.
 
+    torch.func's transforms (grad, vjp, jacrev, vmap) and batched gradients work; forward mode (jvp, jacfwd) does not.
+    For tensors on the device "meta" the result has shapes and no values.
+
     Raises:
         ValueError: shapes do not fit together, a value is out of range, or tensors are on different devices.
         TypeError: the kernels or the GPU do not support a type or dtype.
-        NotImplementedError: alibi_slopes require a gradient, or a tensor has a tangent (forward-mode differentiation).
+        NotImplementedError: alibi_slopes or softmax_scale require a gradient, or a tensor has a tangent (forward-mode
+            differentiation).
         RuntimeError: the GPU is too old or too small; in the backward, a second derivative is asked for.
     """
     q, k, v = _cast(q, k, v)
-    if dropout_p == 0.0 and alibi_slopes is None and type(window_size) is tuple and fast_path.applies(q, k, v):
+    if (
+        type(dropout_p) in _NUMBERS
+        and dropout_p == 0.0
+        and alibi_slopes is None
+        and type(window_size) is tuple
+        and fast_path.applies(q, k, v)
+        and (softmax_scale is None or (type(softmax_scale) in _NUMBERS and softmax_scale > 0.0))
+    ):
 
         def check() -> Options:
             checks.tensors(q, k, v)
@@ -203,7 +309,7 @@ def flash_attn_kvpacked_func(
 ) -> _Result:
     """`flash_attn_func` with K and V in one tensor: q (B, N_q, H, D), kv (B, N_k, 2, H_kv, D). No copy is made.
 
-    The other arguments, the result and the errors are those of `flash_attn_func`.
+    The other arguments, the result and the errors are as in `flash_attn_func`.
     """
     k, v = _unpack("kv", kv, 2, 5)
     return flash_attn_func(
@@ -224,7 +330,7 @@ def flash_attn_qkvpacked_func(
 ) -> _Result:
     """`flash_attn_func` with Q, K and V in one tensor: qkv (B, N, 3, H, D). No copy is made.
 
-    The other arguments, the result and the errors are those of `flash_attn_func`.
+    The other arguments, the result and the errors are as in `flash_attn_func`.
     """
     q, k, v = _unpack("qkv", qkv, 3, 5)
     return flash_attn_func(
@@ -250,14 +356,15 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: torch.Tensor | None = None,
 ) -> _Result:
-    """Attention within each of several sequences, which are packed one after the other, without padding.
+    """Attention within each of several sequences. They are packed one after the other, without padding.
 
     Args:
         q: (total_q, H, D). k, v: (total_k, H_kv, D).
         cu_seqlens_q, cu_seqlens_k: int32 (B + 1,): sequence b is the rows from cu_seqlens[b] up to cu_seqlens[b + 1].
             Rows behind the last sequence are ignored: their out is 0, their lse -inf, their gradients are 0. The check
             of the values waits for the GPU. While a CUDA graph is captured, it is left out.
-        max_seqlen_q, max_seqlen_k: the length of the longest sequence, or more; below 2**31.
+        max_seqlen_q, max_seqlen_k: the length of the longest sequence, or more: integers below 2**31. A tensor without
+            dimensions is read, which waits for the GPU.
         block_table: int32 (B, blocks of a sequence), if k and v are in pages, (blocks, rows of a block, H_kv, D). Key j
             of sequence b is row j % rows of block block_table[b, j // rows]. Pages have no backward.
         The others: as in `flash_attn_func`, for each sequence by itself; alibi_slopes (H,) or (B, H).
@@ -266,23 +373,19 @@ def flash_attn_varlen_func(
         out (total_q, H, D); with `return_attn_probs` a tuple (out, lse (H, total_q) float32, None).
 
     Raises:
-        As `flash_attn_func`, and NotImplementedError if an input requires a gradient with a `block_table`.
+        As `flash_attn_func`; RuntimeError if `block_table` has too few columns for a sequence; in the backward,
+        NotImplementedError if there is a `block_table`.
     """
     q, k, v = _cast(q, k, v)
     checks.tensors(q, k, v, packed=True, paged=block_table is not None)
-    cu_seqlens_q = checks.sequences("cu_seqlens_q", cu_seqlens_q, max_seqlen_q, None, q.device)
+    cu_seqlens_q, max_seqlen_q = checks.sequences("cu_seqlens_q", cu_seqlens_q, max_seqlen_q, None, q.device)
     batch = len(cu_seqlens_q) - 1
-    cu_seqlens_k = checks.sequences("cu_seqlens_k", cu_seqlens_k, max_seqlen_k, batch, q.device)
+    cu_seqlens_k, max_seqlen_k = checks.sequences("cu_seqlens_k", cu_seqlens_k, max_seqlen_k, batch, q.device)
     if block_table is not None:
         block_table = checks.table(block_table, batch, q.device)
-        if _needs_gradient(q, k, v):
-            raise NotImplementedError(
-                "block_table is given and an input requires a gradient, but there is no backward through a paged "
-                "cache. Call under torch.no_grad(), or gather the blocks into packed k and v."
-            )
     options = _options(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, batch,
-        cu_seqlens_q, cu_seqlens_k, int(max_seqlen_q), int(max_seqlen_k), block_table,
+        cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table,
     )  # fmt: skip
     return _attention(q, k, v, options, None, return_attn_probs)
 
@@ -305,7 +408,7 @@ def flash_attn_varlen_kvpacked_func(
 ) -> _Result:
     """`flash_attn_varlen_func` with K and V in one tensor: q (total_q, H, D), kv (total_k, 2, H_kv, D).
 
-    No copy is made. The other arguments, the result and the errors are those of `flash_attn_varlen_func`.
+    No copy is made. The other arguments, the result and the errors are as in `flash_attn_varlen_func`.
     """
     k, v = _unpack("kv", kv, 2, 4)
     return flash_attn_varlen_func(
@@ -329,8 +432,8 @@ def flash_attn_varlen_qkvpacked_func(
 ) -> _Result:
     """`flash_attn_varlen_func` with Q, K and V in one tensor: qkv (total, 3, H, D). No copy is made.
 
-    `cu_seqlens` and `max_seqlen` are those of queries and keys alike; the other arguments, the result and the errors
-    are those of `flash_attn_varlen_func`.
+    `cu_seqlens` and `max_seqlen` hold for queries and keys alike. The other arguments, the result and the errors are as
+    in `flash_attn_varlen_func`.
     """
     q, k, v = _unpack("qkv", qkv, 3, 4)
     return flash_attn_varlen_func(
@@ -390,10 +493,13 @@ def flash_attn_with_kvcache(
         out (B, N_q, H, D); with `return_softmax_lse` a tuple (out, lse (B, H, N_q) float32).
 
     Raises:
-        ValueError: shapes do not fit together, the cache has no room for k, or an index points outside of it.
+        ValueError: shapes do not fit together, the cache has no room for k, an index points outside of it, or q, k, v
+            and the caches share memory although k and v are appended.
         TypeError: the kernels or the GPU do not support a type or dtype.
-        NotImplementedError: alibi_slopes require a gradient, or a tensor has a tangent (forward-mode differentiation).
-        RuntimeError: the GPU is too old or too small, or a backward is asked for.
+        NotImplementedError: alibi_slopes or softmax_scale require a gradient, or a tensor has a tangent (forward-mode
+            differentiation).
+        RuntimeError: the GPU is too old or too small, block_table has too few columns for a sequence, or a backward is
+            asked for.
     """
     q, k, v = _cast(q, k, v)
     if (
@@ -402,6 +508,7 @@ def flash_attn_with_kvcache(
         and k is v is rotary_cos is rotary_sin is None
         and cache_batch_idx is cache_leftpad is block_table is alibi_slopes is None
         and fast_path.applies(q, k_cache, v_cache)
+        and (softmax_scale is None or (type(softmax_scale) in _NUMBERS and softmax_scale > 0.0))
         and not _needs_gradient(q, k_cache, v_cache)
         and k_cache.dim() == 4
         and 0 <= cache_seqlens <= k_cache.shape[1]
@@ -423,7 +530,9 @@ def flash_attn_with_kvcache(
             q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad,
             block_table, softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits,
         )  # fmt: skip
-    return (out, lse) if return_softmax_lse else out
+    if return_softmax_lse is False:
+        return out
+    return (out, lse) if checks.truth("return_softmax_lse", return_softmax_lse) else out
 
 
 def _append_and_attend(
@@ -453,16 +562,17 @@ def _append_and_attend(
         and (k is None or not (k.is_neg() or v.is_neg()))  # the dispatcher resolves a pending minus sign
         and not _needs_gradient(q, k_cache, v_cache, k, v)
     )
-    run = operators.undispatched_with_cache if direct else operators.flash_attention_with_cache
+    run = operators.undispatched_with_cache if direct else _undifferentiable(operators.flash_attention_with_cache)
     if direct and k is not None:
         # An operator does this for tensors that it writes to: a backward that needs the old values then raises.
         torch.autograd.graph.increment_version([t for t in (k_cache, v_cache) if not t.is_inference()])
     rotary_cos, rotary_sin = (None if t is None else t.contiguous() for t in (rotary_cos, rotary_sin))
     return run(
         q, k_cache, v_cache, k, v, rotary_cos, rotary_sin,
-        seqlens, seqlen, batch_idx, leftpad, block_table,
+        seqlens, int(seqlen), batch_idx, leftpad, block_table,
         checks.scale(softmax_scale, q.shape[-1]), *checks.window(window_size, causal), checks.cap(softcap),
-        bool(rotary_interleaved), checks.slopes(alibi_slopes, batch, q.shape[-2], q.device), num_splits,
+        checks.truth("rotary_interleaved", rotary_interleaved),
+        checks.slopes(alibi_slopes, batch, q.shape[-2], q.device), int(num_splits),
     )  # fmt: skip
 
 
@@ -508,5 +618,6 @@ def flash_attn_v1_func(
         raise NotImplementedError(
             "flash_attn_v1_func has no backward pass: call it under torch.no_grad(), or use flash_attn_func."
         )
-    q, k, v = (t.resolve_neg() for t in (q, k, v))  # this kernel has no operator, whose dispatcher would do that
-    return flash_v1.forward(q, k, v, softmax_scale, bool(causal))[0]
+    direct = fast_path.applies(q, k, v)
+    run = operators.undispatched_v1 if direct else _undifferentiable(operators.flash_attention_v1)
+    return run(q, k, v, softmax_scale, checks.truth("causal", causal))

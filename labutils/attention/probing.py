@@ -80,7 +80,7 @@ def installed_version(distribution: str) -> str | None:
 def _sample() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k, v of `SHAPE`, from a generator of their own: a report must not change the global seed."""
     generator = torch.Generator().manual_seed(0)
-    made = (torch.randn(SHAPE, generator=generator) for _ in range(3))
+    made = (torch.randn(SHAPE, generator=generator, device="cpu") for _ in range(3))
     q, k, v = (x.to(runtime.device, runtime.dtype) for x in made)
     return q, k, v
 

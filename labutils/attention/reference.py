@@ -412,7 +412,7 @@ def judge(
         note = f"{int(out.isnan().sum())} of {out.numel()} values are NaN"
     flat = int(distance.argmax())
     error = distance.flatten()[flat].item()
-    where = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), distance.shape))
+    where = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat, device="cpu"), distance.shape))
     return Verdict(name, error <= allowed, error, allowed, where, note)
 
 

@@ -1,4 +1,4 @@
-"""Ring attention, which spreads a sequence over several GPUs: played on one machine, and its arithmetic.
+"""Ring attention, for a sequence that is spread over several GPUs: played on one machine, and its arithmetic.
 
 Each of R ranks holds N/R tokens. Queries stay on their rank. Keys and values travel around the ring, one rank further
 in each of R - 1 rounds. A rank merges its results for all parts by their log-sum-exp, as a kernel merges tiles.

@@ -60,6 +60,8 @@ KEYS = {"attention": KEY, "models": ("model", "work", "impl", "batch", "seqlen")
 
 NUMBERS = ("ms", "tflops", "peak_mib", "spread_ms", "max_error")
 STATUSES = ("ok", "oom", "unsupported")
+WORDS = {"pass": ("fwd", "bwd"), "status": STATUSES, "dtype": ("bfloat16", "float16", "float32", "float64")}
+"""Columns of an attention table that have one of a few words."""
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 STORED_DTYPE = "bfloat16"
 """The dtype of the stored attention table that the notebooks show. The table also has float16."""
@@ -127,9 +129,33 @@ def _environments(directory: Path) -> dict[str, dict]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): restore it, or use another folder.") from error
-    if not isinstance(found, dict) or not all(isinstance(entry, dict) and "gpu" in entry for entry in found.values()):
-        raise ValueError(f"{path} is damaged: it holds no environment with an entry 'gpu' for each table.")
+    except RecursionError as error:
+        raise ValueError(f"{path} is damaged (too deep): restore it, or use another folder.") from error
+    if not isinstance(found, dict) or not all(
+        isinstance(entry, dict) and isinstance(entry.get("gpu", 0), str | None) for entry in found.values()
+    ):
+        raise ValueError(
+            f"{path} is damaged: it holds no environment with an entry 'gpu' for each table. Restore it, or use "
+            "another folder."
+        )
+    for table, entry in found.items():
+        settings = entry.get("settings", {})
+        if not isinstance(settings, dict) or not all(_finite(value) for value in settings.values()):
+            raise ValueError(
+                f"{path} is damaged: the settings of {table} are {settings!r}, and not a number for each of "
+                f"{', '.join(SETTINGS)}. Restore it, or use another folder."
+            )
     return found
+
+
+def check_destination(directory: Path, environment: Any, table: str) -> None:
+    """Raises what `save_results` would raise for this environment and folder, before anything is measured.
+
+    Raises:
+        ValueError: the folder cannot be written to, or has results of another GPU, or a damaged `environment.json`.
+    """
+    files.check_writable(directory, f"--out={directory}")
+    _with_environment(directory, environment, table)
 
 
 def read_results(directory: str | Path, table: str = "attention") -> pd.DataFrame:
@@ -202,11 +228,13 @@ def _check_rows(df: pd.DataFrame) -> None:
     numbers = set(NUMBERS) & set(df.columns)
     for line, row in enumerate(df.to_dict("records"), start=2):
         wrong = [name for name in ("head_dim", "batch", "heads", "seqlen") if not _whole(row[name])]
-        wrong += [
-            name for name, known in {"pass": ("fwd", "bwd"), "status": STATUSES}.items() if row[name] not in known
-        ]
+        wrong += [name for name, known in WORDS.items() if row[name] not in known]
         wrong += [] if str(row["causal"]) in ("True", "False") else ["causal"]
-        wrong += [name for name in numbers if not isinstance(row[name], (int, float))]
+        wrong += (
+            [] if str(row.get("overhead_bound", "")) in ("True", "False", "nan", "", "None") else ["overhead_bound"]
+        )
+        wrong += [name for name in numbers if not _possible(name, row[name])]
+        wrong += [] if _rounds_possible(row.get("rounds_ms")) else ["rounds_ms"]
         if not wrong and row["status"] == "ok" and not row["ms"] > 0:
             wrong = ["ms"]
         if wrong:
@@ -223,7 +251,26 @@ def _check_rows(df: pd.DataFrame) -> None:
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, (int, float)) and value >= 1 and value == int(value)
+    return _finite(value) and value >= 1 and value == int(value)
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _possible(name: str, value: Any) -> bool:
+    """Whether a column of `NUMBERS` may have this value. nan is a value that is missing. An error may be infinite."""
+    return isinstance(value, (int, float)) and not value < 0 and (name == "max_error" or not math.isinf(value))
+
+
+def _rounds_possible(text: Any) -> bool:
+    """Whether the column `rounds_ms` may have this text: times in milliseconds, separated by semicolons, or nothing."""
+    if text is None or (isinstance(text, float) and math.isnan(text)):
+        return True
+    try:
+        return all(0 < float(part) < math.inf for part in str(text).split(";") if part)
+    except ValueError:
+        return False
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -281,7 +328,8 @@ class Recorder:
             if changes:
                 raise ValueError(
                     f"{self.path} was measured in another environment ({'; '.join(changes)}), and one table must "
-                    "not mix two. Measure in that environment again, name another folder, or delete that file."
+                    "not mix two. Measure in that environment again, name another folder (a command: with --out), or "
+                    "delete that file."
                 )
             self.rows = rows_by_point(stored) if table == "attention" else _rows_by_key(stored, KEYS[table])
             before = stored.attrs["environment"].get("settings")
@@ -388,6 +436,8 @@ def compare(first: pd.DataFrame, second: pd.DataFrame) -> pd.DataFrame:
         ValueError: the tables have no measured point in common.
     """
     keys = list(KEY)
+    if any("spread_ms" not in table.columns for table in (first, second)):
+        raise ValueError("a table without the column spread_ms cannot be compared: measure it again.")
     wanted = [*keys, "ms", "spread_ms", *({"overhead_bound"} & set(first.columns) & set(second.columns))]
     both = first[wanted].merge(second[wanted], on=keys, suffixes=("_1", "_2"))
     both = both[both["ms_1"].notna() & both["ms_2"].notna()].reset_index(drop=True)

@@ -7,12 +7,16 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
 INTERRUPTED = 130
 """The exit status after Control-C, as a shell has it."""
+
+LARGEST = 2**31 - 1
+"""The largest whole number of an argument: no length, count or size of the lab is larger."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -77,11 +81,22 @@ def argument_type(of_text: Callable[[str], Any]) -> Callable[[Any], Any]:
 
 @argument_type
 def whole_number(text: str) -> int:
-    """A type of arguments: a whole number, 1 or more. Raises argparse.ArgumentTypeError for anything else."""
-    number = int(text) if text.isdecimal() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text}: it must be 1 or more, a whole number")
+    """A type of arguments: a whole number from 1 to `LARGEST`. Raises argparse.ArgumentTypeError for anything else."""
+    number = int(text) if text.isdecimal() and len(text) <= len(str(LARGEST)) else 0
+    if not 1 <= number <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text}: it must be 1 or more, a whole number, and at most {LARGEST:,}")
     return number
+
+
+@argument_type
+def path(text: str) -> Path:
+    """A type of arguments: a path, with `~` replaced. Raises argparse.ArgumentTypeError if no home folder is known."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text}: the home folder is not known here; give it without `~`") from error
 
 
 @argument_type

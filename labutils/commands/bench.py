@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import ArgumentParser, Namespace
 
 from labutils.attention.backends import BACKENDS, IMPLEMENTATIONS
-from labutils.commands.arguments import INTERRUPTED, argument_type, listed, new_parser, seconds, whole_number
+from labutils.commands.arguments import INTERRUPTED, argument_type, listed, new_parser, path, seconds, whole_number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -144,7 +145,7 @@ def _add_how_long(how: Any) -> None:
 
 def _add_where_it_goes(where: Any) -> None:
     where.add_argument(
-        "--out", type=Path, default=Path("bench-results"), help="folder for tables and figures (default: %(default)s)"
+        "--out", type=path, default=Path("bench-results"), help="folder for tables and figures (default: %(default)s)"
     )
     where.add_argument(
         "--resume",
@@ -168,7 +169,7 @@ def _add_where_it_goes(where: Any) -> None:
     )
     where.add_argument(
         "--against",
-        type=Path,
+        type=path,
         metavar="FOLDER",
         help=f"compare with an earlier sweep. List the points and exit with 1 if medians above {SHORTEST_MS} ms differ "
         f"by more than {100 * LIMIT:.0f} percent, or if the larger spread_ms of the two covers the difference of less "
@@ -185,19 +186,21 @@ def run(words: Sequence[str]) -> int:
     """
     arguments = parser().parse_args(words)
     try:
-        return _bench(arguments)
+        with ExitStack() as hold:
+            return _bench(arguments, hold)
     except OSError as error:
         print(f"labutils bench: {error}. Rows that {arguments.out} holds are whole: once it can be written to again, "
               "the same command with --resume measures the rest.", file=sys.stderr)  # fmt: skip
         return 1
 
 
-def _bench(arguments: Namespace) -> int:
+def _bench(arguments: Namespace, hold: ExitStack) -> int:
+    """Does the work of `run`. `hold` holds the folder, so that no other sweep writes into it."""
     try:
         from labutils import benchmark
         from labutils.benchmark import environment, sweeping, tables
         from labutils.benchmark.points import DeviceLost
-        from labutils.machine import runtime  # raises if the device that is asked for is missing
+        from labutils.machine import files, runtime  # raises if the device that is asked for is missing
 
         if arguments.reference is not None:  # a wrong name fails before anything is measured
             benchmark.reference_results(arguments.reference, dtype=None)
@@ -208,9 +211,16 @@ def _bench(arguments: Namespace) -> int:
                 f"{arguments.against} has none of the points that were asked for: give the shapes, dtypes, passes and "
                 "implementations of that sweep, or leave --against out."
             )
+        files.check_writable(arguments.out, f"--out={arguments.out}")
+        hold.enter_context(files.held(arguments.out / ".lock", f"--out={arguments.out}"))
         recorder = benchmark.Recorder(
             arguments.out, environment.environment(), resume=arguments.resume, settings=_settings(arguments)
         )
+        if unknown := sorted({point.impl for point in recorder.rows} - set(IMPLEMENTATIONS)):
+            raise ValueError(
+                f"{recorder.path} has rows of {', '.join(unknown)}, which is no implementation of the lab: "
+                f"{', '.join(IMPLEMENTATIONS)}. Delete these rows, or correct the name."
+            )
     except (ValueError, RuntimeError, OSError) as error:
         print(f"labutils bench: {error}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""`python -m labutils check`: what this machine has, and which attention backends run on it."""
+"""`python -m labutils check`: reports what this machine has, and which attention backends run on it."""
 
 from __future__ import annotations
 

@@ -5,22 +5,23 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-from labutils.commands.arguments import INTERRUPTED, argument_type, new_parser
+from labutils.commands.arguments import INTERRUPTED, argument_type, new_parser, path
+
+LARGEST = 1e6  # seconds, which are eleven days, or GiB: the system's timers and limits take no number of any size
 
 
 @argument_type
 def _positive(text: str) -> float:
-    """A type of arguments: a number above 0. Raises argparse.ArgumentTypeError for anything else."""
+    """A type of arguments: a number above 0, at most `LARGEST`. Raises argparse.ArgumentTypeError for anything else."""
     try:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+    if not 0 < value <= LARGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is no positive number up to {LARGEST:,.0f}")
     return value
 
 
@@ -32,9 +33,9 @@ def parser() -> ArgumentParser:
         "that nobody has seen, and write one row for each exercise. This runs students' code: do it in a container, as "
         "a user who may write nothing but the table.",
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="holds the returned notebooks, at any depth")
+    parser.add_argument("folder", type=path, metavar="FOLDER", help="holds the returned notebooks, at any depth")
     parser.add_argument(
-        "--csv", type=Path, required=True, metavar="FILE", help="the table to write; must not exist yet"
+        "--csv", type=path, required=True, metavar="FILE", help="the table to write; must not exist yet"
     )
     parser.add_argument(
         "--limit", type=_positive, default=900.0, metavar="SECONDS", help="to execute one notebook (default: 900)"

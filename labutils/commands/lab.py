@@ -1,4 +1,4 @@
-"""`python -m labutils lab`: the notebooks in JupyterLab."""
+"""`python -m labutils lab`: opens the notebooks in JupyterLab."""
 
 from __future__ import annotations
 
@@ -119,7 +119,8 @@ def run(words: Sequence[str]) -> int:
         )
         return 2
     command = lab_command(folder, [word for word in words if word != "--"])
+    environment = environment_for_kernels()  # raises if LABUTILS_DEVICE cannot be had
     how = "Open the address below in a browser" if "--no-browser" in command else "It opens in your browser"
     print(f"Starting JupyterLab. {how}; Control-C, twice, stops it.", flush=True)
     # No process stays in between, so signals reach JupyterLab, and the exit status is its own.
-    os.execve(command[0], command, environment_for_kernels())
+    os.execve(command[0], command, environment)

@@ -2,314 +2,54 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import hashlib
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
-from typing import TYPE_CHECKING, Any, Literal
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from labutils.attention.backends import BACKENDS
-from labutils.commands.arguments import INTERRUPTED, new_parser
+from labutils.commands import train_options
+from labutils.commands.arguments import INTERRUPTED
+from labutils.commands.train_options import parser
+from labutils.machine import files
 
 if TYPE_CHECKING:
     import torch
     from transformers import GPT2LMHeadModel
-
-CONFIGS = Path(__file__).resolve().parent.parent / "training" / "configs"
-"""The folder of the configurations that `--config` finds by their names."""
-
-SMOKE_TEST = {
-    "model.size": "tiny",
-    "model.seqlen": 128,
-    "data.text": "reference",
-    "data.vocab_size": 512,
-    "data.batch_size": 4,
-    "data.held_out": 8,
-    "optimization.steps": 20,
-    "optimization.lr": 3e-3,
-    "optimization.warmup": 5,
-    "optimization.memory_cap_gib": None,
-    "run.save_every": 10,
-    "run.log_every": 1,
-}
-"""The options that --smoke-test sets. All others stay as given. The folder of the run is a temporary one."""
-
-
-def shipped_configs() -> dict[str, Path]:
-    """The configurations that the package has: name -> file."""
-    return {path.stem: path for path in sorted(CONFIGS.glob("*.yaml"))}
-
-
-class _Config(ActionConfigFile):
-    """The action of --config: jsonargparse's own, which takes the name of a shipped configuration as well as a path."""
-
-    def __call__(self, parser: ArgumentParser, cfg: Namespace, values: str, option_string: str | None = None) -> None:
-        if re.fullmatch(r"\w[\w.-]*", values) and not Path(values).is_file():
-            shipped = shipped_configs()
-            if values not in shipped:
-                raise argparse.ArgumentError(
-                    self, f"{values} is neither a file nor a configuration of the lab: {', '.join(shipped)}."
-                )
-            values = str(shipped[values])
-        super().__call__(parser, cfg, values, option_string)
-
-
-def parser() -> ArgumentParser:
-    """The parser of the command's arguments. Each name is also a key of the YAML file."""
-    parser = new_parser(
-        "python -m labutils train",
-        "Train a GPT-2 on long texts, as notebook 03 does, and report which attention really ran. A flag has the name "
-        "of its key in the YAML file. Later flags win over earlier ones.",
-        epilog="In a minute, on any machine: python -m labutils train --smoke-test. On a GPU with 16 GB: python -m "
-        "labutils train --config gpt2-124m-8k. After Control-C, the same command with --resume goes on.",
-    )
-    parser.add_argument(
-        "--config",
-        action=_Config,
-        metavar="FILE|NAME",
-        help=f"a YAML file with these keys, or the name of a configuration of the lab: {', '.join(shipped_configs())}",
-    )
-    parser.add_argument(
-        "--smoke-test",
-        action="store_true",
-        help="a tiny model and 20 short steps; fails unless the held-out loss goes down, and keeps nothing. Attention, "
-        "memory savers and precision are as given",
-    )
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on from the checkpoint in run.folder, with the same settings. Another machine is named. If auto means "
-        "another implementation or precision there, the run does not go on",
-    )
-    _add_model(parser.add_argument_group("model", "a GPT-2 with random weights"))
-    _add_data(parser.add_argument_group("data", "texts that are on every machine, or your own; nothing is downloaded"))
-    _add_optimization(parser.add_argument_group("optimization", "how a step is made"))
-    _add_run(parser.add_argument_group("run", "what is kept"))
-    return parser
-
-
-def _add_model(model: Any) -> None:
-    model.add_argument(
-        "--model.size",
-        type=Literal["124M", "355M", "774M", "1558M", "tiny", "nano"],
-        default="124M",
-        help="parameters (default: %(default)s)",
-    )
-    model.add_argument(
-        "--model.seqlen", type=int, metavar="N", default=8192, help="tokens in a sequence, N (default: %(default)s)"
-    )
-    model.add_argument(
-        "--model.dropout",
-        type=float,
-        metavar="P",
-        default=0.0,
-        help="of attention weights; PyTorch's flash kernel for the CPU has none (default: %(default)s)",
-    )
-    model.add_argument(
-        "--model.rotary", type=bool, default=False, help="rotary positions, not a learned table (default: false)"
-    )
-    model.add_argument(
-        "--model.one_gelu",
-        type=bool,
-        default=False,
-        help="GELU as one operation, which keeps only its input; GPT-2's GELU is several operations (default: false)",
-    )
-
-
-def _add_data(data: Any) -> None:
-    data.add_argument(
-        "--data.text",
-        type=str,
-        metavar="TEXT",
-        default="sources",
-        help="reference, sources (of Python's own library), or a folder of .txt files (default: %(default)s)",
-    )
-    data.add_argument(
-        "--data.vocab_size",
-        type=int,
-        metavar="ENTRIES",
-        default=4096,
-        help="entries of the tokenizer that is trained on them (default: %(default)s)",
-    )
-    data.add_argument(
-        "--data.batch_size", type=int, metavar="B", default=1, help="sequences in a step (default: %(default)s)"
-    )
-    data.add_argument(
-        "--data.documents_apart",
-        type=bool,
-        default=False,
-        help="attention and positions begin anew in each document of a sequence (default: false)",
-    )
-    data.add_argument(
-        "--data.held_out",
-        type=int,
-        metavar="SEQUENCES",
-        default=8,
-        help="sequences of other texts on which the loss is measured before and after; 0: none (default: %(default)s)",
-    )
-    data.add_argument(
-        "--data.seed", type=int, metavar="SEED", default=0, help="of the split and of the order (default: %(default)s)"
-    )
-
-
-def _add_optimization(how: Any) -> None:
-    how.add_argument(
-        "--optimization.flash_attention",
-        type=bool,
-        default=True,
-        help="true: a flash kernel; false: standard attention (default: true)",
-    )
-    how.add_argument(
-        "--optimization.flash_attention_force",
-        type=bool,
-        default=False,
-        help="raise an error unless a flash kernel runs (default: false)",
-    )
-    how.add_argument(
-        "--optimization.disable_math_fallback",
-        type=bool,
-        default=False,
-        help="forbid the math backend, which stores the N x N matrix (default: false)",
-    )
-    how.add_argument(
-        "--optimization.implementation",
-        type=Literal["auto", "labutils", "sdpa"],
-        default="auto",
-        help="of flash attention: this lab's kernels, PyTorch's, or auto: this lab's on a GPU of compute capability "
-        "8.0 or higher, else PyTorch's (default: %(default)s)",
-    )
-    how.add_argument(
-        "--optimization.steps",
-        type=int,
-        metavar="STEPS",
-        default=100,
-        help="optimizer steps, with those before --resume (default: %(default)s)",
-    )
-    how.add_argument(
-        "--optimization.lr",
-        type=float,
-        metavar="RATE",
-        default=6e-4,
-        help="learning rate of AdamW (default: %(default)s)",
-    )
-    how.add_argument(
-        "--optimization.warmup",
-        type=int,
-        metavar="STEPS",
-        default=10,
-        help="steps until the learning rate is reached (default: %(default)s)",
-    )
-    how.add_argument(
-        "--optimization.weight_decay",
-        type=float,
-        metavar="RATE",
-        default=0.1,
-        help="of matrices (default: %(default)s)",
-    )
-    how.add_argument(
-        "--optimization.clip",
-        type=float,
-        metavar="NORM",
-        default=1.0,
-        help="largest gradient norm (default: %(default)s)",
-    )
-    how.add_argument(
-        "--optimization.precision",
-        type=Literal["auto", "float32", "bfloat16", "float16"],
-        default="auto",
-        help="of autocast; auto: what suits the GPU (default: %(default)s)",
-    )
-    how.add_argument(
-        "--optimization.checkpointing",
-        type=bool | Literal["offloaded"],
-        default=False,
-        metavar="{true,false,offloaded}",
-        help="recompute activations in the backward instead of keeping them; offloaded: also keep the blocks' inputs "
-        "on the CPU (default: false)",
-    )
-    how.add_argument(
-        "--optimization.chunked_loss",
-        type=int | None,
-        default=None,
-        metavar="POSITIONS",
-        help="positions for which logits exist at a time; null: all (default: null)",
-    )
-    how.add_argument(
-        "--optimization.optimizer",
-        type=Literal["adamw", "offloaded"],
-        default="adamw",
-        help="AdamW beside the model, in one kernel on a GPU; offloaded: its state and its work are on the CPU "
-        "(default: %(default)s)",
-    )
-    how.add_argument(
-        "--optimization.memory_cap_gib",
-        type=float | None,
-        default=None,
-        metavar="GIB",
-        help="imitate a GPU with so many GiB; null: no cap (default: null)",
-    )
-
-
-def _add_run(kept: Any) -> None:
-    kept.add_argument(
-        "--run.folder",
-        type=str | None,
-        default=None,
-        metavar="FOLDER",
-        help="for checkpoint.pt, history.csv, config.yaml and run.json; null: nothing is kept (default: null)",
-    )
-    kept.add_argument(
-        "--run.save_every",
-        type=int,
-        metavar="STEPS",
-        default=50,
-        help="steps between checkpoints (default: %(default)s)",
-    )
-    kept.add_argument(
-        "--run.log_every",
-        type=int,
-        metavar="STEPS",
-        default=1,
-        help="steps between rows of the history (default: %(default)s)",
-    )
-    kept.add_argument("--run.seed", type=int, metavar="SEED", default=0, help="of the weights (default: %(default)s)")
-    kept.add_argument(
-        "--run.deterministic",
-        type=bool,
-        default=True,
-        help="the same losses in each run; some kernels are slower (default: true)",
-    )
 
 
 def run(words: Sequence[str]) -> int:
     """Trains. Returns 0, 130 after an interrupt, 1 if training or the smoke test failed, 2 for bad arguments."""
     command_line = parser()
     options = command_line.parse_args(words)
-    if options.smoke_test:
-        for name, value in SMOKE_TEST.items():
-            options[name] = value
     try:
-        _check(options)
+        train_options.check(options)
+        if options.smoke_test and (
+            unused := train_options.shrink_to_smoke_test(options, command_line.get_defaults(), words)
+        ):
+            print(f"--smoke-test sets its own sizes and texts, and does not use {', '.join(unused)}.")
+        for section, name in (("run", "folder"), ("data", "text")):
+            if (path := options[section][name]) is not None:
+                options[section][name] = str(files.expanded(path, f"{section}.{name}"))
     except ValueError as error:
         return _complain(error, 2)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; deterministic sums need it
     import torch
 
     try:
-        with _polite_interrupts() as asked_to_stop, TemporaryDirectory() as temporary:
+        with _polite_interrupts() as asked_to_stop, TemporaryDirectory() as temporary, ExitStack() as hold:
             if options.smoke_test:
                 options.run.folder = temporary
-            return _train(options, command_line, asked_to_stop)
+            return _train(options, command_line, asked_to_stop, hold)
     except KeyboardInterrupt:
         print("\nInterrupted.")
         return INTERRUPTED
@@ -328,41 +68,16 @@ def _complain(error: object, status: int) -> int:
     return status
 
 
-def _check(options: Namespace) -> None:
-    """Raises ValueError if options contradict each other, or if a number is too small."""
-    how = options.optimization
-    for name, on in {
-        "flash_attention_force": how.flash_attention_force,
-        "disable_math_fallback": how.disable_math_fallback,
-        "implementation": how.implementation != "auto",
-    }.items():
-        if on and not how.flash_attention:
-            raise ValueError(
-                f"optimization.flash_attention=false asks for standard attention, and optimization.{name} for another: "
-                "leave one of them out."
-            )
-    if not 0.0 <= options.model.dropout < 1.0:
-        raise ValueError(f"model.dropout={options.model.dropout}: it must be from 0 to below 1.")
-    least = {
-        "optimization.steps": 1, "optimization.warmup": 0, "run.save_every": 1, "run.log_every": 1, "data.held_out": 0,
-        "data.batch_size": 1, "model.seqlen": 2,
-    }  # fmt: skip
-    for name, number in least.items():
-        if options[name] < number:
-            raise ValueError(f"{name}={options[name]}: it must be at least {number}.")
-    if options.resume and options.smoke_test:
-        raise ValueError("--smoke-test keeps nothing, so that there is nothing for --resume to go on with.")
-    if options.resume and options.run.folder is None:
-        raise ValueError("--resume needs the folder of the run to go on with: give --run.folder.")
-
-
 # ------------------------------------------------------------------------------------------------------------
 # The run
 # ------------------------------------------------------------------------------------------------------------
 
 
-def _train(options: Namespace, command_line: ArgumentParser, asked_to_stop: Callable[[], bool]) -> int:
-    """The whole run, from its texts to the files that it keeps; returns the exit status."""
+def _train(options: Namespace, command_line: ArgumentParser, asked_to_stop: Callable[[], bool], hold: ExitStack) -> int:
+    """The whole run, from its texts to the files that it keeps; returns the exit status.
+
+    The folder of the run is held by `hold`, so that no other run writes into it.
+    """
     import torch
 
     from labutils import training
@@ -374,8 +89,11 @@ def _train(options: Namespace, command_line: ArgumentParser, asked_to_stop: Call
     print(runtime.summary())
     folder = None if options.run.folder is None else Path(options.run.folder)
     if folder is not None:  # before the texts, which take a while
+        if not folder.exists():
+            check_path(folder / "checkpoint.pt", resume=options.resume)
+        files.check_writable(folder, f"run.folder={folder}")
+        hold.enter_context(files.held(folder / ".lock", f"run.folder={folder}"))
         check_path(folder / "checkpoint.pt", resume=options.resume)
-        _writable(folder)
     if not options.smoke_test and runtime.device.type != "cuda":
         print("Without a GPU, a step of a long sequence takes minutes: --smoke-test ends in one.")
     sequences, held_out, vocab_size = _texts(options)
@@ -429,7 +147,6 @@ def _train(options: Namespace, command_line: ArgumentParser, asked_to_stop: Call
 def _keep(folder: Path, outcome: dict[str, Any], options: Namespace, command_line: ArgumentParser) -> None:
     """Writes run.json and config.yaml. Prints which files are in the folder, unless this is the smoke test."""
     from labutils.benchmark import environment
-    from labutils.machine import files
 
     outcome = outcome | {"environment": environment.environment().as_dict()}
     files.replace(folder / "run.json", json.dumps(outcome, indent=2) + "\n")
@@ -466,7 +183,12 @@ def _texts(options: Namespace) -> tuple[torch.Tensor, Sequence[torch.Tensor], in
             raise ValueError(
                 f"data.text={what!r} is neither 'reference' nor 'sources' nor a folder with two .txt files or more."
             )
-        documents = list(dict.fromkeys(path.read_text(encoding="utf-8") for path in paths))
+        documents = list(dict.fromkeys(map(_read_text, paths)))
+        if len(documents) < 2:
+            raise ValueError(f"data.text={what!r}: all its .txt files have the same text, and one part is held out.")
+        if not all(documents):
+            empty = next(path for path in paths if not _read_text(path))
+            raise ValueError(f"data.text={what!r}: {empty} is empty. Remove it, or fill it.")
     train, other = texts.split(documents, seed=options.data.seed)
     tokenizer = packing.train_tokenizer(train, options.data.vocab_size)
     sequences, stats = packing.pack(train, tokenizer, n)
@@ -477,14 +199,16 @@ def _texts(options: Namespace) -> tuple[torch.Tensor, Sequence[torch.Tensor], in
     return sequences, held_out, tokenizer.get_vocab_size()
 
 
-def _writable(folder: Path) -> None:
-    """Makes the folder of the run. Raises ValueError if it cannot be made or written to."""
+def _read_text(path: Path) -> str:
+    """A user's text. Raises ValueError, with the file, if it cannot be read or is not in UTF-8."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
+        return path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise ValueError(f"run.folder={folder} cannot be written to ({error}): name another.") from error
+        raise ValueError(f"data.text: {path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"data.text: {path} is not text in UTF-8 (byte {error.start}): save it in this encoding."
+        ) from error
 
 
 def _checkpoint(
@@ -656,21 +380,33 @@ def _deterministic() -> Iterator[None]:
 
 @contextmanager
 def _history_file(folder: Path | None, checkpoint: Any) -> Iterator[Callable[[dict], None]]:
-    """Writes history.csv, a row at a time. After --resume it begins with the rows up to the checkpoint."""
+    """Writes history.csv, a row at a time. After --resume it begins with the rows up to the checkpoint.
+
+    The file of an earlier run is replaced with the first row, when the checkpoint has been loaded without an error.
+    """
     if folder is None:
         yield lambda row: None
         return
     from labutils.training.loop import HISTORY_COLUMNS
 
+    before = checkpoint.rows
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "history.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, HISTORY_COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(checkpoint.rows)
-        file.flush()
+    with ExitStack() as stack:
+        file: Any = None
+
+        def begin() -> Any:
+            new = stack.enter_context((folder / "history.csv").open("w", encoding="utf-8", newline=""))
+            writer = csv.DictWriter(new, HISTORY_COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(before)
+            new.flush()
+            return new
 
         def write(row: dict) -> None:
-            writer.writerow(row)
+            nonlocal file
+            file = file or begin()
+            csv.DictWriter(file, HISTORY_COLUMNS, lineterminator="\n").writerow(row)
             file.flush()
 
         yield write
+        file = file or begin()

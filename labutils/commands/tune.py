@@ -108,13 +108,16 @@ def run(words: Sequence[str]) -> int:
         return _complain("--capability is for --compile-only and --show: only the GPU here can be timed.", 2)
     from labutils.attention.kernels import tuned_table
     from labutils.benchmark import environment
-    from labutils.machine import runtime
+    from labutils.machine import files, runtime
 
     capability = arguments.capability or runtime.capability
     if capability is not None and capability not in chips.GPUS:
         known = ", ".join(map(chips.dotted, chips.GPUS))
         return _complain(f"of compute capability {chips.dotted(capability)} nothing is known: {known}.", 2)
-    file = tuned_table.path()
+    try:
+        file = tuned_table.path()
+    except RuntimeError as error:
+        return _complain(error, 2)
     if file is None and not (arguments.compile_only or arguments.show or arguments.reset):
         return _complain(f"{tuned_table.VARIABLE}=none says that no table is used: unset it, or name a file.", 2)
     if capability is None and not (arguments.show or arguments.reset):
@@ -131,8 +134,13 @@ def run(words: Sequence[str]) -> int:
         if arguments.compile_only:
             return _list(places, capability, _processes(arguments))
         assert file is not None  # this, too
-        return _tune(arguments, places, file, capability)
-    except (RuntimeError, OSError) as error:  # OSError: the table cannot be written
+        if not file.exists():  # else the table is read, and then replaced
+            files.check_writable(file.parent, f"{file.parent}, the folder of the table,")
+        with files.held(file.with_name(f".{file.name}.lock"), str(file)):
+            return _tune(arguments, places, file, capability)
+    except files.InUse as error:
+        return _complain(error, 2)
+    except (RuntimeError, ValueError, OSError) as error:  # OSError: the table cannot be written
         return _complain(error, 1)
 
 
@@ -173,6 +181,8 @@ def _tune(arguments: Namespace, places: Sequence[Place], file: Path, capability:
     made_by = environment.environment(launch_table=False).as_dict()
     tuned = tables.setdefault(gpu, tuned_table.Tuned(environment=made_by, finished=True))
     if arguments.resume:
+        for stored in tuned.measured:
+            _place(stored, file)
         if changes := environment.differences(tuned.environment, made_by):
             return _complain(
                 f"{file} was begun in another environment ({'; '.join(changes)}), and times of two cannot be compared: "
@@ -186,7 +196,7 @@ def _tune(arguments: Namespace, places: Sequence[Place], file: Path, capability:
             2,
         )
     else:
-        tuned.measured = [stored for stored in tuned.measured if search.Row.of(stored).place not in places]
+        tuned.measured = [stored for stored in tuned.measured if _place(stored, file) not in places]
         tuned.environment = made_by
     print(f"{gpu}: {len(places)} entries of the launch table, kept in {file}")
     steps = sum(len(candidates.candidates(place, capability)) for place in places)
@@ -212,17 +222,45 @@ def _tune(arguments: Namespace, places: Sequence[Place], file: Path, capability:
     return 0
 
 
+def _place(stored: Any, file: Path) -> Place:
+    """The place of a row that the table has under "measured". Raises RuntimeError if the row is damaged."""
+    from labutils.attention.tuning import search
+
+    try:
+        return search.Row.of(stored).place
+    except (KeyError, TypeError, ValueError) as error:
+        raise RuntimeError(
+            f'{file} has a damaged row under "measured" ({type(error).__name__}: {error}): remove the table with '
+            "`python -m labutils tune --reset`."
+        ) from error
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Instead of tuning
 # ------------------------------------------------------------------------------------------------------------
 
 
 def _reset(file: Path | None) -> int:
+    """Removes the table. Sets a damaged one aside, and refuses a file that is no table."""
+    from labutils.attention.kernels import tuned_table
+    from labutils.machine import files
+
     if file is None or not file.exists():
         print("There is no table: the shipped launch configurations are in force.")
         return 0
-    file.unlink()
-    print(f"Removed {file}: the shipped launch configurations are in force.")
+    state = tuned_table.state(file)
+    if state == "foreign":
+        return _complain(
+            f"{file} is no table that `python -m labutils tune` wrote, so --reset leaves it as it is. Name another "
+            f"file with {tuned_table.VARIABLE}, or move that file away.",
+            2,
+        )
+    if state == "damaged":
+        what = f"{file} was damaged, and is now {files.set_aside(file).name}"
+    else:
+        file.unlink()
+        what = f"Removed {file}"
+    print(f"{what}: the shipped launch configurations are in force.")
     return 0
 
 

@@ -42,7 +42,7 @@ INFERENCE = ("prefill", "decode")
 _TABLE = "models"  # the name of the table among stored results
 _FEWEST, _MOST = 2, 10  # repeats after the warm-up
 _SECONDS = {"training": 0.3, "inference": 0.1}  # for the repeats of one point, if the fewest repeats take less
-_WARM_UP_TOKENS, _DECODED = 3, 8  # number of decoded tokens that are not timed, and of those that are
+_WARM_UP_TOKENS, _DECODED = 3, 8  # decoded tokens before the timing begins, and timed ones
 _LEFT_OVER = 128 * 2**20  # bytes that may stay: libraries keep their workspaces in PyTorch's memory
 
 
@@ -76,9 +76,15 @@ def measure_models(
         progress: a progress bar on stdout.
 
     Returns:
-        A row for each model, work, attention, batch and length, with the columns `benchmark.SCHEMAS["models"]`: `impl`
-        by `backends.name_in_tables`, `ms` (median; "decode": of one token), `tokens_per_s` (all sequences together),
-        `peak_gib` (allocated, with the weights; NaN on a CPU), `status` ok, oom or unsupported, and the `reason`.
+        A row for each model, work, attention, batch and length, with the columns `benchmark.SCHEMAS["models"]`, among
+        them
+
+        - impl: the attention, by `backends.name_in_tables`;
+        - ms: the median; for "decode", of one token;
+        - tokens_per_s: of all sequences together;
+        - peak_gib: allocated memory, with the weights; NaN on a CPU;
+        - status and reason: ok, oom or unsupported, and why.
+
         `.attrs`: "machine" and "interrupted" (True after a KeyboardInterrupt: points that were not reached are then
         rows that say so).
 

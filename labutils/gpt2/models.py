@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from labutils.gpt2.attention import register_attention
+from labutils.gpt2.rope import use_rope
 
 if TYPE_CHECKING:
     from transformers import GPT2LMHeadModel
@@ -53,7 +54,8 @@ def gpt2(
         vocab_size: entries of the tokenizer.
         attention: "labutils" (our kernels), "sdpa", "eager" (standard attention), or another registered name.
         overrides: further `GPT2Config` fields. Dropout (`attn_pdrop`, `resid_pdrop`, `embd_pdrop`) is 0 by default,
-            because comparisons of losses and gradients need it.
+            because comparisons of losses and gradients need it. `lab_rope_base` gives the model rotary positions, as
+            `labutils.gpt2.rope.use_rope` does.
 
     Raises:
         ValueError: an unknown size, or an `attention` that transformers does not know.
@@ -80,7 +82,7 @@ def gpt2(
     if attention == "labutils":
         register_attention(attention)
     config._attn_implementation = attention
-    return _with_loss(GPT2LMHeadModel(config))
+    return _finished(GPT2LMHeadModel(config))
 
 
 def load_gpt2(name: str | Path = "gpt2", *, attention: str = "labutils", **overrides: Any) -> GPT2LMHeadModel:
@@ -93,9 +95,10 @@ def load_gpt2(name: str | Path = "gpt2", *, attention: str = "labutils", **overr
             active only in training mode.
 
     Returns:
-        The model on the CPU, in evaluation mode.
+        The model on the CPU, in evaluation mode. If it was saved with rotary positions, it has them again.
 
     Raises:
+        ValueError: the files lack weights of the model. transformers would make random ones.
         FileNotFoundError: the weights are not in the folder or the cache, and the hub cannot be reached. (transformers
             tries the hub for half a minute; HF_HUB_OFFLINE=1 in the environment avoids that.)
     """
@@ -105,14 +108,24 @@ def load_gpt2(name: str | Path = "gpt2", *, attention: str = "labutils", **overr
         register_attention(attention)
     overrides = {"attn_pdrop": 0.0} | overrides
     try:
-        model = GPT2LMHeadModel.from_pretrained(name, attn_implementation=attention, **overrides)
+        model, report = GPT2LMHeadModel.from_pretrained(
+            name, attn_implementation=attention, output_loading_info=True, **overrides
+        )
     except OSError as error:
         raise FileNotFoundError(
             f"{str(name)!r} is not a folder with a saved model, and neither the Hugging Face cache of this "
             f"machine nor the hub gave it ({str(error).splitlines()[0]}). Connect to the internet once (the files stay "
             "in the cache), name a folder, or use labutils.gpt2.models.gpt2(): the same model with random weights"
         ) from error
-    return _with_loss(model)
+    # The table of positions is not saved with a rotary model, which does not use it.
+    table = {"transformer.wpe.weight"} if getattr(model.config, "lab_rope_base", None) is not None else set()
+    missing = sorted(set(report["missing_keys"]) - table)
+    if missing:
+        raise ValueError(
+            f"the files of {str(name)!r} lack {len(missing)} of the model's weights, the first is {missing[0]!r}: they "
+            "would be random. Name a folder that save_pretrained wrote from a complete GPT-2 language model"
+        )
+    return _finished(model)
 
 
 def gpt2_trained_or_not(
@@ -165,7 +178,12 @@ def _why_no_hub(name: str, seconds: float) -> str | None:
     return None
 
 
-def _with_loss(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+def _finished(model: GPT2LMHeadModel) -> GPT2LMHeadModel:
+    """Sets the loss, and gives the model the rotary positions that its configuration asks for."""
     # transformers guesses the loss from the class's name. For GPT-2 the guess fails, and it warns before it takes this.
     model.loss_type = "ForCausalLM"
-    return model
+    base = getattr(model.config, "lab_rope_base", None)
+    if base is None:
+        return model
+    model.config.lab_rope_base = None  # the model has no rotary positions yet
+    return use_rope(model, base)

@@ -3,8 +3,9 @@
 Triton's interpreter (TRITON_INTERPRET=1) runs a kernel block by block in NumPy. NumPy has no bfloat16, so the
 interpreter keeps such values as uint16 bit patterns. In Triton 3.6 and 3.7 it multiplies, adds and compares these
 patterns as if they were integers, and it truncates although a GPU rounds to nearest. It raises no error; the numbers
-are wrong. Loop bounds that are known only at run time fail in 3.6 with NumPy 2.4 and later. And each call of a device
-function patches the whole language again, which more than doubles the time.
+are wrong. Loop bounds that are known only at run time fail in 3.6 with NumPy 2.4 and later. A launch patches the
+language of the whole process and counts its blocks in one place, so two threads that launch at a time get errors or
+wrong numbers. And each call of a device function patches the language again, which more than doubles the time.
 
 `install` repairs all of it. `self_test` runs small kernels against PyTorch, and raises an error if a Triton version
 behaves in yet another way. Only `labutils.machine.runtime` calls the two.
@@ -12,6 +13,8 @@ behaves in yet another way. Only `labutils.machine.runtime` calls the two.
 
 from __future__ import annotations
 
+import functools
+import threading
 import types
 from typing import Any
 
@@ -160,6 +163,19 @@ def _patch_language_once_per_launch() -> None:
     triton_interpreter._patch_lang = patch
 
 
+def _one_launch_at_a_time() -> None:
+    """Makes a thread that launches a kernel wait until the launch of another thread has ended."""
+    executor = triton_interpreter.GridExecutor
+    plain, lock = executor.__call__, threading.RLock()
+
+    @functools.wraps(plain)
+    def call(self, *args, **kwargs):
+        with lock:
+            return plain(self, *args, **kwargs)
+
+    executor.__call__ = call
+
+
 def install() -> None:
     """Repairs the interpreter of this process. A second call changes nothing."""
     global _installed
@@ -171,6 +187,7 @@ def install() -> None:
     _mend_reductions()
     _mend_loop_bounds()
     _patch_language_once_per_launch()
+    _one_launch_at_a_time()
     _installed = True
 
 
@@ -197,11 +214,12 @@ def self_test() -> None:
         RuntimeError: this Triton version behaves in a way that `install` does not repair.
     """
     block, length = 16, 32
-    generator = torch.Generator().manual_seed(0)
+    cpu = torch.device("cpu")  # the program that imports labutils may have made another device the default
+    generator = torch.Generator(cpu).manual_seed(0)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        x, y = (torch.randn(length, block, generator=generator).to(dtype) for _ in range(2))
-        product = torch.full((block, block), float("nan"), dtype=dtype)
-        sums = torch.full((block,), float("nan"), dtype=dtype)
+        x, y = (torch.randn(length, block, generator=generator, device=cpu).to(dtype) for _ in range(2))
+        product = torch.full((block, block), float("nan"), dtype=dtype, device=cpu)
+        sums = torch.full((block,), float("nan"), dtype=dtype, device=cpu)
         try:
             _probe_block[(1,)](x, y, product, sums, length, BLOCK=block)
         except Exception as error:

@@ -84,7 +84,8 @@ def _switch_interpreter_on() -> None:
             raise RuntimeError(
                 "triton was imported before labutils, so its interpreter can no longer be switched on, and this "
                 "machine has no GPU to compile for. Restart the kernel (or the program) and import labutils first: "
-                "before triton, and before `GPT2LMHeadModel` and others of transformers, which import triton."
+                "before triton, and before `GPT2LMHeadModel` and others of transformers, which import triton. If the "
+                "program cannot import labutils first, set TRITON_INTERPRET=1 in its environment: then any order works."
             )
     os.environ["TRITON_INTERPRET"] = "1"
     from labutils.machine import interpreter

@@ -171,19 +171,19 @@ def plot_prediction(predicted: pd.DataFrame, apart: int = 96) -> Figure:
 
 
 @styled
-def plot_decisions(judged: pd.DataFrame, machine: str) -> Figure:
+def plot_decisions(decisions: pd.DataFrame, machine: str) -> Figure:
     """Draws the fastest implementation at each stored shape, and how much longer the recommended one takes.
 
     Args:
-        judged: the table that `analysis.advice.against_fastest` returns, of one dtype, with one batch size and one
+        decisions: the table that `analysis.advice.against_fastest` returns, of one dtype, with one batch size and one
             number of heads for each length.
         machine: the name of the machine that measured the times.
     """
     rows = [
         (f"{which}, D = {d}, {'causal' if causal else 'full'}", part.set_index("seqlen"))
-        for (which, d, causal), part in judged.groupby(["pass", "head_dim", "causal"], sort=False)
+        for (which, d, causal), part in decisions.groupby(["pass", "head_dim", "causal"], sort=False)
     ]
-    lengths = sorted(set(judged["seqlen"]))
+    lengths = sorted(set(decisions["seqlen"]))
     fig, ax = plt.subplots(figsize=(WIDTH, 0.9 + 0.36 * len(rows)))
     for y, (_, part) in enumerate(rows):
         for x, n in enumerate(lengths):
@@ -196,7 +196,7 @@ def plot_decisions(judged: pd.DataFrame, machine: str) -> Figure:
     ax.set(xlabel="sequence length N", ylim=(len(rows) - 0.5, -0.5))
     ax.grid(visible=False)
     ax.set_title(f"The fastest of all, and the advice beside it: {machine}")
-    names = list(dict.fromkeys(judged["fastest"]))
+    names = list(dict.fromkeys(decisions["fastest"]))
     handles = [Patch(facecolor=COLORS.get(n, GREY), alpha=0.75, label=f"fastest: {LABELS.get(n, n)}") for n in names]
     fig.legend(handles=handles, loc="outside upper left", ncols=3)
     footnote(fig, "Numbers: time of the recommended implementation by that of the fastest.")

@@ -229,7 +229,7 @@ def plot_loss_by_position(tables: Mapping[str, pd.DataFrame]) -> Figure:
     """Draws the loss by position in the document, with error bars.
 
     Args:
-        tables: name of a model -> the table that `by_position` of `labutils.gpt2` returns for it.
+        tables: name of a model -> the table that `loss.by_position` returns for it.
     """
     fig, ax = plt.subplots(figsize=(WIDTH, 4.2))
     edges: set[int] = set()

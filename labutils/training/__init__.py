@@ -14,7 +14,7 @@
     tasks           questions that only a long context answers
     curriculum      teaches a small model these tasks, in documents that grow
 
-The names below are those that the notebooks and the command `train` use.
+The notebooks and the command `train` use the names that are imported here.
 """
 
 from labutils.machine.memory import memory_cap

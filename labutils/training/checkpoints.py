@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,23 @@ from typing import Any
 import torch
 
 from labutils.benchmark.environment import differences
+from labutils.machine import files
 
 FORMAT = 3
 """The version of the file's format. A file of another version is refused."""
+
+CONTENT: dict[str, type | tuple[type, ...]] = {
+    "settings": dict,
+    "environment": (dict, type(None)),
+    "model": dict,
+    "optimizer": dict,
+    "scaler": dict,
+    "batches": dict,
+    "random": dict,
+    "steps": int,
+    "rows": list,
+}
+"""What a file has besides its format: key -> type of the value."""
 
 
 def check_path(path: str | Path, *, resume: bool) -> None:
@@ -38,30 +53,43 @@ def check_path(path: str | Path, *, resume: bool) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     """The content of a file that `Checkpoint.save` wrote: only tensors and plain values, so a file cannot run code."""
-    damaged = (
-        f"{path} is damaged, or no checkpoint of this lab: restore it, or start without --resume in another folder."
-    )
+
+    def damaged(how: str) -> ValueError:
+        return ValueError(
+            f"{path} is damaged, or no checkpoint of this lab ({how}): restore it, or start without --resume in "
+            "another folder."
+        )
+
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        # PyTorch stores a checksum of each part, but its reader does not compare them.
+        with zipfile.ZipFile(path) as parts:
+            wrong = parts.testzip()
+        stored = None if wrong else torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # PyTorch's reader may fail in any way on garbage: RuntimeError, IndexError, ...
-        raise ValueError(damaged) from error
-    if not isinstance(stored, dict):
-        raise ValueError(damaged)
+    except Exception as error:  # the readers may fail in any way on garbage: BadZipFile, RuntimeError, IndexError, ...
+        raise damaged(f"{type(error).__name__} while it was read") from error
+    if wrong:
+        raise damaged(f"the checksum of its part {wrong} is wrong")
+    if not isinstance(stored, dict) or "format" not in stored:
+        raise damaged("it has no format")
     if stored.get("format") != FORMAT:
         raise ValueError(
             f"{path} is of format {stored.get('format')}, and this version of the lab reads {FORMAT}: go on with the "
             "version that wrote it, or start without --resume in another folder."
         )
+    if wrong := [key for key, kind in CONTENT.items() if not isinstance(stored.get(key, damaged), kind)]:
+        raise damaged(f"nothing that can be used under {', '.join(wrong)}")
+    if stored["steps"] < 0 or not all(isinstance(row, dict) for row in stored["rows"]):
+        raise damaged("its steps or rows are impossible")
     return stored
 
 
 class Checkpoint:
     """A file from which training continues as if it had never stopped.
 
-    It holds the weights, the state of the optimizer and of the loss scaler, the position in the data, the states of the
-    random generators of Python, of PyTorch and of each GPU, the number of steps and the rows of the history.
+    It holds the weights, the state of the optimizer and of the loss scaler, the position in the data, the number of
+    steps and the rows of the history. It also holds the random generators of Python, of PyTorch and of each GPU.
 
     Args:
         path: the file; its folder is made if missing. The file is replaced as a whole, so a kill leaves the one before.
@@ -78,7 +106,8 @@ class Checkpoint:
     Raises:
         FileExistsError: the file exists, without `resume`.
         FileNotFoundError: `resume`, and there is no file.
-        ValueError: `resume`, and the settings differ, or the file is damaged or of another format; `every` below 1.
+        ValueError: `resume`, and the settings differ, or the file is damaged or of another format; `every` below 1. A
+            damaged file is told by the checksums that PyTorch writes, so files of earlier versions are checked, too.
         OSError: `resume`, and the file cannot be read.
     """
 
@@ -135,22 +164,29 @@ class Checkpoint:
 
         Raises:
             TypeError: the batches have no `state_dict`.
+            ValueError: what is stored does not fit these objects.
         """
         if not hasattr(batches, "state_dict"):
             raise TypeError("a checkpoint needs batches with state_dict(), such as labutils.gpt2.packing.batches makes")
         if self.stored is None:
             return 0
         stored, self.stored = self.stored, None  # frees the copy of the weights after this method
-        model.load_state_dict(stored["model"])
-        optimizer.load_state_dict(stored["optimizer"])
-        scaler.load_state_dict(stored["scaler"])
-        batches.load_state_dict(stored["batches"])
-        version, numbers, gauss = stored["random"]["python"]
-        random.setstate((version, tuple(numbers), gauss))
-        torch.set_rng_state(stored["random"]["torch"])
-        there = stored["random"]["cuda"][: torch.cuda.device_count()]  # this machine may have fewer GPUs
-        if there:
-            torch.cuda.set_rng_state_all(there)
+        try:
+            model.load_state_dict(stored["model"])
+            optimizer.load_state_dict(stored["optimizer"])
+            scaler.load_state_dict(stored["scaler"])
+            batches.load_state_dict(stored["batches"])
+            version, numbers, gauss = stored["random"]["python"]
+            random.setstate((version, tuple(numbers), gauss))
+            torch.set_rng_state(stored["random"]["torch"])
+            there = stored["random"]["cuda"][: torch.cuda.device_count()]  # this machine may have fewer GPUs
+            if there:
+                torch.cuda.set_rng_state_all(there)
+        except (RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(
+                f"{self.path} does not fit this model and these texts ({type(error).__name__}: {error}): "
+                "restore it, or start without --resume in another folder."
+            ) from error
         return stored["steps"]
 
     def save(
@@ -189,7 +225,7 @@ class Checkpoint:
             "rows": rows,
         }
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        new = files.beside(self.path)
         try:
             with new.open("wb") as file:
                 torch.save(state, file)

@@ -1,6 +1,6 @@
 """A curriculum for the tasks of `labutils.training.tasks`: a small GPT-2 learns them in documents that grow.
 
-Starting with long documents teaches nothing. Among thousands of tokens the gradient through the one that matters
+Starting with long documents teaches nothing. Among thousands of tokens the gradient through the token that matters
 drowns in the gradients through all others. In short documents the model finds that token within some hundred steps.
 Each time the documents grow, it needs only a few more.
 """

@@ -50,9 +50,12 @@ def try_step(
         train_options: further arguments of `train`.
 
     Returns:
-        model, impl, checkpointing, chunked_loss, seqlen, batch, peak_gib (allocated), reserved_gib, cap_gib,
-        tokens_per_s (median from the third step on; of fewer steps, the last), loss (of the last step), and status:
-        "ok", or "oom" with NaN for everything that was not measured.
+        The columns of training.csv: model, impl, checkpointing, chunked_loss, seqlen, batch, cap_gib, and
+
+        - peak_gib, reserved_gib: peaks of allocated and reserved memory;
+        - tokens_per_s: median from the third step on; of fewer steps, the last;
+        - loss: of the last step;
+        - status: "ok", or "oom" with NaN for everything that was not measured.
 
     Raises:
         ValueError: the batches have another shape, or end before `steps`.

@@ -285,7 +285,7 @@ def ladder(
         options: options of `find`.
 
     Returns:
-        A row for each model and rung, with the columns of training.csv and those that `longest` adds. After an
+        A row for each model and rung, with the columns of training.csv and the further columns of `longest`. After an
         interrupt the rows so far, with `.attrs["interrupted"]` set.
 
     Raises:
@@ -328,7 +328,7 @@ def ladder(
         bar.close()
     found = [rows[size, rung.name] for size, rung in asked if (size, rung.name) in rows]
     if interrupted:
-        again = "run this cell again to go on" if path is not None else "the table has those alone"
+        again = "run this cell again to go on" if path is not None else "the table has only those"
         print(f"Interrupted after {len(found)} of {len(asked)} rungs: {again}.")
     frame = pd.DataFrame(found)
     frame.attrs["interrupted"] = interrupted

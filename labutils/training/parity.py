@@ -1,4 +1,4 @@
-"""Whether another attention trains the same model: its losses against those of standard attention.
+"""Whether another attention trains the same model: a comparison of its losses with standard attention.
 
 Floating-point addition is not associative. So two runs of standard attention that sum in another order drift apart, a
 little at each step. An attention that computes the same thing drifts from standard attention by about as much.

@@ -221,7 +221,7 @@ def decode(
         options: scale, window, softcap, ALiBi; no dropout, no packed sequences.
         n_new: keys in the cache that `cache` does not count, since they were just appended.
         splits: parts of the keys, 1 to 128; 0 lets `choose_splits` decide.
-        config: block sizes and warps; by default those of the launch table, with no more rows than needed.
+        config: block sizes and warps; by default from the launch table, with no more rows than needed.
 
     Returns:
         out (B, N_q, H, D) in the dtype of q, and lse (B, H, N_q) float32, natural logarithm. For rows that see no key

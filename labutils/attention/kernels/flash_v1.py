@@ -93,7 +93,7 @@ def forward(
         q: (B, N_q, H, D). k, v: (B, N_k, H_kv, D).
         softmax_scale: positive factor on the scores.
         causal: aligned to the bottom right.
-        config: block sizes and warps; by default those of the launch table.
+        config: block sizes and warps; by default from the launch table.
 
     Returns:
         out (B, N_q, H, D) in the dtype of q, and lse (B, H, N_q) float32, natural logarithm. For rows that see no key

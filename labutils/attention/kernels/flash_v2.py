@@ -170,7 +170,7 @@ def forward(
         k, v: (B, N_k, H_kv, D), or (total_k, H_kv, D); with a block table (blocks, rows of a block, H_kv, D). H_kv
             divides H. Any strides.
         options: scale, masks, dropout, and where packed sequences begin.
-        config: block sizes and warps; by default those of the launch table.
+        config: block sizes and warps; by default from the launch table.
 
     Returns:
         out in the shape and dtype of q, and lse (B, H, N_q), or (H, total_q) of packed sequences: float32, natural

@@ -282,7 +282,7 @@ def backward(
     Args:
         dout: gradient by the output, in its shape; any strides.
         q, k, v, options: as given to `forward`; with dropout, the same seed. out, lse: as returned by it.
-        configs: launch configurations by kernel ("dkdv", "dq"); by default those of the launch table.
+        configs: launch configurations by kernel ("dkdv", "dq"); by default from the launch table.
         dlse: gradient by lse, in its shape, or None.
 
     Returns:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import threading
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -34,7 +36,7 @@ def pick_config(
 
     Args:
         kernel: one of `launch_config.KERNELS`.
-        head_dim: D. dtype: of q. causal: whether the causal mask is on.
+        head_dim: D. dtype: the dtype of q. causal: whether the causal mask is on.
         device: the tensors' device; the CPU means the interpreter.
         longest: the longer of N_q and N_k. The interpreter takes no larger tiles than that.
 
@@ -46,7 +48,7 @@ def pick_config(
         block = min(_INTERPRETER_BLOCK, max(SMALLEST_BLOCK, next_power_of_2(longest)))
         return LaunchConfig(block, block)
     capability = _capability(device.index or 0)
-    # Tensors without data stand for a GPU that is not here, for which no user's table is known.
+    # Tensors without data stand for a GPU that is not here: its user's table is not known.
     return _picked(kernel, head_dim, dtype, causal, capability, device.index or 0 if device.type == "cuda" else None)
 
 
@@ -94,6 +96,35 @@ def describe_vectors(t: torch.Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor(t, [t.shape[0] * t.shape[1], t.shape[2]], [t.shape[2], 1], [1, rows])
 
 
+class _Thread(threading.local):
+    ready = False
+
+
+this_thread = _Thread()
+"""`ready` is True in a thread that has a CUDA context: see `make_context_current`."""
+
+
+def make_context_current() -> None:
+    """Gives this thread the CUDA context that PyTorch uses, if the thread has no context yet.
+
+    PyTorch makes a context current only with a thread's first work on the GPU. But the driver's function that makes
+    tensor maps for the copy engine needs a context before that. Nothing here waits for the GPU.
+    """
+    if not torch.cuda.is_initialized():
+        return
+    driver = ctypes.CDLL("libcuda.so.1")  # PyTorch has loaded it already
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    # Each function returns 0 if it succeeded. If one fails, the launch says why.
+    if (
+        driver.cuCtxGetCurrent(ctypes.byref(context)) == 0
+        and not context.value
+        and driver.cuDeviceGet(ctypes.byref(device), torch.cuda.current_device()) == 0
+        and driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device) == 0
+    ):
+        driver.cuCtxSetCurrent(context)
+    this_thread.ready = True
+
+
 class Launch(NamedTuple):
     """A launch that was made, with all that a `replay.Replay` needs to make it again. It holds the launch's tensors.
 
@@ -134,6 +165,8 @@ def launch(kernel: Any, grid: tuple[int], config: LaunchConfig, *args: Any, **co
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     try:
         with torch.cuda.device(device):  # Triton launches on the current device, not on the tensors' device
+            if not this_thread.ready:
+                make_context_current()
             compiled = kernel[grid](*args, **constants, **options)
     except OutOfResources as error:
         remedy = "pass a `config` with smaller blocks or fewer stages, or use a smaller head dimension"

@@ -66,7 +66,7 @@ _AMPERE = _SMALL | {
 }
 # 10.0: 227 KiB, and tensor memory for the accumulators of products with 64 rows or more. Products with fewer rows run
 # on the units of older GPUs. The entries of 9.0 would spill 56 (forward) and 272 bytes a thread (dK/dV) at 128. dQ at
-# 128 and all entries for 256 are those of 9.0.
+# 128 and all entries for 256 are the same as on 9.0.
 _BLACKWELL = {place: config for place, config in _HOPPER.items() if place[:2] != ("dkdv", 64)} | {
     ("forward", 64): LaunchConfig(128, 64, 4, 3, True),
     ("forward", 128): LaunchConfig(128, 32, 8, 2, True),

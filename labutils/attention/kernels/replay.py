@@ -15,7 +15,10 @@ from triton.backends.nvidia.driver import make_tensordesc_arg
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from labutils.attention.kernels.launch import Launch
+from labutils.attention.kernels.launch import Launch, make_context_current, this_thread
+
+# From Triton 3.8 on, `make_tensordesc_arg` has a third parameter, which only its AMD driver uses.
+_UNUSED = (None,) * (len(inspect.signature(make_tensordesc_arg).parameters) - 2)
 
 
 class Replay:
@@ -68,6 +71,8 @@ class Replay:
             place, numbers: numbers that replace the arguments from `place` on, in a kernel without descriptors. Triton
                 must compile the same kernel for them as for the first ones.
         """
+        if not this_thread.ready:
+            make_context_current()
         grid = grid or self._grid
         arguments = self._arguments.copy()
         arguments[place : place + len(numbers)] = numbers
@@ -87,7 +92,7 @@ def _is_set(hook: Any) -> bool:
     return hook is not None and bool(getattr(hook, "calls", True))
 
 
-_MOST_ADDRESSES = 64  # tensor maps kept for each descriptor: enough for a model with so many layers
+_MOST_ADDRESSES = 64  # tensor maps kept for each descriptor: enough for a model of 64 layers
 
 
 def _tensor_maps(descriptor: TensorDescriptor, about: dict | None) -> tuple[Callable[[int], object], list]:
@@ -98,8 +103,8 @@ def _tensor_maps(descriptor: TensorDescriptor, about: dict | None) -> tuple[Call
     def map_of(address: int) -> object:
         other = object.__new__(TensorDescriptor)  # the constructor would repeat its checks
         vars(other).update(like, base=SimpleNamespace(data_ptr=lambda: address))
-        made = make_tensordesc_arg(other, about)[0]
+        made = make_tensordesc_arg(other, about, *_UNUSED)[0]
         return address if about is None else made  # without a copy engine a descriptor becomes a pointer
 
-    expanded = make_tensordesc_arg(descriptor, about)
+    expanded = make_tensordesc_arg(descriptor, about, *_UNUSED)
     return map_of, [map_of(descriptor.base.data_ptr()), *expanded[1:]]

@@ -91,10 +91,11 @@ def mask_tile(s, rows, cols, n_k, offset, window_left, window_right):
 
 @triton.jit
 def columns_of(start_m, n_q, n_k, offset, window_left, window_right, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Which columns a block of rows sees: (first, begin, end, last); between begin and end no tile needs a mask.
+    """Which columns a block of rows sees: (first, begin, end, last).
 
-    All but `last` are multiples of BLOCK_N. If every tile needs a mask, begin >= end. If the rows see no column,
-    first >= last, and the loop between them does not run.
+    The rows see the columns from first to last. The tiles from begin to end need no mask. All but `last` are multiples
+    of BLOCK_N. If every tile needs a mask, begin >= end. If the rows see no column, first >= last, and the loop between
+    them does not run.
     """
     first = 0
     last = n_k

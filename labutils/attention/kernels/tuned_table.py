@@ -2,7 +2,7 @@
 
 `python -m labutils tune` times candidates on this machine's GPU, and keeps the winners in a file outside of this
 repository: `LABUTILS_LAUNCH_TABLE` if it is set, else `labutils/launch_table.json` under `XDG_STATE_HOME`
-(`~/.local/state` if that is not set). Its entries replace the shipped ones, but only on the GPU and with the version of
+(see `files.state_folder`). Its entries replace the shipped ones, but only on the GPU and with the version of
 Triton that they were timed with. `LABUTILS_LAUNCH_TABLE=none` means the shipped entries only.
 """
 
@@ -14,7 +14,7 @@ import os
 import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -50,16 +50,24 @@ class TunedFor(NamedTuple):
 
 
 VARIABLE = "LABUTILS_LAUNCH_TABLE"
-_REMEDY = "Measure again with `python -m labutils tune`, or remove the table with `python -m labutils tune --reset`"
+_REMEDY = "Remove the table with `python -m labutils tune --reset`, then measure again with `python -m labutils tune`"
+_FOREIGN = f"It was not written by `python -m labutils tune`: name another file with {VARIABLE}, or move it away"
+_BEGINNING = '{"format":'  # of a table's text, without its spaces
 
 
 def path() -> Path | None:
-    """Where the user's table is; None if `LABUTILS_LAUNCH_TABLE=none` turns it off."""
+    """Where the user's table is; None if `LABUTILS_LAUNCH_TABLE=none` turns it off.
+
+    Raises:
+        RuntimeError: the variable begins with `~`, and the home folder is not known.
+    """
     chosen = os.environ.get(VARIABLE)
-    if chosen:
-        return None if chosen == "none" else Path(chosen)
-    base = os.environ.get("XDG_STATE_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "state") / "labutils" / "launch_table.json"
+    if not chosen:
+        return files.state_folder() / "launch_table.json"
+    try:
+        return None if chosen == "none" else files.expanded(chosen, VARIABLE)
+    except ValueError as error:
+        raise RuntimeError(str(error)) from error
 
 
 @dataclass
@@ -89,11 +97,31 @@ def read(file: Path) -> dict[TunedFor, Tuned]:
         return _parse(json.loads(file.read_text(encoding="utf-8")), file)
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         what = f"{type(error).__name__}: {error}"
+        remedy = _FOREIGN if state(file) == "foreign" else _REMEDY
         raise RuntimeError(
-            f"{file} is no table of launch configurations that can be used ({what}). {_REMEDY}."
+            f"{file} is no table of launch configurations that can be used ({what}). {remedy}."
         ) from error
+
+
+def state(file: Path) -> Literal["ours", "damaged", "foreign"]:
+    """What a file is, for a program that may remove only tables.
+
+    Returns:
+        "ours": a table, even if this version cannot use all of it. "damaged": nothing, or the beginning of a table.
+        "foreign": anything else, also a file that cannot be read.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        stored = json.loads(text)
+    except (OSError, UnicodeDecodeError):
+        return "foreign"
+    except (ValueError, RecursionError):
+        start = "".join(text[:100].split())[: len(_BEGINNING)]
+        return "damaged" if _BEGINNING.startswith(start) else "foreign"
+    ours = isinstance(stored, dict) and "format" in stored and isinstance(stored.get("tables"), list)
+    return "ours" if ours else "foreign"
 
 
 def _parse(stored: Any, file: Path) -> dict[TunedFor, Tuned]:
@@ -110,7 +138,7 @@ def _parse(stored: Any, file: Path) -> dict[TunedFor, Tuned]:
             config = LaunchConfig(**entry["config"], source=str(file))
             _check_config(place, config)
             entries[place] = config
-        measured = list(table["measured"])
+        measured = [dict(row) for row in table["measured"]]
         found[gpu] = Tuned(entries, dict(table["environment"]), measured, table["finished"] is True)
     return found
 
@@ -181,12 +209,16 @@ def tuned_here(device_index: int) -> dict[Place, LaunchConfig]:
                 "`python -m labutils tune`."
             ) from error
         return {}
+    except RuntimeError as error:
+        if isinstance(error.__cause__, OSError) and not os.environ.get(VARIABLE):
+            return {}  # nobody has named a table: a home that cannot be read must not end every call
+        raise
     gpu = TunedFor.here(device_index)
     if gpu not in tables:
         others = "; ".join(map(str, tables)) or "nothing"
         warnings.warn(
             f"the launch configurations in {file} are not used: this is {gpu}, and they were timed on {others}. The "
-            "shipped ones are used. `python -m labutils tune` times those of this GPU.",
+            "shipped ones are used. `python -m labutils tune` times candidates on this GPU.",
             stacklevel=2,
         )
         return {}
