@@ -263,7 +263,7 @@ def _length(name: str, value: int | torch.Tensor) -> int:
     if not torch.compiler.is_compiling() and value < 0:
         raise ValueError(f"{name}={value}: pass the length of the longest sequence, 0 or more.")
     if not torch.compiler.is_compiling():
-        _countable(name, value)
+        _countable(name, int(value))
     return int(value)
 
 
