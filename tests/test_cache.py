@@ -479,7 +479,7 @@ WRONG_INPUTS = {
         ValueError, "cache_seqlens has 3 entries for 2", {}, dict(cache_seqlens=lambda t: t[[0, 1, 1]])
     ),
     "lengths elsewhere": (ValueError, "cache_seqlens is on meta.*move", {}, dict(cache_seqlens=lambda t: t.to(META))),
-    "length negative": (ValueError, "cache_seqlens=.*0 or more", {}, dict(cache_seqlens=lambda t: t - 4)),
+    "length negative": (ValueError, "cache_seqlens=.*0 or more", {}, dict(cache_seqlens=lambda t: t - 5)),
     "integer length negative": (ValueError, "cache_seqlens=.*0 or more", {}, dict(cache_seqlens=lambda t: -1)),
     "no room to append": (
         ValueError, "12 keys.*cache_seqlens holds 11 and k appends 2.*larger", {}, dict(cache_seqlens=lambda t: t + 4)

@@ -104,8 +104,8 @@ class TestCompile:
 
         fast = compiled(run)
         torch.testing.assert_close(fast(q, k, v, starts(8, 12)), run(q, k, v, starts(8, 12)))
-        with pytest.raises(ValueError, match="ends with 19"):  # values are checked in compiled programs, too
-            fast(q, k, v, starts(8, 11))
+        with pytest.raises(ValueError, match="ends with 21"):  # values are checked in compiled programs, too
+            fast(q, k, v, starts(9, 12))
 
     def test_decoding_with_growing_lengths(self):
         def step(q, k_cache, v_cache, k, v, lengths):

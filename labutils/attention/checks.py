@@ -6,7 +6,7 @@ argument in the form that the kernels take.
 
 The checks whose names end in `_values` read tensors, and so wait for the GPU. The operators call them, not the
 interface: nothing that a compiler traces may depend on values. While a CUDA graph is captured nothing can wait for the
-GPU, so these checks do nothing.
+GPU, so these checks do nothing. The kernels themselves then keep inside of every tensor, whatever the values are.
 """
 
 from __future__ import annotations
@@ -262,7 +262,15 @@ def _length(name: str, value: int | torch.Tensor) -> int:
     # A compiler may not know whether the value is negative. `packed_values` compares it with the lengths.
     if not torch.compiler.is_compiling() and value < 0:
         raise ValueError(f"{name}={value}: pass the length of the longest sequence, 0 or more.")
+    if not torch.compiler.is_compiling():
+        _countable(name, int(value))
     return int(value)
+
+
+def _countable(name: str, length: int) -> None:
+    """Checks that a length is below 2**31, since kernels count rows in 32 bits."""
+    if length >= 2**31:
+        raise ValueError(f"{name}={length}: pass the length of the longest sequence, which must be below 2**31.")
 
 
 def _capturing(t: torch.Tensor) -> bool:
@@ -270,19 +278,23 @@ def _capturing(t: torch.Tensor) -> bool:
 
 
 def packed_values(name: str, cu_seqlens: torch.Tensor, max_seqlen: int, total: int | None) -> None:
-    """Checks that cu_seqlens rises from 0 to `total` in steps of at most `max_seqlen`.
+    """Checks that cu_seqlens rises from 0 to at most `total` in steps of at most `max_seqlen`.
 
     A paged cache has no total: it is None.
     """
+    which = name.removeprefix("cu_seqlens")
+    _countable(f"max_seqlen{which}", max_seqlen)
     if _capturing(cu_seqlens):
         return
-    which = name.removeprefix("cu_seqlens")
     bounds = cu_seqlens.tolist()
     lengths = [after - before for before, after in zip(bounds, bounds[1:], strict=False)]
     if bounds[0] != 0 or min(lengths, default=0) < 0:
         raise ValueError(f"{name} begins {bounds[:6]}: it must begin with 0 and never decrease.")
-    if total is not None and bounds[-1] != total:
-        raise ValueError(f"{name} ends with {bounds[-1]}, but the packed tensor has {total} rows: they must agree.")
+    if total is not None and bounds[-1] > total:
+        raise ValueError(
+            f"{name} ends with {bounds[-1]}, but the packed tensor has only {total} rows: pass {total} or less as the "
+            "last entry."
+        )
     if max(lengths, default=0) > max_seqlen:
         raise ValueError(
             f"max_seqlen{which}={max_seqlen}, but the longest sequence of {name} has {max(lengths)} rows: pass "
@@ -303,7 +315,7 @@ def table_values(block_table: torch.Tensor, lengths: torch.Tensor, blocks: int, 
 
     Args:
         block_table: int32 (B, blocks of a sequence).
-        lengths: int (B,), the keys of each sequence.
+        lengths: int (B,), the keys of each sequence; 0 for an entry that is padding, to which nothing is written.
         blocks: blocks in the cache. page: rows of a block.
         n_new: how many keys at the end of each sequence are written. No other sequence may see their rows.
     """
@@ -330,6 +342,8 @@ def _check_no_shared_writes(table: list[list[int]], lengths: list[int], page: in
     # For each block: the first row that is written, and which (sequence, place in its table) writes it.
     first_written: dict[int, tuple[int, tuple[int, int]]] = {}
     for b, (row, length) in enumerate(zip(table, lengths, strict=True)):
+        if length == 0:  # padding
+            continue
         for place in range((length - n_new) // page, -(-length // page)):
             written = max(length - n_new - place * page, 0), (b, place)
             first_written[row[place]] = min(first_written.get(row[place], written), written)
@@ -525,13 +539,19 @@ def cache_values(
     block_table: torch.Tensor | None,
     page: int,
 ) -> None:
-    """Checks that the cache and the rotary tables are long enough, and that every index lies in the cache."""
+    """Checks that the cache and the rotary tables are long enough, and that every index lies in the cache.
+
+    An entry of cache_seqlens that is -1 is padding: the other indices of that sequence may be anything.
+    """
     known = [t for t in (cache_seqlens, cache_batch_idx, cache_leftpad, block_table) if t is not None]
-    if any(map(_capturing, known)):
+    captured = any(map(_capturing, known))
+    if captured and cache_seqlens is not None:
         return
     lengths = [seqlen] * batch if cache_seqlens is None else cache_seqlens.tolist()
-    if min(lengths, default=0) < 0:
-        raise ValueError(f"cache_seqlens={lengths[:6]}: pass lengths of 0 or more.")
+    if min(lengths, default=0) < (0 if cache_seqlens is None else -1):
+        raise ValueError(
+            f"cache_seqlens={lengths[:6]}: pass lengths of 0 or more. In a tensor -1 marks an entry that is padding."
+        )
     longest = max(lengths, default=0)
     if block_table is not None and longest + n_new > capacity:
         raise RuntimeError(  # as in flash-attn, whose users catch it
@@ -551,8 +571,10 @@ def cache_values(
             f"rotary_cos and rotary_sin have {positions} positions, but position "
             f"{longest + max(n_new, rotated_queries) - 1} is needed: make longer tables."
         )
+    if captured:
+        return
     if cache_batch_idx is not None:
-        rows = cache_batch_idx.tolist()
+        rows = [row for row, length in zip(cache_batch_idx.tolist(), lengths, strict=True) if length >= 0]
         if any(not 0 <= row < cache_batch for row in rows):
             raise ValueError(f"cache_batch_idx={rows[:6]}: pass rows of the cache, from 0 to {cache_batch - 1}.")
         if n_new and len(set(rows)) < len(rows):
@@ -562,10 +584,11 @@ def cache_values(
             )
     if cache_leftpad is not None:
         for b, (pad, length) in enumerate(zip(cache_leftpad.tolist(), lengths, strict=True)):
-            if not 0 <= pad <= length:
+            if length >= 0 and not 0 <= pad <= length:
                 raise ValueError(
                     f"cache_leftpad[{b}]={pad}, but cache_seqlens[{b}]={length}: pass the row of the first key, from 0 "
                     "to the length of the sequence."
                 )
     if block_table is not None:
-        table_values(block_table, torch.tensor(lengths, device="cpu") + n_new, cache_batch, page, n_new)
+        needed = torch.tensor([n + n_new if n >= 0 else 0 for n in lengths], device="cpu")
+        table_values(block_table, needed, cache_batch, page, n_new)

@@ -361,9 +361,10 @@ def flash_attn_varlen_func(
     Args:
         q: (total_q, H, D). k, v: (total_k, H_kv, D).
         cu_seqlens_q, cu_seqlens_k: int32 (B + 1,): sequence b is the rows from cu_seqlens[b] up to cu_seqlens[b + 1].
-            The check of their values waits for the GPU. While a CUDA graph is captured, it is left out.
-        max_seqlen_q, max_seqlen_k: the length of the longest sequence, or more: integers. A tensor without dimensions
-            is read, which waits for the GPU.
+            Rows behind the last sequence are ignored: their out is 0, their lse -inf, their gradients are 0. The check
+            of the values waits for the GPU. While a CUDA graph is captured, it is left out.
+        max_seqlen_q, max_seqlen_k: the length of the longest sequence, or more: integers below 2**31. A tensor without
+            dimensions is read, which waits for the GPU.
         block_table: int32 (B, blocks of a sequence), if k and v are in pages, (blocks, rows of a block, H_kv, D). Key j
             of sequence b is row j % rows of block block_table[b, j // rows]. Pages have no backward.
         The others: as in `flash_attn_func`, for each sequence by itself; alibi_slopes (H,) or (B, H).
@@ -472,7 +473,8 @@ def flash_attn_with_kvcache(
             position cache_seqlens[b] + i before it is written. A copy of q is rotated, too: with `causal` or a window
             in the same way, else all queries to position cache_seqlens[b].
         cache_seqlens: keys of each sequence in the cache before k is appended: int32 (B,), or one integer for all
-            sequences. An integer is faster, since nothing is read from the GPU. None means a full cache.
+            sequences. An integer is faster, since nothing is read from the GPU. None means a full cache. In a tensor -1
+            marks an entry that is padding: nothing is appended to it, its out is 0 and its lse -inf.
         cache_batch_idx: int32 (B,), the cache's row for each sequence; by default sequence b has row b.
         cache_leftpad: int32 (B,), where in its row a sequence begins; keys before that are ignored.
         block_table: int32 (B, blocks of a sequence): key j of sequence b is row j % rows of block
@@ -484,6 +486,8 @@ def flash_attn_with_kvcache(
         return_softmax_lse: also return the log-sum-exp.
 
     The check of lengths and indices that lie on the GPU waits for it. While a CUDA graph is captured, it is left out.
+    Then a negative length counts as -1, a longer one as a full cache. A row or block that the cache lacks holds no key
+    and takes none, and a leftpad is cut to 0 ... length.
 
     Returns:
         out (B, N_q, H, D); with `return_softmax_lse` a tuple (out, lse (B, H, N_q) float32).

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from labutils.attention.kernels.flash_v2 import attend
-from labutils.attention.kernels.launch import SEQUENCE_LENGTHS, Launch, launch, pick_config
+from labutils.attention.kernels.launch import CACHE_SIZES, SEQUENCE_LENGTHS, Launch, launch, pick_config
 from labutils.attention.kernels.launch_config import SMALLEST_BLOCK, LaunchConfig, cdiv, next_power_of_2
 from labutils.attention.kernels.options import Cache, Options
 from labutils.attention.kernels.scores import LN_2, LOG2_E, columns_of
@@ -28,10 +28,10 @@ from labutils.attention.kernels.tiles import load_tile, row_pointers, source, st
 MOST_SPLITS = 128  # the merge holds all parts of a row in one tile
 
 
-@triton.jit(do_not_specialize=(*SEQUENCE_LENGTHS, "N_NEW", "SPLITS"))
+@triton.jit(do_not_specialize=(*SEQUENCE_LENGTHS, *CACHE_SIZES, "N_NEW", "SPLITS"))
 def _decode_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr,
-    seqlens_ptr, batch_idx_ptr, leftpad_ptr, table_ptr, stride_tb,
+    seqlens_ptr, batch_idx_ptr, leftpad_ptr, table_ptr, stride_tb, CAPACITY, PLACES,
     slopes_ptr, stride_sb, softmax_scale, softcap, window_left, window_right, H_KV, SPLITS, N_Q, N_K, N_NEW,
     stride_qb, stride_qn, stride_qh, stride_qd,
     stride_kb, stride_kn, stride_kh, stride_kd,
@@ -49,10 +49,11 @@ def _decode_kernel(
     b = (pid // blocks_m // SPLITS // H_KV).to(tl.int64)
     h_kv = (pid // blocks_m // SPLITS % H_KV).to(tl.int64)
 
-    n_k = N_K
+    # Nobody checks lengths and places in a captured CUDA graph: whatever they are, no key outside of the cache is read.
+    n_k = N_K + N_NEW
     if seqlens_ptr is not None:
-        n_k = tl.load(seqlens_ptr + b)
-    n_k += N_NEW
+        length = tl.minimum(tl.load(seqlens_ptr + b), CAPACITY)
+        n_k = tl.where(length < 0, 0, tl.minimum(length + N_NEW, CAPACITY))  # below 0 it is padding
     k_ptr += h_kv * stride_kh
     v_ptr += h_kv * stride_vh
     if table_ptr is not None:
@@ -61,10 +62,12 @@ def _decode_kernel(
         place = b
         if batch_idx_ptr is not None:
             place = tl.load(batch_idx_ptr + b).to(tl.int64)
+            n_k = tl.where((place >= 0) & (place < PLACES), n_k, 0)
+            place = tl.minimum(tl.maximum(place, 0), PLACES - 1)
         k_ptr += place * stride_kb
         v_ptr += place * stride_vb
         if leftpad_ptr is not None:
-            first_key = tl.load(leftpad_ptr + b)
+            first_key = tl.minimum(tl.maximum(tl.load(leftpad_ptr + b), 0), n_k)
             n_k -= first_key
             k_ptr += first_key.to(tl.int64) * stride_kn
             v_ptr += first_key.to(tl.int64) * stride_vn
@@ -94,7 +97,7 @@ def _decode_kernel(
     last = tl.minimum(first + part, last)
     acc, l_i, m_i = attend(
         acc, l_i, m_i, q, k_src, v_src, 0, 0, stride_kn, stride_kd, stride_vn, stride_vd,
-        table_ptr, stride_kb, stride_vb,
+        table_ptr, PLACES, stride_kb, stride_vb,
         rows, first, begin, end, last, n_k, offset, None, slope, None, None, softmax_scale, softcap,
         window_left, window_right, D, BLOCK_D, BLOCK_N, PAGE, False,
     )  # fmt: skip
@@ -254,7 +257,7 @@ def launch_decode(
         part_lse = torch.empty((splits, batch, n_q, heads), dtype=torch.float32, device=q.device)
     launched = [launch(
         _decode_kernel, (plan.programs * splits,), config,
-        q, k_cache, v_cache, parts, part_lse, *cache.arguments(),
+        q, k_cache, v_cache, parts, part_lse, *cache.arguments(k_cache),
         *options.slopes(), options.softmax_scale, options.softcap, options.window_left, plan.right, heads_kv, splits,
         n_q, cache.seqlen, n_new, *q.stride(), *k_cache.stride(), *v_cache.stride(), *parts.stride(),
         part_lse.stride(0), part_lse.stride(1), part_lse.stride(3), part_lse.stride(2),

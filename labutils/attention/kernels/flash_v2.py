@@ -19,18 +19,28 @@ from labutils.attention.kernels.scores import (
     LN_2,
     columns_of,
     dropout_keep,
+    end_of_sequences,
     mask_tile,
     score_tile,
     score_unit,
     sequence,
 )
-from labutils.attention.kernels.tiles import load_rows, load_tile, source, store_tile, tile_pointers
+from labutils.attention.kernels.tiles import (
+    blocks_of_keys,
+    load_paged,
+    load_rows,
+    load_tile,
+    source,
+    store_tile,
+    tile_pointers,
+    zero_rows,
+)
 
 
 @triton.jit
 def attend(
     acc, l_i, m_i, q, k_src, v_src, b, h_kv, stride_kn, stride_kd, stride_vn, stride_vd,
-    table_ptr, stride_kp, stride_vp,
+    table_ptr, BLOCKS, stride_kp, stride_vp,
     rows, first, begin, end, last, n_k, offset, head, slope, seed_ptr, dropout_p, softmax_scale, softcap,
     window_left, window_right,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PAGE: tl.constexpr, TMA: tl.constexpr,
@@ -44,13 +54,17 @@ def attend(
     unit = score_unit(softmax_scale, softcap, slope)
     for start_n in tl.range(first, last, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        k = load_rows(
-            k_src, stride_kn, b, h_kv, start_n, n_k, D, BLOCK_N, BLOCK_D, TMA, table_ptr, stride_kp, stride_kd, PAGE
-        )
+        if table_ptr is not None:
+            block = blocks_of_keys(table_ptr, offs_n, n_k, BLOCKS, PAGE)
+            k = load_paged(k_src, block, offs_n, stride_kp, stride_kn, stride_kd, D, BLOCK_D, PAGE)
+        else:
+            k = load_rows(k_src, stride_kn, b, h_kv, start_n, n_k, D, BLOCK_N, BLOCK_D, TMA)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")  # S_ij = Q_i K_jᵀ
         s, _ = score_tile(s, rows, offs_n[None, :], offset, softmax_scale, softcap, slope)
         if (start_n < begin) | (start_n >= end):  # an edge of the mask or the end of the sequence
             s = mask_tile(s, rows, offs_n[None, :], n_k, offset, window_left, window_right)
+        if table_ptr is not None:
+            s = tl.where(block[None, :] >= 0, s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, axis=1) * unit)
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # no key yet: 2^(-inf - 0) = 0, 2^(-inf + inf) = NaN
         p = tl.math.exp2(s * unit - m_safe[:, None])  # P_ij = exp(S_ij - m_new), one multiply-add and one exp2
@@ -58,9 +72,10 @@ def attend(
         l_i = l_i * alpha + tl.sum(p, axis=1)
         if seed_ptr is not None:  # the softmax is over all keys: l stays, and only the sum over V loses a weight
             p = tl.where(dropout_keep(seed_ptr, dropout_p, head, rows, offs_n[None, :]), p, 0.0)
-        v = load_rows(
-            v_src, stride_vn, b, h_kv, start_n, n_k, D, BLOCK_N, BLOCK_D, TMA, table_ptr, stride_vp, stride_vd, PAGE
-        )
+        if table_ptr is not None:
+            v = load_paged(v_src, block, offs_n, stride_vp, stride_vn, stride_vd, D, BLOCK_D, PAGE)
+        else:
+            v = load_rows(v_src, stride_vn, b, h_kv, start_n, n_k, D, BLOCK_N, BLOCK_D, TMA)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")  # O_i = alpha O_i + P_ij V_j
         m_i = m_new
     return acc, l_i, m_i
@@ -70,7 +85,8 @@ def attend(
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr,
     cu_seqlens_q_ptr, cu_seqlens_k_ptr, slopes_ptr, stride_sb, seed_ptr, dropout_p,
-    softmax_scale, softcap, window_left, window_right, table_ptr, stride_tb, H, GROUP, N_Q, N_K,
+    softmax_scale, softcap, window_left, window_right, table_ptr, stride_tb, BLOCKS,
+    H, GROUP, N_Q, N_K, TOTAL_Q, TOTAL_K,
     stride_qb, stride_qn, stride_qh, stride_qd,
     stride_kb, stride_kn, stride_kh, stride_kd,
     stride_vb, stride_vn, stride_vh, stride_vd,
@@ -85,9 +101,17 @@ def _forward_kernel(
     if window_right is not None:
         pid_m = blocks_m - 1 - pid_m  # the last rows see the most keys: they start first, so that all end together
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    start_q, n_q = sequence(cu_seqlens_q_ptr, b, N_Q)
-    start_k, n_k = sequence(cu_seqlens_k_ptr, b, N_K)
+    start_q, n_q = sequence(cu_seqlens_q_ptr, b, N_Q, TOTAL_Q)
+    start_k, n_k = sequence(cu_seqlens_k_ptr, b, N_K, TOTAL_K)
     start_m = pid_m * BLOCK_M
+    if cu_seqlens_q_ptr is not None:
+        programs = tl.num_programs(0) // H  # of a head: together they fill the rows that belong to no sequence
+        place = b * blocks_m + pid_m
+        behind = end_of_sequences(cu_seqlens_q_ptr, programs // blocks_m, TOTAL_Q)
+        zero_rows(o_ptr + h * stride_oh, stride_on, stride_od, behind, TOTAL_Q, place, programs, D, BLOCK_D, BLOCK_M)
+        for start in tl.range(behind + place * BLOCK_M, TOTAL_Q, programs * BLOCK_M):
+            offs = start + tl.arange(0, BLOCK_M)
+            tl.store(lse_ptr + h * stride_lh + offs, float("-inf"), mask=offs < TOTAL_Q)
     if start_m >= n_q:
         return  # packed sequences: the grid is made for the longest one
     batch = b
@@ -120,7 +144,7 @@ def _forward_kernel(
     first, begin, end, last = columns_of(start_m, n_q, n_k, offset, window_left, window_right, BLOCK_M, BLOCK_N)
     acc, l_i, m_i = attend(
         acc, l_i, m_i, q, k_src, v_src, bh // H, h_kv, stride_kn, stride_kd, stride_vn, stride_vd,
-        table_ptr, stride_kb, stride_vb,
+        table_ptr, BLOCKS, stride_kb, stride_vb,
         rows, first, begin, end, last, n_k, offset, bh, slope, seed_ptr, dropout_p, softmax_scale, softcap,
         window_left, window_right, D, BLOCK_D, BLOCK_N, PAGE, TMA,
     )  # fmt: skip
@@ -150,7 +174,7 @@ def forward(
 
     Returns:
         out in the shape and dtype of q, and lse (B, H, N_q), or (H, total_q) of packed sequences: float32, natural
-        logarithm, -inf for rows that see no key.
+        logarithm. For rows that see no key, and packed rows behind the last sequence, they are zero and -inf.
 
     Raises:
         RuntimeError: as `launch.pick_config` and `launch.launch`.
@@ -173,10 +197,15 @@ def launch_forward(
         )
     block_d = config.block_d(head_dim)
     tma = config.tma and not packed and descriptors_fit(k, v)
+    programs = cdiv(n_q, config.block_m) * batch * heads
+    if packed and programs == 0:  # no sequence has a row, and no program writes those behind
+        out.zero_()
+        lse.fill_(-torch.inf)
     launched = launch(
-        _forward_kernel, (cdiv(n_q, config.block_m) * batch * heads,), config,
+        _forward_kernel, (programs,), config,
         q, *(describe(t, config.block_n, block_d) if tma else t for t in (k, v)), out, lse,
-        *options.arguments(), *options.paging(), heads, heads // k.shape[-2], n_q, n_k,
+        *options.arguments(), *options.paging(k), heads, heads // k.shape[-2], n_q, n_k,
+        *options.totals(q, k),
         *with_batch(q).stride(), *with_batch(k).stride(), *with_batch(v).stride(), *with_batch(out).stride(),
         0 if packed else lse.stride(0), lse.stride(-2),
         D=head_dim, BLOCK_D=block_d, PAGE=0 if options.block_table is None else k.shape[1], TMA=tma,

@@ -27,13 +27,22 @@ from labutils.attention.kernels.scores import (
     LOG2_E,
     columns_of,
     dropout_keep,
+    end_of_sequences,
     mask_tile,
     rows_of,
     score_tile,
     score_unit,
     sequence,
 )
-from labutils.attention.kernels.tiles import load_rows, load_tile, load_vector, source, store_tile, tile_pointers
+from labutils.attention.kernels.tiles import (
+    load_rows,
+    load_tile,
+    load_vector,
+    source,
+    store_tile,
+    tile_pointers,
+    zero_rows,
+)
 
 
 @triton.jit
@@ -67,7 +76,7 @@ def _dq_inner(
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr, dq_ptr,
     cu_seqlens_q_ptr, cu_seqlens_k_ptr, slopes_ptr, stride_sb, seed_ptr, dropout_p,
-    softmax_scale, softcap, window_left, window_right, H, GROUP, N_Q, N_K,
+    softmax_scale, softcap, window_left, window_right, H, GROUP, N_Q, N_K, TOTAL_Q, TOTAL_K,
     stride_qb, stride_qn, stride_qh, stride_qd,
     stride_kb, stride_kn, stride_kh, stride_kd,
     stride_vb, stride_vn, stride_vh, stride_vd,
@@ -83,9 +92,16 @@ def _dq_kernel(
     if window_right is not None:
         pid_m = blocks_m - 1 - pid_m
     b, h = (bh // H).to(tl.int64), (bh % H).to(tl.int64)
-    start_q, n_q = sequence(cu_seqlens_q_ptr, b, N_Q)
-    start_k, n_k = sequence(cu_seqlens_k_ptr, b, N_K)
+    start_q, n_q = sequence(cu_seqlens_q_ptr, b, N_Q, TOTAL_Q)
+    start_k, n_k = sequence(cu_seqlens_k_ptr, b, N_K, TOTAL_K)
     start_m = pid_m * BLOCK_M
+    if cu_seqlens_q_ptr is not None:  # as in the forward kernel
+        programs = tl.num_programs(0) // H
+        behind = end_of_sequences(cu_seqlens_q_ptr, programs // blocks_m, TOTAL_Q)
+        zero_rows(
+            dq_ptr + h * stride_dqh, stride_dqn, stride_dqd,
+            behind, TOTAL_Q, b * blocks_m + pid_m, programs, D, BLOCK_D, BLOCK_M,
+        )  # fmt: skip
     if start_m >= n_q:
         return
     batch = b
@@ -175,7 +191,7 @@ def _dkdv_inner(
 def _dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr,
     cu_seqlens_q_ptr, cu_seqlens_k_ptr, slopes_ptr, stride_sb, seed_ptr, dropout_p,
-    softmax_scale, softcap, window_left, window_right, H, GROUP, N_Q, N_K,
+    softmax_scale, softcap, window_left, window_right, H, GROUP, N_Q, N_K, TOTAL_Q, TOTAL_K,
     stride_qb, stride_qn, stride_qh, stride_qd,
     stride_kb, stride_kn, stride_kh, stride_kd,
     stride_vb, stride_vn, stride_vh, stride_vd,
@@ -190,14 +206,26 @@ def _dkdv_kernel(
     start_n = tl.program_id(0) % blocks_n * BLOCK_N  # causal: the most rows see the first keys, which start first
     heads_kv = H // GROUP
     b, h_kv = (bh // heads_kv).to(tl.int64), (bh % heads_kv).to(tl.int64)
-    start_q, n_q = sequence(cu_seqlens_q_ptr, b, N_Q)
-    start_k, n_k = sequence(cu_seqlens_k_ptr, b, N_K)
+    start_q, n_q = sequence(cu_seqlens_q_ptr, b, N_Q, TOTAL_Q)
+    start_k, n_k = sequence(cu_seqlens_k_ptr, b, N_K, TOTAL_K)
+    if cu_seqlens_k_ptr is not None:
+        programs = tl.num_programs(0) // heads_kv
+        behind = end_of_sequences(cu_seqlens_k_ptr, programs // blocks_n, TOTAL_K)
+        place = b * blocks_n + start_n // BLOCK_N
+        zero_rows(
+            dk_ptr + h_kv * stride_dkh, stride_dkn, stride_dkd, behind, TOTAL_K, place, programs, D, BLOCK_D, BLOCK_N
+        )
+        zero_rows(
+            dv_ptr + h_kv * stride_dvh, stride_dvn, stride_dvd, behind, TOTAL_K, place, programs, D, BLOCK_D, BLOCK_N
+        )
     if start_n >= n_k:
         return
     batch = b
     if cu_seqlens_q_ptr is not None:
         batch = b * 0
     offset = n_k - n_q
+    if cu_seqlens_q_ptr is not None:
+        n_q = tl.minimum(n_q, N_Q)  # the dQ kernel has written L and Δ of no further row
     offs_n = start_n + tl.arange(0, BLOCK_N)
     cols = offs_n[:, None]
     k_ptr += batch * stride_kb + start_k * stride_kn + h_kv * stride_kh
@@ -258,7 +286,8 @@ def backward(
         dlse: gradient by lse, in its shape, or None.
 
     Returns:
-        dq, dk and dv in the shapes of q, k and v, contiguous, in the dtype of q.
+        dq, dk and dv in the shapes of q, k and v, contiguous, in the dtype of q; zero for packed rows behind the last
+        sequence.
 
     Raises:
         RuntimeError: as `launch.pick_config` and `launch.launch`.
@@ -297,12 +326,15 @@ def launch_backward(
     c = config("dq")
     block_d = c.block_d(head_dim)
     tma = c.tma and not packed and descriptors_fit(k, v)
+    programs = cdiv(n_q, c.block_m) * batch * heads
+    if packed and programs == 0:  # no sequence has a row, and no program writes those behind
+        dq.zero_()
     launched = {}
     launched["dq"] = launch(
-        _dq_kernel, (cdiv(n_q, c.block_m) * batch * heads,), c,
+        _dq_kernel, (programs,), c,
         q, *(describe(t, c.block_n, block_d) if tma else t for t in (k, v)), out, dout, lse, dlse,
         lse2, delta, dq,
-        *options.arguments(), heads, heads // heads_kv, n_q, n_k,
+        *options.arguments(), heads, heads // heads_kv, n_q, n_k, *options.totals(q, k),
         *strides[q], *strides[k], *strides[v], *strides[out], *strides[dout], *strides[dq], *lse_strides,
         *row_strides,
         D=head_dim, BLOCK_D=block_d, TMA=tma,
@@ -311,11 +343,15 @@ def launch_backward(
     # The copy engine writes to addresses that are multiples of 128 bytes. Triton puts the buffers of a loop one behind
     # the other: with fewer than 32 numbers of L or Δ in a buffer, the second one would begin elsewhere.
     tma = c.tma and not packed and c.block_m >= 32 and descriptors_fit(q, dout)
+    programs = cdiv(n_k, c.block_n) * batch * heads_kv
+    if packed and programs == 0:
+        dk.zero_()
+        dv.zero_()
     launched["dkdv"] = launch(
-        _dkdv_kernel, (cdiv(n_k, c.block_n) * batch * heads_kv,), c,
+        _dkdv_kernel, (programs,), c,
         describe(q, c.block_m, block_d) if tma else q, k, v, describe(dout, c.block_m, block_d) if tma else dout,
         *(describe_vectors(t, c.block_m) if tma else t for t in (lse2, delta)), dk, dv,
-        *options.arguments(), heads, heads // heads_kv, n_q, n_k,
+        *options.arguments(), heads, heads // heads_kv, n_q, n_k, *options.totals(q, k),
         *strides[q], *strides[k], *strides[v], *strides[dout], *strides[dk], *strides[dv], *row_strides,
         D=head_dim, BLOCK_D=block_d, TMA=tma,
     )  # fmt: skip

@@ -10,30 +10,41 @@ import torch
 import triton
 import triton.language as tl
 
-from labutils.attention.kernels.launch import SEQUENCE_LENGTHS, launch
+from labutils.attention.kernels.launch import CACHE_SIZES, SEQUENCE_LENGTHS, launch
 from labutils.attention.kernels.launch_config import SMALLEST_BLOCK, LaunchConfig, next_power_of_2
 from labutils.attention.kernels.options import Cache
 
 
-@triton.jit(do_not_specialize=SEQUENCE_LENGTHS)
+@triton.jit(do_not_specialize=(*SEQUENCE_LENGTHS, *CACHE_SIZES))
 def _append_kernel(
-    x_ptr, y_ptr, cos_ptr, sin_ptr, seqlens_ptr, batch_idx_ptr, leftpad_ptr, table_ptr, stride_tb, H, N_Q, N_K,
+    x_ptr, y_ptr, cos_ptr, sin_ptr, seqlens_ptr, batch_idx_ptr, leftpad_ptr, table_ptr, stride_tb, CAPACITY, PLACES,
+    POSITIONS, H, N_Q, N_K,
     stride_xb, stride_xn, stride_xh, stride_xd,
     stride_yb, stride_yn, stride_yh, stride_yd,
     stride_cn, stride_cd,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_H: tl.constexpr, PAGE: tl.constexpr, ROTARY: tl.constexpr,
     INTERLEAVED: tl.constexpr, TO_CACHE: tl.constexpr, ONE_POSITION: tl.constexpr,
 ):  # fmt: skip
-    """One token of one sequence, all heads: rotates x (B, N_Q, H, D) and writes it to y, a cache or a tensor like x."""
+    """One token of one sequence, all heads: rotates x (B, N_Q, H, D) and writes it to y, a cache or a tensor like x.
+
+    Nobody checks lengths and places in a captured CUDA graph. Whatever they are, nothing is read or written outside of
+    the tables and the cache: a token without a place in the cache is not written, and one whose position the tables
+    lack is not rotated.
+    """
     b = (tl.program_id(0) // N_Q).to(tl.int64)
     n = tl.program_id(0) % N_Q
     position = N_K
     if seqlens_ptr is not None:
         position = tl.load(seqlens_ptr + b)
-    if not ONE_POSITION:
-        position += n
+    step = n
+    if ONE_POSITION:
+        step = 0
+    exists = position >= 0  # a negative length is padding
+    if CAPACITY is not None:
+        exists = exists & (position < CAPACITY - step)
+    position = tl.where(exists, position + step, 0)
     offs_h = tl.arange(0, BLOCK_H)[:, None].to(tl.int64)
-    offs_d = tl.arange(0, BLOCK_D)[None, :]
+    offs_d = tl.arange(0, BLOCK_D)[None, :].to(tl.int64)
     inside = (offs_h < H) & (offs_d < D)
     x_ptrs = x_ptr + b * stride_xb + n.to(tl.int64) * stride_xn + offs_h * stride_xh
     x = tl.load(x_ptrs + offs_d * stride_xd, mask=inside, other=0.0)
@@ -48,29 +59,34 @@ def _append_kernel(
             pair = offs_d % (ROTARY // 2)
         turned = inside & (offs_d < ROTARY)
         other = tl.load(x_ptrs + partner * stride_xd, mask=turned, other=0.0).to(tl.float32)
+        known = exists & (position < POSITIONS)
         row = position.to(tl.int64) * stride_cn
-        cos = tl.load(cos_ptr + row + pair * stride_cd, mask=offs_d < ROTARY, other=1.0).to(tl.float32)
-        sin = tl.load(sin_ptr + row + pair * stride_cd, mask=offs_d < ROTARY, other=0.0).to(tl.float32)
+        cos = tl.load(cos_ptr + row + pair * stride_cd, mask=known & (offs_d < ROTARY), other=1.0).to(tl.float32)
+        sin = tl.load(sin_ptr + row + pair * stride_cd, mask=known & (offs_d < ROTARY), other=0.0).to(tl.float32)
         x = x.to(tl.float32) * cos + tl.where(is_first, -other, other) * sin
     y_ptr += offs_h * stride_yh + offs_d * stride_yd
     if not TO_CACHE:
         y_ptr += b * stride_yb + n.to(tl.int64) * stride_yn
     elif table_ptr is not None:
-        block = tl.load(table_ptr + b * stride_tb + position // PAGE).to(tl.int64)
+        block = tl.load(table_ptr + b * stride_tb + position // PAGE, mask=exists, other=0).to(tl.int64)
+        inside = inside & exists & (block >= 0) & (block < PLACES)
         y_ptr += block * stride_yb + (position % PAGE).to(tl.int64) * stride_yn
     else:
         place = b
         if batch_idx_ptr is not None:
             place = tl.load(batch_idx_ptr + b).to(tl.int64)
+            exists = exists & (place >= 0) & (place < PLACES)
+        inside = inside & exists
         y_ptr += place * stride_yb + position.to(tl.int64) * stride_yn
     tl.store(y_ptr, x.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 def _run(x, y, cache, cos, sin, interleaved, *, to_cache, one_position=False) -> None:
     batch, n, heads, head_dim = x.shape
+    places = cache.arguments(y) if to_cache else (cache.seqlens, None, None, None, None, None, None)
     launch(
         _append_kernel, (batch * n,), LaunchConfig(SMALLEST_BLOCK, SMALLEST_BLOCK, 4, 1),
-        x, y, cos, sin, *cache.arguments(), heads, n, cache.seqlen, *x.stride(), *y.stride(),
+        x, y, cos, sin, *places, None if cos is None else len(cos), heads, n, cache.seqlen, *x.stride(), *y.stride(),
         *((0, 0) if cos is None else cos.stride()),
         D=head_dim, BLOCK_D=next_power_of_2(head_dim), BLOCK_H=next_power_of_2(heads),
         PAGE=cache.page(y) if to_cache else 0, ROTARY=0 if cos is None else 2 * cos.shape[1],

@@ -17,8 +17,9 @@ from labutils.attention.kernels.launch_config import SMALLEST_BLOCK, LaunchConfi
 from labutils.machine import chips
 
 # Triton compiles a kernel anew if an integer argument is 1 or a multiple of 16. It must not for these arguments:
-# decoding brings a new length with every token.
-SEQUENCE_LENGTHS = ("N_Q", "N_K")
+# decoding brings a new length with every token, and packing another number of rows with every batch.
+SEQUENCE_LENGTHS = ("N_Q", "N_K", "TOTAL_Q", "TOTAL_K", "BLOCKS")
+CACHE_SIZES = ("CAPACITY", "PLACES", "POSITIONS")  # nor for these: a cache may be allocated anew for each token
 # The interpreter's time grows with the number of tiles, hardly with their size.
 _INTERPRETER_BLOCK = 128
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+LARGEST_INT = 2**31 - 1  # kernels count rows in 32 bits
+
 
 class Options(NamedTuple):
     """Everything that decides the result of attention besides q, k and v; for forward, backward and decoding.
@@ -46,7 +48,8 @@ class Options(NamedTuple):
         """(B, longest N_q, longest N_k)."""
         if self.cu_seqlens_q is None:
             return q.shape[0], q.shape[1], k.shape[1]
-        return len(self.cu_seqlens_q) - 1, self.max_seqlen_q, self.max_seqlen_k
+        longest_k = min(self.max_seqlen_k, self._packed_keys(k))
+        return len(self.cu_seqlens_q) - 1, min(self.max_seqlen_q, q.shape[0]), longest_k
 
     def arguments(self) -> tuple:
         """The arguments of the forward and backward kernels from `cu_seqlens_q_ptr` to `window_right`, in order."""
@@ -61,16 +64,27 @@ class Options(NamedTuple):
         slopes = self.alibi_slopes
         return slopes, None if slopes is None else slopes.stride(0) if slopes.dim() == 2 else 0
 
-    def paging(self) -> tuple:
-        """The arguments `table_ptr` and `stride_tb` of kernels that read keys from pages."""
-        return (None, None) if self.block_table is None else (self.block_table, self.block_table.stride(0))
+    def paging(self, k: torch.Tensor) -> tuple:
+        """The arguments `table_ptr`, `stride_tb` and `BLOCKS` of kernels that read keys from pages."""
+        table = self.block_table
+        return (None, None, None) if table is None else (table, table.stride(0), k.shape[0])
+
+    def totals(self, q: torch.Tensor, k: torch.Tensor) -> tuple[int | None, int | None]:
+        """The arguments `TOTAL_Q` and `TOTAL_K`, the rows of packed tensors: no row beyond them is ever touched."""
+        return (None, None) if self.cu_seqlens_q is None else (q.shape[0], self._packed_keys(k))
+
+    def _packed_keys(self, k: torch.Tensor) -> int:
+        """The rows of packed keys, or with a block table the most keys that a sequence can have."""
+        table = self.block_table
+        return k.shape[0] if table is None else min(k.shape[1] * table.shape[1], LARGEST_INT)
 
 
 class Cache(NamedTuple):
     """Where each sequence has its keys in a KV cache.
 
     Attributes:
-        seqlens: int32 (B,), keys of each sequence in the cache, or None if all have `seqlen`.
+        seqlens: int32 (B,), keys of each sequence in the cache, or None if all have `seqlen`. A negative number
+            marks padding: such a sequence has no key, and nothing is appended to it.
         seqlen: keys of every sequence; with `seqlens`, the most that any sequence can have.
         batch_idx: int32 (B,), the cache's row for each sequence, or None if sequence b has row b.
         leftpad: int32 (B,), the place of each sequence's first key in its row, or None for 0.
@@ -83,10 +97,19 @@ class Cache(NamedTuple):
     leftpad: torch.Tensor | None = None
     block_table: torch.Tensor | None = None
 
-    def arguments(self) -> tuple:
-        """The arguments of decoding and appending kernels from `seqlens_ptr` to `stride_tb`, in order."""
+    def arguments(self, k_cache: torch.Tensor) -> tuple:
+        """The arguments of decoding and appending kernels from `seqlens_ptr` to `PLACES`, in order.
+
+        `CAPACITY` is how many keys a sequence can have, and `PLACES` how many rows or blocks the cache has. Kernels
+        compare what tensors hold with these numbers, which are None for what no tensor says.
+        """
         table = self.block_table
-        return self.seqlens, self.batch_idx, self.leftpad, table, None if table is None else table.stride(0)
+        capacity = k_cache.shape[1] * (1 if table is None else table.shape[1])
+        return (
+            self.seqlens, self.batch_idx, self.leftpad, table, None if table is None else table.stride(0),
+            None if self.seqlens is None else min(capacity, LARGEST_INT),
+            None if self.batch_idx is table is None else k_cache.shape[0],
+        )  # fmt: skip
 
     def page(self, k_cache: torch.Tensor) -> int:
         """Rows of a block; 0 without a block table."""

@@ -14,15 +14,26 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def sequence(cu_seqlens_ptr, b, N):
-    """(start, length) of sequence `b` in a packed tensor; (0, N) in a tensor with a batch dimension."""
+def sequence(cu_seqlens_ptr, b, N, TOTAL):
+    """(start, length) of sequence `b` in a packed tensor of TOTAL rows; (0, N) in a tensor with a batch dimension.
+
+    Whatever cu_seqlens holds, the rows lie inside of the packed tensor: nobody checks it in a captured CUDA graph.
+    """
     if cu_seqlens_ptr is not None:
-        start = tl.load(cu_seqlens_ptr + b).to(tl.int64)
-        length = (tl.load(cu_seqlens_ptr + b + 1) - start).to(tl.int32)
+        start = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + b), 0), TOTAL)
+        end = tl.minimum(tl.load(cu_seqlens_ptr + b + 1), TOTAL)
+        length = (tl.maximum(end, start) - start).to(tl.int32)
+        start = start.to(tl.int64)
     else:
         start = tl.zeros([], tl.int64)
         length = N
     return start, length
+
+
+@triton.jit
+def end_of_sequences(cu_seqlens_ptr, batch, TOTAL):
+    """The row behind the last of `batch` sequences in a packed tensor of TOTAL rows."""
+    return tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + batch), 0), TOTAL)
 
 
 @triton.jit

@@ -5,31 +5,53 @@ import triton.language as tl
 
 
 @triton.jit
+def column_offsets(stride_d, BLOCK_D: tl.constexpr):
+    """Offsets of the columns of a row. They are 64-bit unless Triton compiles the kernel for a stride of 1.
+
+    (D - 1) * stride_d exceeds 2**31 for a tensor that is stored with D outermost.
+    """
+    cols = tl.arange(0, BLOCK_D)
+    if isinstance(stride_d, int):  # the constant 1
+        return cols * stride_d
+    else:
+        return cols.to(tl.int64) * stride_d
+
+
+@triton.jit
 def tile_pointers(ptr, stride_n, stride_d, start_n, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """Pointers (BLOCK_N, BLOCK_D) to the rows from `start_n` on of one head, whose first element is at `ptr`.
 
     Row offsets are 64-bit: N * stride_n exceeds 2**31 for a long sequence in a fused QKV tensor.
     """
     rows = (start_n + tl.arange(0, BLOCK_N)).to(tl.int64)
-    cols = tl.arange(0, BLOCK_D)
-    return ptr + rows[:, None] * stride_n + cols[None, :] * stride_d
+    return ptr + rows[:, None] * stride_n + column_offsets(stride_d, BLOCK_D)[None, :]
 
 
 @triton.jit
 def row_pointers(ptr, stride_d, row_offsets, BLOCK_D: tl.constexpr):
     """Pointers (rows, BLOCK_D) to rows in any order: each entry of `row_offsets` (64-bit) counts from `ptr`."""
-    cols = tl.arange(0, BLOCK_D)
-    return ptr + row_offsets[:, None] + cols[None, :] * stride_d
+    return ptr + row_offsets[:, None] + column_offsets(stride_d, BLOCK_D)[None, :]
 
 
 @triton.jit
-def paged_rows(table_ptr, offs_n, N, stride_page, stride_n, PAGE: tl.constexpr):
-    """Offsets of the keys `offs_n` of one sequence in a paged cache: key j is row j % PAGE of block table[j // PAGE].
+def blocks_of_keys(table_ptr, offs_n, N, BLOCKS, PAGE: tl.constexpr):
+    """The blocks (64-bit) that hold the keys `offs_n` of one sequence in a paged cache of BLOCKS blocks.
 
-    Keys from N on have no entry in the table, and get block 0: a load from there must be masked.
+    Key j is row j % PAGE of block table[j // PAGE]. Keys from N on have no entry in the table. They get block -1, and
+    so do keys whose entry is no block of the cache.
     """
-    block = tl.load(table_ptr + offs_n // PAGE, mask=offs_n < N, other=0).to(tl.int64)
-    return block * stride_page + (offs_n % PAGE).to(tl.int64) * stride_n
+    block = tl.load(table_ptr + offs_n // PAGE, mask=offs_n < N, other=-1)
+    return tl.where((block >= 0) & (block < BLOCKS), block, -1).to(tl.int64)
+
+
+@triton.jit
+def load_paged(
+    ptr, block, offs_n, stride_page, stride_n, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE: tl.constexpr
+):
+    """Loads the keys or values `offs_n` of one head from the blocks of `blocks_of_keys`; from block -1 as zero."""
+    rows = tl.maximum(block, 0) * stride_page + (offs_n % PAGE).to(tl.int64) * stride_n
+    missing = (block < 0).to(tl.int32)
+    return load_tile(row_pointers(ptr, stride_d, rows, BLOCK_D), missing, 1, D, BLOCK_D)  # a tile of the rows below 1
 
 
 @triton.jit
@@ -58,9 +80,8 @@ def source(ptr, stride_n, stride_d, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
 def load_rows(
     src, stride_n, b, h, start, N,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, TMA: tl.constexpr,
-    table_ptr=None, stride_page=None, stride_d=None, PAGE: tl.constexpr = 0,
 ):  # fmt: skip
-    """Loads the tile (BLOCK_N, BLOCK_D) from row `start` on, as `load_tile`; with a table, from pages of PAGE rows.
+    """Loads the tile (BLOCK_N, BLOCK_D) from row `start` on, as `load_tile`.
 
     With TMA (Hopper and later) one thread asks for the tile by its place (b, h, start). The copy engine computes the
     addresses, and fills rows past N and columns past D with zeros.
@@ -68,9 +89,6 @@ def load_rows(
     offs_n = start + tl.arange(0, BLOCK_N)
     if TMA:
         return src.load([b, h, start, 0]).reshape([BLOCK_N, BLOCK_D])
-    elif table_ptr is not None:
-        rows = paged_rows(table_ptr, offs_n, N, stride_page, stride_n, PAGE)
-        return load_tile(row_pointers(src, stride_d, rows, BLOCK_D), offs_n, N, D, BLOCK_D)
     else:
         return load_tile(src + tl.cast(start, tl.int64) * stride_n, offs_n, N, D, BLOCK_D)
 
@@ -93,3 +111,15 @@ def store_tile(ptrs, tile, offs_n, N, D: tl.constexpr, BLOCK_D: tl.constexpr):
     offs_d = tl.arange(0, BLOCK_D)
     mask = (offs_n[:, None] < N) & (offs_d[None, :] < D)
     tl.store(ptrs, tile.to(ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def zero_rows(
+    ptr, stride_n, stride_d, first, end, place, programs,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Fills the share of program `place` of `programs` in the rows from `first` to `end` of one head with zeros."""
+    for start in tl.range(first + place * BLOCK, end, programs * BLOCK):
+        zeros = tl.zeros([BLOCK, BLOCK_D], tl.float32)
+        ptrs = tile_pointers(ptr, stride_n, stride_d, start, BLOCK, BLOCK_D)
+        store_tile(ptrs, zeros, start + tl.arange(0, BLOCK), end, D, BLOCK_D)
