@@ -536,3 +536,10 @@ def test_the_first_version_in_a_model(dtype):
     judge(out, ref, low, name="logits").raise_if_failed()
     for name in d_ref:
         judge(d_out[name], d_ref[name], d_low[name], factor=3.0, name=name).raise_if_failed()
+
+
+def test_positions_without_values_are_not_read():
+    """A rehearsal runs the model on tensors without data (`training.rehearsal`)."""
+    with torch._subclasses.FakeTensorMode():
+        positions, q = torch.arange(8)[None], torch.empty(1, 8, 2, 16)
+        gpt2_attention._refuse_restarts(positions, q, None, None)

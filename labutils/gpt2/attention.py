@@ -419,6 +419,8 @@ def _refuse_restarts(positions: Any, q: torch.Tensor, keep: torch.Tensor | None,
     batch, n = q.shape[:2]
     if not isinstance(positions, torch.Tensor) or positions.ndim != 2 or positions.shape[1] != n or n == 1:
         return  # none, or positions in two or three dimensions
+    if isinstance(positions, torch._subclasses.FakeTensor) and not torch.compiler.is_compiling():
+        return  # a rehearsal: there are no values to read
     if isinstance(mask, PaddingMask):
         if mask.checked is positions:
             return
