@@ -6,7 +6,6 @@ import hashlib
 import io
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
@@ -19,7 +18,7 @@ HEAD_DIM = 128
 
 def parser() -> ArgumentParser:
     """The parser of the arguments."""
-    from labutils.commands.arguments import new_parser
+    from labutils.commands.arguments import new_parser, path
 
     parser = new_parser(
         "python tools/figure.py",

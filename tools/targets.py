@@ -15,7 +15,7 @@ LABUTILS_COMMAND_LINE = True  # `import labutils` then imports no torch, and --h
 
 def parser() -> ArgumentParser:
     """The parser of the arguments."""
-    from labutils.commands.arguments import new_parser, some_seconds, whole_number
+    from labutils.commands.arguments import new_parser, path, some_seconds, whole_number
 
     parser = new_parser(
         "python tools/targets.py",

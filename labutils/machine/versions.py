@@ -30,6 +30,7 @@ TESTED = (
     Pair("2.13.0", "3.7.1", "3.11", SUITE),
     Pair("2.13.0", "3.8.0", "3.11", INTERPRETER),
     Pair("2.13.0", "3.9.0", "3.11", INTERPRETER),
+    Pair("2.14.1", "3.8.0", "3.11", INTERPRETER),
     Pair("2.15.0", "3.9.0", "3.11", SUITE),
 )
 """What ran and passed. tools/tested.txt has the pair that README's commands install."""

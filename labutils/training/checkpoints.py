@@ -78,8 +78,8 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path} is of format {stored.get('format')}, and this version of the lab reads {FORMAT}: go on with the "
             "version that wrote it, or start without --resume in another folder."
         )
-    if wrong := [key for key, kind in CONTENT.items() if not isinstance(stored.get(key, damaged), kind)]:
-        raise damaged(f"nothing that can be used under {', '.join(wrong)}")
+    if unusable := [key for key, kind in CONTENT.items() if not isinstance(stored.get(key, damaged), kind)]:
+        raise damaged(f"nothing that can be used under {', '.join(unusable)}")
     if stored["steps"] < 0 or not all(isinstance(row, dict) for row in stored["rows"]):
         raise damaged("its steps or rows are impossible")
     return stored
