@@ -33,8 +33,8 @@ def v1(head_dim: int) -> list[torch.Tensor]:
 def packed(head_dim: int) -> list[torch.Tensor]:
     q = randn(75, 4, head_dim).requires_grad_()
     k, v = (randn(133, 2, head_dim).requires_grad_() for _ in range(2))
-    lengths = integers(0, 17, 17, 75), integers(0, 100, 120, 133)
-    out = interface.flash_attn_varlen_func(q, k, v, *lengths, 58, 100, causal=True)
+    lengths = integers(0, 17, 17, 70), integers(0, 100, 120, 130)  # a few rows behind the last sequence
+    out = interface.flash_attn_varlen_func(q, k, v, *lengths, 53, 100, causal=True)
     return [out, *torch.autograd.grad(out.square().sum(), (q, k, v))]
 
 
@@ -66,6 +66,16 @@ def paged_cache(head_dim: int, splits: int) -> list[torch.Tensor]:
     return [out, *caches]
 
 
+def padded_cache(head_dim: int) -> list[torch.Tensor]:
+    caches = [randn(9, 20, 2, head_dim) for _ in range(2)]
+    table = integers(-1, -1, -1, 5, 1, 2).view(2, 3)
+    new = [randn(2, 1, 2, head_dim) for _ in range(2)]
+    out = interface.flash_attn_with_kvcache(
+        randn(2, 1, 8, head_dim), *caches, *new, cache_seqlens=integers(-1, 7), block_table=table
+    )
+    return [out, *caches]
+
+
 def cases(head_dim: int) -> dict[str, list[torch.Tensor]]:
     slopes = torch.rand(4, device=runtime.device)
     return {
@@ -80,6 +90,7 @@ def cases(head_dim: int) -> dict[str, list[torch.Tensor]]:
         "cache": cache(head_dim, splits=1),
         "cache, split": cache(head_dim, splits=3),
         "paged cache": paged_cache(head_dim, splits=2),
+        "padded cache": padded_cache(head_dim),
     }
 
 

@@ -196,7 +196,7 @@ def launch_forward(
             "forward", head_dim, q.dtype, options.window_right is not None, q.device, longest=max(n_q, n_k)
         )
     block_d = config.block_d(head_dim)
-    tma = config.tma and not packed and descriptors_fit(k, v)
+    tma = config.tma and not packed and options.block_table is None and descriptors_fit(k, v)
     programs = cdiv(n_q, config.block_m) * batch * heads
     if packed and programs == 0:  # no sequence has a row, and no program writes those behind
         out.zero_()
