@@ -81,8 +81,8 @@ def test_results_and_launch_tables_that_cannot_be_written(tmp_path, full_disk, c
     assert not list(tmp_path.iterdir())
     (tmp_path / "folder").mkdir()  # nobody can unlink a folder, or read it as a file
     monkeypatch.setenv(tuned_table.VARIABLE, str(tmp_path / "folder"))
-    for option in ("--reset", "--show"):
-        assert main(["tune", option]) == 1
+    for option, status in (("--reset", 2), ("--show", 1)):  # what is not ours is not removed
+        assert main(["tune", option]) == status
         assert "labutils tune: " in capsys.readouterr().err
 
 
@@ -275,6 +275,7 @@ def test_a_comparison_of_losses_that_was_interrupted_gives_no_half_of_it():
 @pytest.mark.parametrize("part", study.PARTS)
 def test_a_study_that_was_interrupted_says_so(part, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(study, f"_{part}", interrupted)
+    monkeypatch.setattr(study, "_ask_for_a_gpu", lambda: None)
     assert study.run([part, "--out", str(tmp_path)]) == INTERRUPTED
     assert "Interrupted: the table that was being made was not written." in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
